@@ -1,0 +1,66 @@
+"""Colour correction: give the output the colours of the input it was made from.
+
+Both functions take (content, style) in [0, 1], the scale on which the original adds its 1e-5, and work on every
+sample of a batch by itself. Crop padding off first: it would change the statistics.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+EPSILON = 1e-5  # added to the variance by the original program
+
+
+def _mean_std(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
+    """Mean and sqrt(unbiased variance + 1e-5) per sample and channel; the variance of a single pixel is 0."""
+    pixels = x.shape[1] * x.shape[2]
+    mean = x.mean((1, 2), keepdims=True)
+    variance = jnp.square(x - mean).sum((1, 2), keepdims=True) / max(pixels - 1, 1)
+    return mean, jnp.sqrt(variance + EPSILON)
+
+
+def adain(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) -> Float[Array, "b h w c"]:
+    """Move mean and deviation of every channel of `content` to those of `style`.
+
+    (content - mean_c) / std_c * std_s + mean_s. Huang and Belongie, ICCV 2017, equation 8.
+    """
+    mean_c, std_c = _mean_std(content)
+    mean_s, std_s = _mean_std(style)
+    return (content - mean_c) / std_c * std_s + mean_s
+
+
+def wavelet_blur(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
+    """Blur with (1 2 1)/4 along both sides, taps `radius` pixels apart, the border pixels repeated."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padded = jnp.pad(x, [(radius, radius) if i == axis else (0, 0) for i in range(4)], mode="edge")
+        before, here, after = (lax.slice_in_dim(padded, k * radius, k * radius + size, axis=axis) for k in range(3))
+        x = (before + 2 * here + after) / 4
+    return x
+
+
+def wavelet_decompose(
+    x: Float[Array, "b h w c"], levels: int = 5
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """Split into (high, low) by blurs of radius 1, 2, 4, ...: high + low == x (a-trous wavelet transform)."""
+    low = x
+    for level in range(levels):
+        low = wavelet_blur(low, 2**level)
+    return x - low, low
+
+
+def wavelet(content: Float[Array, "b h w c"], style: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Detail of `content` on the low frequencies of `style`: high(content) + low(style).
+
+    Wang et al., StableSR, IJCV 2024 ("color correction").
+    """
+    return wavelet_decompose(content)[0] + wavelet_decompose(style)[1]
+
+
+def keep(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) -> Float[Array, "b h w c"]:
+    """No correction."""
+    del style
+    return content
+
+
+COLOR_FIXES = {"adain": adain, "wavelet": wavelet, "none": keep}

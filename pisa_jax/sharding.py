@@ -1,0 +1,77 @@
+"""Mesh, layouts and process start: batches over every device, frozen weights cut over "fsdp", adapters everywhere."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Smaller arrays are not worth cutting: biases and norms are replicated.
+LEAST_TO_CUT = 2**16
+
+
+def start_processes() -> None:
+    """Join the other processes of this run, if the environment says there are any (a pod, SLURM, or JAX_* variables).
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a run on localhost or by hand.
+    """
+    named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    if all(named.values()):
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"], int(named["num_processes"]), int(named["process_id"])
+        )
+    elif "TPU_WORKER_HOSTNAMES" in os.environ or "SLURM_JOB_NUM_NODES" in os.environ:
+        jax.distributed.initialize()
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """A (data, fsdp) mesh over all devices of all processes; data = -1 takes what fsdp leaves.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    if data == -1:
+        data = count // fsdp
+    if data * fsdp != count:
+        raise ValueError(f"a mesh of data {data} x fsdp {fsdp} needs {data * fsdp} devices, and there are {count}")
+    # Auto: under the default, Explicit, Flax convolutions raise.
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis cut over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def weight_shardings(mesh: Mesh, tree: Any) -> Any:
+    """For frozen weights (arrays or shapes): the largest axis that "fsdp" divides is cut over it."""
+    size = mesh.shape["fsdp"]
+
+    def sharding(leaf):
+        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
+        if size == 1 or not axes or leaf.size < LEAST_TO_CUT:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*["fsdp" if axis == longest else None for axis in range(leaf.ndim)]))
+
+    return jax.tree.map(sharding, tree)
+
+
+def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Equal host arrays of every process as global arrays: each device receives its part alone, cast on the host."""
+
+    def put(leaf, sharding):
+        def part(index):
+            return np.asarray(leaf[index], dtype or leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+    return jax.tree.map(put, tree, shardings)

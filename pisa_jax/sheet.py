@@ -1,0 +1,26 @@
+"""Labelled contact sheets."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, CAPTION = 8, 26
+
+
+def contact_sheet(cells: Sequence[tuple[str, Image.Image]], columns: int, longest: int = 512) -> Image.Image:
+    """One RGB picture of all cells (label, image), row by row; images over `longest` pixels a side are reduced."""
+    images = []
+    for _, image in cells:
+        image = image.convert("RGB")
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        images.append(image)
+    width = max(image.width for image in images) + MARGIN
+    height = max(image.height for image in images) + MARGIN + CAPTION
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for index, ((label, _), image) in enumerate(zip(cells, images, strict=True)):
+        x, y = MARGIN + index % columns * width, MARGIN + index // columns * height
+        draw.text((x, y + 2), label, fill="black", font=font)
+        sheet.paste(image, (x, y + CAPTION))
+    return sheet

@@ -1,0 +1,74 @@
+"""Path-keyed parameter trees: `{"down_blocks_0/resnets_0/conv1/kernel": leaf}` and back, selection and comparison."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SEPARATOR = "/"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one dict keyed by path.
+
+    >>> flatten({"conv_in": {"kernel": 1, "bias": 2}})
+    {'conv_in/kernel': 1, 'conv_in/bias': 2}
+    """
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}{SEPARATOR}")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`.
+
+    >>> unflatten({"conv_in/kernel": 1, "conv_in/bias": 2})
+    {'conv_in': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(SEPARATOR)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def select(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths in which the regular expression `pattern` is found, in order.
+
+    Raises:
+        ValueError: nothing matches; the message shows what the paths look like.
+    """
+    paths = list(paths)
+    found = [path for path in paths if re.search(pattern, path)]
+    if not found:
+        raise ValueError(f"the pattern {pattern!r} matches none of {len(paths)} paths, such as {', '.join(paths[:3])}")
+    return found
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the allowed name nearest to a mistyped one, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shape_diff(expected: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 8) -> str:
+    """A readable list of how two path -> shape maps differ; empty where they agree."""
+    lines = [f"missing     {path} {shape}" for path, shape in expected.items() if path not in found]
+    lines += [
+        f"unexpected  {path} {shape}{suggest(path, expected)}" for path, shape in found.items() if path not in expected
+    ]
+    lines += [
+        f"wrong shape {path} {found[path]}, expected {shape}"
+        for path, shape in expected.items()
+        if path in found and tuple(found[path]) != tuple(shape)
+    ]
+    if len(lines) > most:
+        lines = [*lines[:most], f"... and {len(lines) - most} more"]
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pisa_jax import ops
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_group_norm_equals_float64(offset):
+    x = np.asarray(normal(2, 5, 7, 12)) * np.linspace(0.01, 3, 12) + offset
+    x = x.astype(np.float32)
+    scale, bias = np.asarray(normal(12, seed=1)), np.asarray(normal(12, seed=2))
+    grouped = x.astype(np.float64).reshape(2, 35, 4, 3)
+    mean, var = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
+    found = ops.group_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), groups=4, epsilon=1e-6)
+    np.testing.assert_allclose(found, expected, atol=2e-6 if offset == 0 else 2e-3)
+
+
+def test_group_norm_keeps_bfloat16_but_computes_in_float32():
+    x = (normal(1, 64, 64, 32) + 20).astype(jnp.bfloat16)
+    ones, zeros = jnp.ones(32), jnp.zeros(32)
+    found = ops.group_norm(x, ones, zeros, 32, 1e-5)
+    assert found.dtype == jnp.bfloat16
+    expected = ops.group_norm(x.astype(jnp.float32), ones, zeros, 32, 1e-5)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads"), [(700, 700, 2), (257, 300, 1), (512, 77, 3), (40, 40, 2)], ids=str
+)
+def test_attention_equals_the_definition(queries, keys, heads):
+    q, k, v = normal(2, queries, heads, 8), normal(2, keys, heads, 8, seed=1), normal(2, keys, heads, 8, seed=2)
+
+    def definition(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(8), axis=-1)
+        return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+
+    np.testing.assert_allclose(ops.attention(q, k, v), definition(q, k, v), atol=2e-6)
+    found, expected = (
+        jax.grad(lambda q, k, v, f=f: jnp.sum(jnp.sin(f(q, k, v))), argnums=(0, 1, 2))(q, k, v)
+        for f in (ops.attention, definition)
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_long_attention_holds_no_score_matrix():
+    q = jax.ShapeDtypeStruct((1, 8192, 1, 64), jnp.float32)
+    compiled = jax.jit(ops.attention).lower(q, q, q).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8192 * 8192 * 4 / 4
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 1, 1, 3), (1, 2, 9, 3)], ids=str)
+def test_double_conv_is_a_convolution_of_the_doubled_image(shape):
+    x, kernel, bias = normal(*shape), normal(3, 3, 3, 4, seed=1), normal(4, seed=2)
+    plain = nn.Conv(4, (3, 3), padding=1).apply({"params": {"kernel": kernel, "bias": bias}}, ops.double(x))
+    np.testing.assert_allclose(ops.double_conv(x, kernel, bias), plain, atol=2e-5)
+
+
+def test_double_repeats_pixels():
+    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    assert ops.double(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+
+def test_compiler_options_are_accepted():
+    options = ops.compiler_options()
+    assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6.0
