@@ -1,0 +1,27 @@
+"""Write a Stable Diffusion checkpoint with random weights: the right shapes and sizes, and pictures of noise.
+
+    python benchmarks/make_checkpoint.py FOLDER              # SD 2.1-base: 866 M + 84 M + 340 M parameters, 5.2 GB
+    python benchmarks/make_checkpoint.py FOLDER --size tiny  # the same architecture, 2 M parameters
+
+Also writes adapters.safetensors (rank 4 + 4) in it: everything `infer.py` and `train.py` need but the knowledge.
+"""
+
+import argparse
+from pathlib import Path
+
+from pisa_jax import random_model
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=["sd21", "tiny"], default="sd21")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    args = parser.parse_args()
+    random_model.write(args.folder, args.size, dtype=args.dtype)
+    print(f"wrote {args.folder} ({args.size}, {args.dtype}) and {args.folder / 'adapters.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Small random adapters for the tests of their files."""
+
+import numpy as np
+
+from pisa_jax.config import AdapterSpec
+from pisa_jax.convert import Adapters, export_original
+from pisa_jax.trees import flatten
+from pisa_jax.weights import read_tensors
+
+CONV, DENSE = "down_blocks_0/resnets_0/conv1", "up_blocks_1/attentions_0/transformer_blocks_0/attn1/to_out_0"
+KERNELS = {CONV: (3, 3, 5, 7), DENSE: (5, 6), "mid_block/resnets_0/conv_shortcut": (1, 1, 5, 7)}
+
+
+def made(rank=2, alpha=8.0, base_model="owner/name", names=("pix", "sem")) -> Adapters:
+    """Small adapters with random factors."""
+    rng = np.random.default_rng(0)
+
+    def factors(shape):
+        *window, c_in, c_out = shape
+        shapes = {"a": (*window, c_in, rank), "b": (*[1] * len(window), rank, c_out)}
+        return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    trees = {name: {path: factors(shape) for path, shape in KERNELS.items()} for name in names}
+    return Adapters(trees, {name: AdapterSpec(rank=rank, alpha=alpha) for name in names}, base_model)
+
+
+def assert_same(found: Adapters, expected: Adapters):
+    assert found.specs == expected.specs
+    assert found.base_model == expected.base_model
+    assert list(found.trees) == list(expected.trees)
+    one, other = flatten(found.trees), flatten(expected.trees)
+    assert set(one) == set(other)
+    for path, array in other.items():
+        np.testing.assert_array_equal(one[path], array, strict=True, err_msg=path)
+
+
+def original_state(adapters, folder):
+    export_original(folder / "original.safetensors", adapters)
+    return dict(read_tensors(folder / "original.safetensors"))

@@ -1,0 +1,197 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED, golden
+from PIL import Image
+from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model
+
+from pisa_jax import Settings, Upscaler, images, lora, model
+from pisa_jax import backbone as bb
+from pisa_jax.config import AdapterSpec
+from pisa_jax.inference import Weights
+
+INDEX = SHARED / "fixtures" / "infer" / "index.json"
+RUNS = read_json(INDEX)["runs"] if INDEX.exists() else []
+UNTILED_VAE = [run for run in RUNS if "vaetile" not in run["name"] and "alltile" not in run["name"]]
+decode = jax.jit(bb.decode, static_argnums=0)
+PAIRS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.4, 1.3))
+
+
+@functools.cache  # runs of one size share what is compiled
+def recorded_upscaler(**settings) -> Upscaler:
+    loaded, adapters = recorded_model(), recorded_adapters()
+    merged = lora.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
+    prompt = bb.encode_text(loaded.backbone, loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
+    weights = Weights(merged, adapters.trees["sem"], loaded.params["vae"], prompt)
+    return Upscaler(loaded.backbone, weights, adapters.specs["sem"], Settings(**settings))
+
+
+def random_upscaler(on_compile=lambda what, seconds: None, **settings) -> Upscaler:
+    modules, params = random_backbone()
+    spec = AdapterSpec(rank=2)
+    sem = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(jax.random.key(1), params["unet"], spec))
+    prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
+    weights = Weights(params["unet"], sem, params["vae"], prompt)
+    return Upscaler(modules, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile)
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.skipif(not RUNS, reason="needs the recorded runs of the shared folder")
+@pytest.mark.parametrize("run", UNTILED_VAE, ids=lambda run: f"{run['name']}-{run['variant']}")
+def test_whole_run_equals_the_original(run):
+    args = run["args"]
+    upscaler = recorded_upscaler(tile=args["latent_tiled_size"], overlap=args["latent_tiled_overlap"], tile_batch=4)
+    batch = np.asarray(nhwc(np.load(golden(f"infer/{run['inputs']}.npz"))["c_t_uint8"]), np.float32) / 255 * 2 - 1
+    noise = nhwc(np.load(golden(f"infer/{run['noise']}.npy"))) if run["noise"] else None
+    expected = np.load(golden(f"infer/{run['name']}__{run['variant']}.npz"))
+    scales = jnp.array((args["lambda_pix"], args["lambda_sem"]))
+
+    # Both predictions at once serve the default setting too; A proves the single pass.
+    both = not args["default"] or run["image"] != "A"
+    found = upscaler.residuals(batch, both, noise)
+    close(found.latents, nhwc(expected["encoded"]))
+    close(scales[0] * found.eps_pix + scales[1] * (found.eps_full - found.eps_pix), nhwc(expected["model_pred"]))
+    for name, array in (("model_pred_full", found.eps_full), ("model_pred_pix", found.eps_pix)):
+        if name in expected:
+            close(array, nhwc(expected[name]))
+    combined = model.combine(*found, scales)
+    close(combined, nhwc(expected["x_denoised"]))
+    if "decoded" in expected:
+        close(decode(upscaler.backbone, upscaler.weights.vae, combined), nhwc(expected["decoded"]))
+
+
+@pytest.mark.skipif(not RUNS, reason="needs the recorded runs of the shared folder")
+@pytest.mark.parametrize("run", [r for r in UNTILED_VAE if r["variant"] == "mode"], ids=lambda run: run["name"])
+def test_written_picture_is_the_original_one(run):
+    args = run["args"]
+    # The original writes colour where the input is grey.
+    source = dataclasses.replace(images.read_picture(golden(f"lr/{run['image']}.png")), gray=False)
+    prepared, plan = images.prepare(source, args["upscale"], args["process_size"], 8)
+    theirs = nhwc(np.load(golden(f"infer/{run['inputs']}.npz"))["c_t_uint8"])[0]
+    ours = np.round((prepared[: plan.working[0], : plan.working[1]] + 1) / 2 * 255)
+    if ours.shape != theirs.shape:
+        pytest.skip(f"the original works on {theirs.shape[1::-1]}, we keep the exact {ours.shape[1::-1]}")
+    assert np.mean(np.abs(ours - theirs) <= 2) >= 0.995
+    assert np.array_equal(ours, theirs)
+    for align in run["aligns"]:
+        upscaler = recorded_upscaler(
+            color_fix="none" if align == "nofix" else align,
+            min_size=args["process_size"],
+            tile=args["latent_tiled_size"],
+            overlap=args["latent_tiled_overlap"],
+        )
+        [[result]] = upscaler.upscale([source], args["upscale"], [(args["lambda_pix"], args["lambda_sem"])])
+        with Image.open(golden(f"infer/{run['name']}__mode__{align}.png")) as written:
+            expected = np.asarray(written.convert("RGB"), int)
+        difference = np.abs(images.to_array(result, np.uint8).astype(int).reshape(*result.rgb.shape[:2], -1) - expected)
+        assert np.mean(difference <= 3) >= 0.995, (align, np.bincount(difference.ravel()))
+
+
+def test_default_pair_equals_adjustable_and_takes_one_unet_pass():
+    upscaler = random_upscaler()
+    batch = np.float32(picture(32, 40)[None]) / 127.5 - 1
+    one, two = upscaler.residuals(batch, both=False), upscaler.residuals(batch, both=True)
+    close(one.eps_full, two.eps_full, 1e-5)
+    assert np.abs(np.asarray(two.eps_full) - two.eps_pix).max() > 0.01
+    assert one.eps_pix.shape == one.eps_full.shape
+
+    flops = {
+        key[1][1]: c.cost_analysis()["flops"] for key, c in upscaler.compiled.items() if key[0].__name__ == "predict"
+    }
+    assert 0.4 < flops[(1.0,)] / flops[(0.0, 1.0)] < 0.6
+
+
+def test_new_scales_and_new_pictures_of_a_size_compile_nothing():
+    compiled = []
+    upscaler = random_upscaler(on_compile=lambda what, seconds: compiled.append(what))
+    upscaler.many(picture(8, 9), 4, PAIRS)
+    stages = len(compiled)
+    assert stages == 3  # encoder, UNet, decoder
+    upscaler.many(picture(8, 9, seed=1), 4, [(0.123, -0.5), (0.9, 0.8)])
+    upscaler(picture(8, 9, seed=2), scales=(0.3, 0.3))
+    assert len(compiled) == stages
+    upscaler(picture(9, 9))
+    assert len(compiled) > stages
+
+
+def test_another_pair_costs_one_decode():
+    upscaler = random_upscaler()
+    calls = []
+    run = upscaler._run
+    upscaler._run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
+    results = upscaler.many(picture(8, 8), 4, PAIRS)
+    assert calls == ["encode", "predict", *["render"] * len(PAIRS)]
+    assert len({result.tobytes() for result in results}) == len(PAIRS)
+
+
+def test_scales_zero_are_the_round_trip_through_the_vae():
+    upscaler = random_upscaler(color_fix="none")
+    source = picture(8, 8)
+    prepared, _ = images.prepare(images.from_array(source), 4, 32, 8)
+    latents = bb.encode(upscaler.backbone, upscaler.weights.vae, jnp.asarray(prepared[None]))
+    expected = np.clip(bb.decode(upscaler.backbone, upscaler.weights.vae, latents)[0], -1, 1)
+    found = upscaler(np.float32(source) / 255, scales=(0.0, 0.0))
+    close(found * 2 - 1, expected, 1e-4)
+
+
+def test_batches_equal_single_pictures():
+    upscaler = random_upscaler(tile=4, overlap=1)
+    sources = [images.from_array(picture(8, 10, seed)) for seed in range(3)]
+    [together] = upscaler.upscale(sources, 4, [(0.8, 0.6)], seed=5)
+    for source, result in zip(sources, together, strict=True):
+        [[alone]] = upscaler.upscale([source], 4, [(0.8, 0.6)], seed=5)
+        close(result.rgb, alone.rgb, 1e-5)
+
+
+def test_a_seed_is_honoured_and_none_is_deterministic():
+    upscaler = random_upscaler()
+    source = picture(8, 8)
+    plain, again, three, four = (upscaler(source, seed=seed) for seed in (None, None, 3, 4))
+    assert np.array_equal(plain, again)
+    assert np.array_equal(three, upscaler(source, seed=3))
+    assert not np.array_equal(three, plain)
+    assert not np.array_equal(three, four)
+
+
+def test_tiles_change_little_and_one_tile_nothing():
+    whole, split = random_upscaler(tile=0), random_upscaler(tile=6, overlap=2)
+    covering = random_upscaler(tile=8, overlap=2)
+    source = picture(16, 16)
+    assert np.array_equal(whole(source), covering(source))
+    assert not np.array_equal(whole(source), split(source))
+
+
+@pytest.mark.parametrize("size", [(3, 40), (40, 3), (1, 1)], ids=str)
+def test_sides_below_the_tile_and_the_overlap(size):
+    # The original crashes on a side below the tile and loops forever on one below the overlap.
+    out = random_upscaler(tile=8, overlap=5, min_size=1)(picture(*size), scale=4)
+    assert out.shape == (4 * size[0], 4 * size[1], 3)
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 2.37, 4])
+def test_exact_output_size_and_kind(scale):
+    upscaler = random_upscaler()
+    source = picture(11, 13)
+    expected = (round(11 * scale), round(13 * scale), 3)
+    out = upscaler(source, scale)
+    assert (out.shape, out.dtype) == (expected, np.uint8)
+    as_image = upscaler(Image.fromarray(source), scale)
+    assert np.array_equal(np.asarray(as_image), out)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(
+        ValueError, match="unknown colour fix 'adian', known: adain, wavelet, none; did you mean 'adain'"
+    ):
+        Settings(color_fix="adian")
+    with pytest.raises(ValueError, match="not 96 with tile 96"):
+        Settings(tile=96, overlap=96)
+    with pytest.raises(ValueError, match=r"does not ship.*--model"):
+        Upscaler.load()
