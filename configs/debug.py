@@ -1,0 +1,24 @@
+"""Both stages on drawn pictures and a tiny random model: does everything run? Nothing is learnt.
+
+    python train.py configs/debug.py
+
+Hardware: any; under a minute on 2 CPU cores. Expected: runs/debug/adapters.safetensors, which `infer.py` takes together
+with runs/debug/model.
+"""
+
+from pisa_jax.config import AdapterSpec, Config, Data, Stage
+
+config = Config(
+    out="runs/debug",
+    model="random",
+    stages=(
+        Stage("pix", steps=4, learning_rate=1e-3, spec=AdapterSpec(rank=2)),
+        Stage("sem", steps=4, frozen=("pix",), perceptual=2.0, csd=1.0, learning_rate=1e-3, spec=AdapterSpec(rank=2)),
+    ),
+    data=Data(source="fake", crop=64, workers=0),
+    batch_size=2,
+    perceptual="squeeze",
+    perceptual_weights=None,
+    log_every=1,
+    save_every=4,
+)

@@ -1,0 +1,13 @@
+"""The published recipe (configs/sd21.py) on one GPU of 24 GB: batches of 16 in parts of 1, recomputed activations.
+
+    python train.py configs/sd21_1gpu.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
+
+Same steps, same effective batch, same expected figures as configs/sd21.py. Measured: not yet run.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+published = runpy.run_path(str(Path(__file__).with_name("sd21.py")))["config"]
+config = dataclasses.replace(published, out="runs/sd21_1gpu", accumulate=16, remat=True, vae_dtype="bfloat16")

@@ -1,0 +1,162 @@
+"""What a run writes so that it can go on: orbax checkpoints, the config beside them, and the rules of its folder."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from pisa_jax.config import Config
+
+# Fields that may change when a run goes on: where and how it computes and reports, not what. Another mesh changes the
+# adapters by rounding only.
+FREE_FIELDS = (
+    "out",
+    "mesh_data",
+    "mesh_fsdp",
+    "log_every",
+    "save_every",
+    "validation",
+    "data/workers",
+    "max_bad_steps",
+)
+CONFIG_FILE = "config.json"
+
+
+class Progress(NamedTuple):
+    """Where a run stands: index of the stage, and the loader's state."""
+
+    stage: int
+    loader: dict[str, Any]
+
+
+def claim_folder(config: Config, resume: bool, overwrite: bool) -> Path:
+    """The run's folder with its config in it, ready for a new run, or for going on with `resume`.
+
+    Raises:
+        FileExistsError: it holds a run, and neither flag is given.
+        FileNotFoundError: nothing to resume. ValueError: resuming with a config that differs in what matters.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(config.out)
+    described = json.loads(json.dumps(dataclasses.asdict(config)))
+    saved = folder / CONFIG_FILE
+    if resume:
+        if not saved.exists():
+            raise FileNotFoundError(f"nothing to resume: {folder} holds no run (no {CONFIG_FILE})")
+        check_same(json.loads(saved.read_text()), described)
+        return folder
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} exists; give --resume to go on with it, --overwrite to start it anew")
+    if jax.process_index() == 0:
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(saved, json.dumps(described, indent=1))
+    return folder
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError naming every field, other than the free ones, in which two configs as dicts differ."""
+    before, after = _leaves(saved), _leaves(now)
+    changed = [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+    if changed:
+        raise ValueError(f"the config differs from the saved run's: {'; '.join(changed)}; restore these or start anew")
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for name, item in items for k, v in _leaves(item, f"{prefix}/{name}".lstrip("/")).items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Checkpoints:
+    """The checkpoints of a run, written in the background, the newest kept; steps count over all stages.
+
+    Each has the items `adapters` (for inference: every adapter trained so far), `state` (for resuming) and `progress`.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, adapters: Any, state: Any, progress: Progress) -> None:
+        """Start writing a checkpoint; arrays may be donated as soon as this returns.
+
+        Raises:
+            OSError: this one, or the one before, could not be written; older ones are intact.
+        """
+        if step == self.latest:
+            return
+        items = {
+            "adapters": ocp.args.StandardSave(adapters),
+            "state": ocp.args.StandardSave(state),
+            "progress": ocp.args.JsonSave(progress._asdict()),
+        }
+        with _disk_errors(step, self.latest):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def progress(self) -> Progress:
+        """Where the newest checkpoint stands."""
+        item = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return Progress(**self._manager.restore(self.latest, args=item)["progress"])
+
+    def restore(self, adapters: Any, state: Any) -> tuple[Any, Any]:
+        """The newest (adapters, state) in the shapes, dtypes and shardings of the abstract trees given."""
+        items = {"adapters": ocp.args.StandardRestore(adapters), "state": ocp.args.StandardRestore(state)}
+        restored = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        return restored["adapters"], restored["state"]
+
+    def preempted(self, step: int) -> bool:
+        """Whether all processes of the run have agreed to stop at this step because one was told to (SIGTERM)."""
+        return self._manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        with _disk_errors(None, self.latest):
+            self._manager.wait_until_finished()
+        self._manager.close()
+
+
+class _disk_errors:
+    """Turns what orbax and tensorstore raise for a full or read-only disk into one sentence."""
+
+    def __init__(self, step: int | None, latest: int | None):
+        self.step, self.latest = step, latest
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError | ValueError | RuntimeError):
+            what = "the last checkpoint" if self.step is None else f"checkpoint {self.step}"
+            intact = "none is there yet" if self.latest is None else f"checkpoint {self.latest} is intact"
+            text = " ".join(str(error).split())[:300]
+            raise OSError(
+                f"{what} could not be written ({intact}); free space and go on with --resume: {text}"
+            ) from error
