@@ -163,17 +163,27 @@ def eps(
     return out.transpose(0, 2, 3, 1).astype(jnp.float32)
 
 
+def posterior(
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"]
+) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
+    """Mean and standard deviation of the VAE's posterior, before `latent_scale`, of images in [-1, 1]; float32.
+
+    The sides of the images are multiples of `factor`.
+    """
+    with nn.intercept_methods(_corrections()):
+        found = backbone.vae.apply(
+            {"params": params}, images.transpose(0, 3, 1, 2), method=backbone.vae.encode
+        ).latent_dist
+    return found.mean.astype(jnp.float32), found.std.astype(jnp.float32)
+
+
 def encode(
     backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
 ) -> Float[Array, "b y x c"]:
     """Scaled latents, mean or mean + std noise, of images in [-1, 1] whose sides are multiples of `factor`; float32."""
-    with nn.intercept_methods(_corrections()):
-        posterior = backbone.vae.apply(
-            {"params": params}, images.transpose(0, 3, 1, 2), method=backbone.vae.encode
-        ).latent_dist
-    latents = posterior.mean.astype(jnp.float32)
+    latents, std = posterior(backbone, params, images)
     if noise is not None:
-        latents = latents + posterior.std.astype(jnp.float32) * noise
+        latents = latents + std * noise
     return latents * backbone.latent_scale
 
 

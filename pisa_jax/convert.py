@@ -69,10 +69,10 @@ def load_adapters(path: str | Path) -> Adapters:
     return Adapters(trees, specs, base_model)
 
 
-def save_adapters(path: str | Path, adapters: Adapters) -> None:
-    """Write our format. Loading it gives the same bits; the same adapters give the same bytes."""
+def save_adapters(path: str | Path, adapters: Adapters, dtype: str = "float32") -> None:
+    """Write our format. In float32 loading it gives the same bits; the same adapters give the same bytes."""
     tensors = {
-        f"{name}/{module}/{factor}": np.asarray(value, np.float32)
+        f"{name}/{module}/{factor}": np.asarray(value, dtype)
         for name, tree in adapters.trees.items()
         for module, factors in tree.items()
         for factor, value in factors.items()

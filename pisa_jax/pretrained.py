@@ -11,8 +11,10 @@ import numpy as np
 
 from pisa_jax import backbone as bb
 from pisa_jax.trees import flatten, shape_diff, unflatten
-from pisa_jax.weights import read_tensors
+from pisa_jax.weights import read_tensors, write_safetensors
 
+# What `model="demo"` stands for: a small model that ships with the package, its adapters and sample pictures.
+DEMO = Path(__file__).parent / "assets" / "demo"
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
 HUB_FILES = ["*/config.json", "*/*.safetensors", "tokenizer/*", "scheduler/*", "model_index.json"]
 # Weight file names in a diffusers folder, best first; half precision holds the same numbers the training used.
@@ -72,6 +74,21 @@ def locate(model: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"{model!r} is not a folder here, and the hub did not give it: {reason}") from error
+
+
+def write(
+    folder: Path, configs: Mapping[str, Mapping], params: Mapping[str, Any], schedule: Mapping[str, Any], dtype: str
+) -> None:
+    """A diffusers folder of the parts "unet", "vae", "text" and the noise schedule's config; it lacks a tokenizer."""
+    for part, subfolder in PARTS.items():
+        target = folder / subfolder
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(configs[part], indent=1))
+        name = "model" if part == "text" else "diffusion_pytorch_model"
+        tensors = {key: array.astype(dtype, copy=False) for key, array in to_torch(params[part]).items()}
+        write_safetensors(target / f"{name}.safetensors", tensors, {"format": "pt"})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1))
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str) -> dict[str, Any]:

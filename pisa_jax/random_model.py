@@ -15,7 +15,6 @@ import numpy as np
 from pisa_jax import backbone, convert, lora, pretrained
 from pisa_jax.config import AdapterSpec
 from pisa_jax.trees import flatten, unflatten
-from pisa_jax.weights import write_safetensors
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -113,15 +112,8 @@ def write(folder: Path, size: str = "tiny", seed: int = 0, dtype: str = "float32
     described = dict(zip(("unet", "vae", "text"), configs(size), strict=True))
     modules = backbone.build(**described)
     shapes = backbone.param_shapes(modules)
-    for part, subfolder in pretrained.PARTS.items():
-        target = folder / subfolder
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").write_text(json.dumps(described[part], indent=1))
-        name = "model" if part == "text" else "diffusion_pytorch_model"
-        tensors = pretrained.to_torch(random_params(shapes[part], rng, np.dtype(dtype)))
-        write_safetensors(target / f"{name}.safetensors", tensors, {"format": "pt"})
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=1))
+    params = {part: random_params(shapes[part], rng, np.dtype(dtype)) for part in pretrained.PARTS}
+    pretrained.write(folder, described, params, SCHEDULER, dtype)
     write_tokenizer(folder / "tokenizer")
     spec = AdapterSpec()
     trees = {}

@@ -1,0 +1,53 @@
+"""Put the trained demo model into the package: float16 weights and sample inputs in pisa_jax/assets/demo.
+
+    python demo/ship.py --model runs/demo/model --adapters runs/demo/adapters/adapters.safetensors --data TRAIN
+
+The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from pictures import HELD_OUT
+from PIL import Image
+
+from pisa_jax import convert
+from pisa_jax.degradation import degrade_and_reduce
+from pisa_jax.images import read_rgb8
+from pisa_jax.pretrained import DEMO
+
+SAMPLE_SEED = 3
+
+
+def write_samples(photos: Path, out: Path) -> None:
+    """The four samples: the middle of each picture, at most 640 x 512, degraded and reduced."""
+    out.mkdir(parents=True)
+    for index, name in enumerate(HELD_OUT):
+        picture = read_rgb8(photos / f"{name}.jpg")
+        height, width = 512, min(640, picture.shape[1] // 4 * 4)
+        y, x = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+        crop = np.float32(picture[y : y + height, x : x + width]) / 255
+        lq = degrade_and_reduce(crop, np.random.default_rng((SAMPLE_SEED, index)))
+        Image.fromarray(lq).save(out / f"{name.removeprefix('budgie_')}.png")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="--model of prior.py")
+    parser.add_argument("--adapters", type=Path, required=True, help="what train.py configs/demo.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder with photos/")
+    args = parser.parse_args()
+    shutil.rmtree(DEMO, ignore_errors=True)
+    shutil.copytree(args.model, DEMO)
+    adapters = convert.load_adapters(args.adapters)
+    convert.save_adapters(DEMO / "adapters.safetensors", adapters._replace(base_model="demo"), "float16")
+    write_samples(args.data / "photos", DEMO / "samples")
+    size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
+    print(f"{size / 1e6:.1f} MB in {DEMO}")
+
+
+if __name__ == "__main__":
+    main()
