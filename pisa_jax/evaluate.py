@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pisa_jax import __version__, measures, report
-from pisa_jax.images import read_picture
+from pisa_jax.images import read_rgb8
 from pisa_jax.metrics import matlab_bicubic
 from pisa_jax.pairing import Item, pair_files
 from pisa_jax.sheet import contact_sheet
@@ -39,11 +39,6 @@ class Measured(NamedTuple):
     methods: dict[str, dict[str, dict[str, float]]]
     problems: dict[str, str]
     sheet: dict[str, np.ndarray]
-
-
-def read_rgb8(path: Path) -> np.ndarray:
-    """A picture file as published numbers see it: 8-bit RGB, (h, w, 3); alpha is left out."""
-    return np.rint(np.clip(read_picture(path).rgb, 0, 1) * 255).astype(np.uint8)
 
 
 def label_of(pair: Pair) -> str:
