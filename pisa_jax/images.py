@@ -8,12 +8,10 @@ clipped, and `finish` adds what was clipped to its result. Profiles that are not
 are converted to sRGB for good.
 """
 
-import contextlib
 import dataclasses
 import io
 import os
 import struct
-import uuid
 import warnings
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
 from pisa_jax import decoders, icc
+from pisa_jax.atomic import whole_file
 from pisa_jax.decoders import ImageError
 from pisa_jax.encoders import encode
 
@@ -212,14 +211,8 @@ def write_picture(path: str | os.PathLike, picture: Picture, quality: int = 95) 
         data = encode(_samples(picture, picture.bits), kind, quality, picture.exif, picture.icc)
     except (ValueError, OSError, struct.error, cv2.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write_bytes(data)
     return notes
 
 

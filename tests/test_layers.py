@@ -7,7 +7,7 @@ from conftest import ROOT
 
 # Modules import from lower levels only; the first imports nothing of the project.
 LEVELS = [
-    "color config encoders icc kernels losses metrics ops sharding sheet sources tiling trees weights",
+    "atomic color config encoders icc kernels losses metrics ops sharding sheet sources tiling trees weights",
     "backbone checkpoint convert data decoders degradation lora lpips tfds_files",
     "images measures model prepare pretrained",
     "inference objective pairing random_model report",
