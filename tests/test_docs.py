@@ -186,10 +186,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Programs that the tests here share, as with infer.py's own cache."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    options["jax_persistent_cache_min_compile_time_secs"] = 0.1
-    before = {name: getattr(jax.config, name) for name in options}
+    """Programs compiled in haste and shared by the tests here."""
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: jax.config.values[name] for name in options}
     for values in (options, before):
         for name, value in values.items():
             jax.config.update(name, value)
