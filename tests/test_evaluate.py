@@ -216,6 +216,11 @@ def test_reports_that_cannot_be_written_leave_what_was_there(tmp_path, folders, 
     assert sorted(path.name for path in out.parent.iterdir()) == ["o.json", "p.png"]
 
 
+def test_lpips_is_the_published_one_under_its_precise_name():
+    names = evaluate.choose_metrics(evaluate.parser().parse_args(["--metrics", "LPIPS, psnr,lpips-alex"]))
+    assert names == ["lpips-alex", "psnr"]
+
+
 def test_nothing_to_plot_is_told(tmp_path, folders, capsys):
     sr, gt = folders  # too small for NIQE
     assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,niqe", "--plot", tmp_path / "p.png") == 1
