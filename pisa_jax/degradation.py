@@ -311,13 +311,8 @@ def _add_noise(image: Image, rng: np.random.Generator, step: DegradationRound, p
     return poisson_noise(image, rng.uniform(*step.poisson_scale), gray, rng)
 
 
-def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> Image:
-    """A degraded copy of `gt` (float32 HWC in [0, 1]) at the same size, every value some k / 255.
-
-    blur - resize - noise - JPEG, then the same at about 1 / scale of the size with a sinc filter before or after the
-    JPEG, then back to full size by a random interpolation (Real-ESRGAN, figure 2; PiSA-SR, training details).
-    Raises ValueError for another type or shape, or a side below 8.
-    """
+def _reduced(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams) -> Image:
+    """All of `degrade` but the way back to full size: 1 / scale of the size of `gt`, not rounded, may leave [0, 1]."""
     if gt.dtype != np.float32 or gt.ndim != 3 or gt.shape[2] != 3 or min(gt.shape[:2]) < MIN_SIDE:
         raise ValueError(
             f"cannot degrade {gt.dtype} {gt.shape}: give float32 (height, width, 3) in [0, 1], no side below {MIN_SIDE}"
@@ -345,5 +340,22 @@ def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams 
         image = filter2d(image, sinc_kernel(int(rng.choice(params.kernel_sizes)), rng.uniform(np.pi / 3, np.pi)))
     if not jpeg_first:
         image = jpeg(np.clip(image, 0, 1), quality)
-    image = resize(image, (height, width), _random_mode(rng))
+    return image
+
+
+def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> Image:
+    """A degraded copy of `gt` (float32 HWC in [0, 1]) at the same size, every value some k / 255.
+
+    blur - resize - noise - JPEG, then the same at about 1 / scale of the size with a sinc filter before or after the
+    JPEG, then back to full size by a random interpolation (Real-ESRGAN, figure 2; PiSA-SR, training details).
+    Raises ValueError for another type or shape, or a side below 8.
+    """
+    image = resize(_reduced(gt, rng, params), gt.shape[:2], _random_mode(rng))
     return cv2.LUT(_to_levels(image), _LEVELS)
+
+
+def degrade_and_reduce(
+    gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR
+) -> UInt8[np.ndarray, "h w 3"]:
+    """What `degrade` enlarges again, for the same rng: the picture of floor(side / scale) pixels, in 8 bit."""
+    return _to_levels(_reduced(gt, rng, params))

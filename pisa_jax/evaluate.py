@@ -1,7 +1,7 @@
 """Measure results, or upscale and measure: `python -m pisa_jax.evaluate --sr DIR --gt DIR --metrics psnr,ssim`.
 
 With --model and --lq the pictures are made first, at every pair of --scales. Results are paired with ground truths by
-file name: equal stems, else stems that are equal without marks such as _x4, _LR4, _SR.
+file name: equal names, else equal stems, else stems that are equal without marks such as _x4, _LR4, _SR.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pisa_jax import __version__, measures, report
-from pisa_jax.images import read_picture
+from pisa_jax.atomic import whole_file
+from pisa_jax.images import WRITABLE, from_pil, read_rgb8, write_picture
 from pisa_jax.metrics import matlab_bicubic
 from pisa_jax.pairing import Item, pair_files
 from pisa_jax.sheet import contact_sheet
@@ -30,7 +31,8 @@ Pair = tuple[float, float]
 # An RGB uint8 picture and (pix, sem) pairs -> the enlarged picture at each pair.
 Upscale = Callable[[np.ndarray, Sequence[Pair]], list[np.ndarray]]
 
-BICUBIC = "bicubic"
+# Endings of --plot and --sheet.
+DRAWINGS = {"plot": (".png", ".svg", ".pdf"), "sheet": tuple(WRITABLE)}
 
 
 class Measured(NamedTuple):
@@ -39,11 +41,6 @@ class Measured(NamedTuple):
     methods: dict[str, dict[str, dict[str, float]]]
     problems: dict[str, str]
     sheet: dict[str, np.ndarray]
-
-
-def read_rgb8(path: Path) -> np.ndarray:
-    """A picture file as published numbers see it: 8-bit RGB, (h, w, 3); alpha is left out."""
-    return np.rint(np.clip(read_picture(path).rgb, 0, 1) * 255).astype(np.uint8)
 
 
 def label_of(pair: Pair) -> str:
@@ -58,7 +55,7 @@ def produce(item: Item, scale: float, pairs: Sequence[Pair], upscale: Upscale | 
         lq = read_rgb8(item.lq)
         if upscale:
             results |= dict(zip(map(label_of, pairs), upscale(lq, pairs), strict=True))
-        results[BICUBIC] = matlab_bicubic(lq, scale)
+        results[report.REFERENCE] = matlab_bicubic(lq, scale)
     return results
 
 
@@ -124,7 +121,7 @@ def save_sheet(pictures: dict[str, np.ndarray], pairs: Sequence[Pair], path: Pat
     order = [label_of(pair) for pair in sorted(pairs)]
     order += [label for label in pictures if label not in order]
     cells = [(label, Image.fromarray(pictures[label])) for label in order]
-    contact_sheet(cells, columns=columns or len(cells)).save(path)
+    write_picture(path, from_pil(contact_sheet(cells, columns=columns or len(cells))))
 
 
 def _numbers(text: str, counts: Sequence[int], least: float, kind: type) -> list:
@@ -159,8 +156,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m pisa_jax.evaluate",
         description="Image quality as this field publishes it, of results or of a model over a grid of scales.",
-        epilog=f"Metrics: {', '.join(measures.METRICS)}. dists, clipiqa, musiq, maniqa-pipal and fid are computed by "
-        "pyiqa: pip install -e '.[metrics]'. Exit code: 0 all measured, 1 something was not (it is named), 2 usage.",
+        epilog=f"Metrics: {', '.join(measures.METRICS)}; lpips is lpips-alex. dists, clipiqa, musiq, maniqa-pipal and "
+        "fid are computed by pyiqa: pip install -e '.[metrics]'. Exit code: 0 all measured, 1 something was not (it is "
+        "named), 2 usage.",
         allow_abbrev=False,
     )
     add = p.add_argument
@@ -195,7 +193,8 @@ def parser() -> argparse.ArgumentParser:
 def choose_metrics(args: argparse.Namespace) -> list[str]:
     """--metrics, or what can be measured with what is given."""
     if args.metrics:
-        return list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
+        names = [name.strip().lower() for name in args.metrics.split(",") if name.strip()]
+        return list(dict.fromkeys(measures.ALIASES.get(name, name) for name in names))
     if not args.gt:
         return ["niqe"]
     given = [name for name, source in (("lpips-alex", args.lpips_alex), ("lpips-vgg", args.lpips_vgg)) if source]
@@ -220,11 +219,15 @@ def usage_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
         return f"{', '.join(n for n in names if measures.METRICS[n].needs_gt)} compare with ground truths: give --gt"
     for name, source in sources.items():
         if name in names and not source:
-            return f"{name} needs the weights of its backbone: --{name} FILE"
+            return f"{name} needs the weights of its backbone: --{name} FILE, a state dict of torchvision's"
     if "fid" in names and not (args.sr and args.sr.is_dir() and args.gt.is_dir()):
         return "fid compares two folders: give --sr and --gt as folders"
     if lost:
         return f"the folder of {lost[0]} does not exist"
+    for name, endings in DRAWINGS.items():
+        path = getattr(args, name)
+        if path and path.suffix.lower() not in endings:
+            return f"--{name} {path} cannot be written: use a name ending in one of {' '.join(endings)}"
     if args.plot and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install -e '.[plot]'"
     if args.plot and not (set(names) & set(measures.FIDELITY) and set(names) - set(measures.FIDELITY)):
@@ -255,7 +258,10 @@ def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     if args.lq:
         settings["scale"] = args.scale
     if args.model:
-        settings |= {key: getattr(args, key) for key in ("model", "adapters", "scales", "dtype", "seed")}
+        from pisa_jax.inference import default_dtype
+
+        settings |= {key: getattr(args, key) for key in ("model", "adapters", "scales", "seed")}
+        settings["dtype"] = args.dtype or default_dtype()
     return settings
 
 
@@ -287,16 +293,18 @@ def write_reports(args: argparse.Namespace, names: list[str], measured: Measured
     settings = settings_of(args, names)
     conditions = "; ".join(settings["metrics"].values()) + "."
     print(report.mean_table(methods, means, names), conditions, sep="\n\n")
-    if args.json:
-        text = json.dumps(report.as_json(methods, means, settings, problems), indent=1, allow_nan=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
-    if args.csv:
-        args.csv.write_text(report.as_csv(methods, means, names), encoding="utf-8")
-    if args.markdown:
-        text = report.as_markdown(methods, means, names, conditions, problems)
-        args.markdown.write_text(text, encoding="utf-8")
+    as_json = json.dumps(report.as_json(methods, means, settings, problems), indent=1, allow_nan=False) + "\n"
+    for path, text in (
+        (args.json, as_json),
+        (args.csv, report.as_csv(methods, means, names)),
+        (args.markdown, report.as_markdown(methods, means, names, conditions, problems)),
+    ):
+        if path:
+            with whole_file(path) as file:
+                file.write_text(text, encoding="utf-8")
     if args.plot:
-        report.plot(means, names, args.plot)
+        with whole_file(args.plot) as file:
+            report.plot(means, names, file)
     if args.sheet and measured.sheet:
         save_sheet(measured.sheet, args.scales, args.sheet)
 
@@ -334,11 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole_set = {"sr": measure_folders(args, measured.problems)} if "fid" in names else {}
     for name, text in measured.problems.items():
         print(f"{name}: {text}", file=sys.stderr)
+    written = True
     if measured.methods:
-        write_reports(args, names, measured, whole_set)
+        try:
+            write_reports(args, names, measured, whole_set)
+        except (OSError, ValueError) as error:
+            written = False
+            print(f"evaluate: {error}", file=sys.stderr)
     counted = f"{len(measured.problems)} with problems" if measured.problems else "no problems"
     print(f"{len(items)} pictures paired, {counted}", file=sys.stderr)
-    return 1 if measured.problems or not measured.methods else 0
+    return 0 if measured.methods and written and not measured.problems else 1
 
 
 if __name__ == "__main__":

@@ -8,22 +8,21 @@ clipped, and `finish` adds what was clipped to its result. Profiles that are not
 are converted to sRGB for good.
 """
 
-import contextlib
 import dataclasses
 import io
 import os
 import struct
-import uuid
 import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
 from pisa_jax import decoders, icc
+from pisa_jax.atomic import whole_file
 from pisa_jax.decoders import ImageError
 from pisa_jax.encoders import encode
 
@@ -80,6 +79,11 @@ def read_picture(path: str | os.PathLike) -> Picture:
         raise
     except Exception as error:  # decoders raise anything on damaged data
         raise ImageError(f"{path} is damaged: {error}") from error
+
+
+def read_rgb8(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture file as published figures see it, in 8 bit and without alpha; raises as `read_picture` does."""
+    return _quantized(read_picture(path).rgb, 8)
 
 
 def from_pil(image: Image.Image) -> Picture:
@@ -207,14 +211,8 @@ def write_picture(path: str | os.PathLike, picture: Picture, quality: int = 95) 
         data = encode(_samples(picture, picture.bits), kind, quality, picture.exif, picture.icc)
     except (ValueError, OSError, struct.error, cv2.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write_bytes(data)
     return notes
 
 

@@ -45,14 +45,15 @@ METRICS: Mapping[str, Metric] = {
 }
 BACKBONES = {"lpips-alex": "alex", "lpips-vgg": "vgg", "perceptual": "squeeze"}
 FIDELITY = ("psnr", "ssim")
+# What pyiqa and published tables call LPIPS is the AlexNet one.
+ALIASES = {"lpips": "lpips-alex"}
 
 
 def check_names(names: Sequence[str]) -> None:
     """ValueError for a metric that is not there."""
     for name in names:
         if name not in METRICS:
-            hint = "; lpips-alex is the published one" if name == "lpips" else suggest(name, METRICS)
-            raise ValueError(f"unknown metric {name!r}: use {', '.join(METRICS)}{hint}")
+            raise ValueError(f"unknown metric {name!r}: use {', '.join(METRICS)}{suggest(name, METRICS)}")
 
 
 def require_pyiqa(names: Sequence[str]) -> None:

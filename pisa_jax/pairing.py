@@ -41,18 +41,23 @@ def bare_stem(path: Path) -> str:
     return _TAIL.sub("", path.stem) or path.stem
 
 
+def _keys(path: Path) -> tuple[str, str, str]:
+    """What files are matched by, one after the other."""
+    return path.name, path.stem, bare_stem(path)
+
+
 def _index(files: Sequence[Path]) -> list[dict[str, list[Path]]]:
-    """The files by stem, and by bare stem."""
-    by_stem, by_bare = defaultdict(list), defaultdict(list)
+    """The files by each of `_keys`."""
+    index = [defaultdict(list) for _ in _keys(Path())]
     for path in files:
-        by_stem[path.stem].append(path)
-        by_bare[bare_stem(path)].append(path)
-    return [by_stem, by_bare]
+        for known, key in zip(index, _keys(path), strict=True):
+            known[key].append(path)
+    return index
 
 
 def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
-    """The file of the same stem, or of the same bare stem if that is unique; else what is wrong."""
-    for key, files in zip((path.stem, bare_stem(path)), index, strict=True):
+    """The one file that shares the first of `_keys` that any file shares; else what is wrong."""
+    for key, files in zip(_keys(path), index, strict=True):
         found = files.get(key, ())
         if len(found) == 1:
             return found[0]
@@ -64,9 +69,9 @@ def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
 def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[Item], dict[str, str]]:
     """Items to measure and, by file name, what could not be paired.
 
-    The pictures of `sr`, or of `lq` without it, are looked up in the other folders: first by equal stem, then by equal
-    `bare_stem`. Two single files always belong together. A ground truth that nothing belongs to is reported too: the
-    average would silently leave it out.
+    The pictures of `sr`, or of `lq` without it, are looked up in the other folders: by equal file name, else by equal
+    stem, else by equal `bare_stem`. Two single files always belong together. A ground truth that nothing belongs to is
+    reported too: the average would silently leave it out.
     """
     leaders = list_pictures(sr or lq)
     others = {name: list_pictures(path) for name, path in (("gt", gt), ("lq", lq if sr else None)) if path}

@@ -12,6 +12,9 @@ from typing import Any
 
 from pisa_jax.measures import FIDELITY, METRICS
 
+# Not a contestant: it wins PSNR against most models and would hide which of their settings is best.
+REFERENCE = "bicubic"
+
 Values = Mapping[str, Mapping[str, float]]
 Methods = Mapping[str, Values]
 
@@ -24,8 +27,8 @@ def mean(values: Values) -> dict[str, float]:
 
 
 def best(means: Mapping[str, Mapping[str, float]], metric: str) -> str | None:
-    """The label with the best mean of a metric (the first of equals); None without any value."""
-    having = {label: row[metric] for label, row in means.items() if metric in row}
+    """The label with the best mean of a metric (the first of equals), less REFERENCE; None without any value."""
+    having = {label: row[metric] for label, row in means.items() if metric in row and label != REFERENCE}
     if not having:
         return None
     return (max if METRICS[metric].higher_is_better else min)(having, key=having.get)
@@ -83,8 +86,9 @@ def _header(metrics: Sequence[str]) -> list[str]:
 
 
 def mean_table(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
-    """Markdown: one row per method, the best mean of each metric bold if there are several."""
-    winners = {metric: best(means, metric) for metric in metrics} if len(methods) > 1 else {}
+    """Markdown: one row per method, the best mean of each metric bold if several contend."""
+    contend = len(methods.keys() - {REFERENCE}) > 1
+    winners = {metric: best(means, metric) for metric in metrics} if contend else {}
     rows = []
     for label, values in methods.items():
         cells = [_cell(m, means[label].get(m)) for m in metrics]
@@ -119,18 +123,16 @@ def plot(means: Mapping[str, Mapping[str, float]], metrics: Sequence[str], path:
     ValueError where there is nothing to plot, ImportError without matplotlib.
     """
     across = next((m for m in FIDELITY if m in metrics), None)
-    panels = [m for m in metrics if m not in FIDELITY]
-    if across is None or not panels:
-        raise ValueError("a plot needs psnr or ssim and at least one perceptual metric in --metrics")
+    panels = {m: _points(means, across, m) for m in metrics if m not in FIDELITY}
+    panels = {m: points for m, points in panels.items() if points}
+    if not panels:
+        raise ValueError("a plot needs finite values of psnr or ssim and of at least one perceptual metric")
     # The figure class alone: pyplot would look for a display and keep the figure alive.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(panels), 4.8), layout="constrained")
-    for axes, up in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        points = {k: (row[across], row[up]) for k, row in means.items() if across in row and up in row}
+    for axes, (up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.scatter(*zip(*points.values(), strict=True), zorder=2)
-        for label, point in points.items():
-            axes.annotate(label, point, textcoords="offset points", xytext=(6, 5), fontsize=8)
         for metric, marker in ((across, ">"), (up, "^")):
             winner = best(means, metric)
             if winner in points:
@@ -142,5 +144,28 @@ def plot(means: Mapping[str, Mapping[str, float]], metrics: Sequence[str], path:
             axes.invert_yaxis()
         axes.margins(0.15)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.draw_without_rendering()  # settles where points lie on the page
+    for axes, points in zip(figure.axes, panels.values(), strict=True):
+        _label_points(axes, points)
     figure.savefig(path, dpi=120)
+
+
+def _points(means: Mapping[str, Mapping[str, float]], across: str | None, up: str) -> dict[str, tuple[float, float]]:
+    points = {label: (row[across], row[up]) for label, row in means.items() if across in row and up in row}
+    return {label: point for label, point in points.items() if all(map(math.isfinite, point))}
+
+
+def _label_points(axes: Any, points: Mapping[str, tuple[float, float]], width: float = 90, height: float = 11) -> None:
+    """Labels right above their points, pushed up until none covers another; sizes in typographic points."""
+    to_page = 72 / axes.figure.dpi
+    places = {label: axes.transData.transform(point) * to_page for label, point in points.items()}
+    taken = []
+    for label, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        top = y + 5
+        while blocking := [at for left, at in taken if abs(left - x) < width and abs(at - top) < height]:
+            top = max(blocking) + height + 1
+        taken.append((x, top))
+        axes.annotate(label, points[label], textcoords="offset points", xytext=(8, top - y), fontsize=8,
+                      arrowprops={"arrowstyle": "-", "color": "0.7", "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip

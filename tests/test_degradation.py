@@ -16,6 +16,7 @@ from pisa_jax.degradation import (
     PISA_SR,
     DegradationParams,
     degrade,
+    degrade_and_reduce,
     gaussian_noise,
     jpeg,
     poisson_noise,
@@ -268,6 +269,16 @@ def test_any_size_gives_8_bit_values_of_the_same_size(shape):
         assert lq.max() <= 1
         np.testing.assert_array_equal(lq, np.rint(lq * 255) / np.float32(255))
     np.testing.assert_array_equal(gt, before)
+
+
+def test_the_reduced_picture_is_the_one_that_degrade_enlarges():
+    # Away from black and white, where rounding the reduced picture would also clip it.
+    gt = 0.35 + 0.3 * np.random.default_rng(8).random((62, 97, 3), np.float32)
+    for seed in range(12):
+        small, full = (made(gt, np.random.default_rng(seed)) for made in (degrade_and_reduce, degrade))
+        assert (small.shape, small.dtype) == ((15, 24, 3), np.uint8)
+        enlarged = [resize(small / np.float32(255), (62, 97), mode) for mode in MODES]
+        assert min(np.abs(image - full).max() for image in enlarged) < 1.6 / 255
 
 
 def test_same_seed_same_bytes_whatever_the_threads():

@@ -3,6 +3,7 @@
 import csv
 import functools
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -12,6 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import golden, shared_data
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from pisa_jax import evaluate, measures, metrics, report
@@ -36,6 +39,14 @@ def write(folder, **images):
     for name, image in images.items():
         Image.fromarray(image).save(folder / f"{name}.png")
     return folder
+
+
+def write_old(folder, *names):
+    """Files of an earlier run."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("old")
+    return [folder / name for name in names]
 
 
 @pytest.fixture
@@ -77,7 +88,7 @@ def test_set5_bicubic_from_the_command_line(capsys):
 def test_json_csv_and_markdown_say_the_same(tmp_path, folders):
     sr, gt = folders
     files = [tmp_path / name for name in ("o.json", "o.csv", "o.md")]
-    assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,perceptual", "--color", "rgb",
+    assert run("--sr", sr, "--gt", gt, "--metrics", "PSNR,perceptual", "--color", "rgb",
                "--json", files[0], "--csv", files[1], "--markdown", files[2]) == 0  # fmt: skip
     result = json.loads(files[0].read_text())
     assert result.keys() == {"per_image", "mean", "settings"}
@@ -157,7 +168,7 @@ def test_nothing_to_measure_is_a_failure(tmp_path, folders, capsys):
         ("", "give --sr"),
         ("--sr . --metrics psnr", "psnr compare with ground truths: give --gt"),
         ("--sr . --gt . --metrics pnsr", "unknown metric 'pnsr'.*did you mean 'psnr'"),
-        ("--sr . --gt . --metrics lpips", "lpips-alex is the published one"),
+        ("--sr . --gt . --metrics LPIPS", "lpips-alex needs the weights of its backbone: --lpips-alex FILE"),
         ("--sr . --gt . --metrics lpips-vgg", "--lpips-vgg FILE"),
         ("--sr . --gt . --metrics ,", "--metrics is empty"),
         ("--sr . --model m", "--model makes the results from --lq"),
@@ -168,6 +179,8 @@ def test_nothing_to_measure_is_a_failure(tmp_path, folders, capsys):
         ("--sr . --gt . --crop-border -1", "'-1' is not a number of at least 0"),
         ("--lq . --scales 1,2,3", "'1,2,3' is not PIX,SEM"),
         ("--sr . --gt . --metrics psnr,ssim --plot p.png", "--plot needs psnr or ssim and one other metric"),
+        ("--sr . --gt . --plot p.bmp", "--plot p.bmp cannot be written: use a name ending in one of .png .svg .pdf"),
+        ("--sr . --gt . --sheet s", "--sheet s cannot be written: use a name ending in one of .png .jpg"),
     ],
 )
 def test_wrong_usage_says_what_is_wrong_and_exits_with_2(arguments, message, capsys):
@@ -183,6 +196,36 @@ def test_no_matplotlib_is_told_before_measuring(monkeypatch, folders, capsys):
         run("--sr", folders[0], "--gt", folders[1], "--plot", "p.png")
     assert stopped.value.code == 2
     assert "pip install -e '.[plot]'" in capsys.readouterr().err
+
+
+def test_reports_that_cannot_be_written_leave_what_was_there(tmp_path, folders, monkeypatch, capsys):
+    sr, gt = folders
+    out, plot = write_old(tmp_path / "reports", "o.json", "p.png")
+
+    def full_disk(means, names, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "plot", full_disk)
+    assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,perceptual", "--json", out, "--plot", plot) == 1
+    output = capsys.readouterr()
+    assert "| sr | 2 |" in output.out
+    assert "No space left on device" in output.err
+    assert json.loads(out.read_text())["per_image"].keys() == {"a.png", "b.png"}
+    assert plot.read_text() == "old"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["o.json", "p.png"]
+
+
+def test_lpips_is_the_published_one_under_its_precise_name():
+    names = evaluate.choose_metrics(evaluate.parser().parse_args(["--metrics", "LPIPS, psnr,lpips-alex"]))
+    assert names == ["lpips-alex", "psnr"]
+
+
+def test_nothing_to_plot_is_told(tmp_path, folders, capsys):
+    sr, gt = folders  # too small for NIQE
+    assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,niqe", "--plot", tmp_path / "p.png") == 1
+    assert "a plot needs finite values of psnr or ssim" in capsys.readouterr().err
+    assert not (tmp_path / "p.png").exists()
 
 
 # --- pairing ----------------------------------------------------------------------------------------------------------
@@ -202,6 +245,16 @@ def test_pairs_by_stem_then_without_marks(tmp_path):
         "img_1.png": ("img_1", "img_1"),
         "img_10.png": ("img_10", "img_10"),
     }
+
+
+def test_equal_file_names_belong_together_whatever_else_is_there(tmp_path):
+    dot = np.zeros((4, 4, 3), np.uint8)
+    sr, gt = write(tmp_path / "sr", a=dot), write(tmp_path / "gt", a=dot)
+    for folder in (sr, gt):
+        Image.fromarray(dot).save(folder / "a.tiff")
+    items, problems = pair_files(sr, gt, None)
+    assert problems == {}
+    assert {item.name: item.gt.name for item in items} == {"a.png": "a.png", "a.tiff": "a.tiff"}
 
 
 def test_doubtful_pairs_are_not_guessed(tmp_path):
@@ -405,3 +458,27 @@ def test_best_knows_which_way_is_up():
     assert report.best(means, "psnr") == "x"
     assert report.best(means, "niqe") == "y"
     assert report.best(means, "musiq") is None
+
+
+def test_bicubic_does_not_contend():
+    methods = {"x": {"a": {"psnr": 30.0}}, "y": {"a": {"psnr": 29.0}}, "bicubic": {"a": {"psnr": 31.0}}}
+    means = report.means_of(methods, {})
+    assert report.best(means, "psnr") == "x"
+    table = report.mean_table(methods, means, ["psnr"])
+    assert "| **30.00** |" in table
+    assert "| 31.00 |" in table
+    del methods["x"]  # the one that is left wins nothing
+    assert "**" not in report.mean_table(methods, means, ["psnr"])
+
+
+def test_labels_of_a_plot_do_not_cover_each_other():
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    axes.set(xlim=(10, 30), ylim=(0, 10))
+    points = {f"pix {i} sem {j}": (12 + 0.1 * i, 5 + 0.1 * j) for i in range(3) for j in range(3)}
+    report._label_points(axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
+    assert [text.xy for text in axes.texts] == [points[text.get_text()] for text in axes.texts]
+    assert len(boxes) == 9
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

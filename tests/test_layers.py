@@ -7,11 +7,11 @@ from conftest import ROOT
 
 # Modules import from lower levels only; the first imports nothing of the project.
 LEVELS = [
-    "color config encoders icc kernels losses metrics ops sharding sheet sources tiling trees weights",
+    "atomic color config encoders icc kernels losses metrics ops sharding sheet sources tiling trees weights",
     "backbone checkpoint convert data decoders degradation lora lpips tfds_files",
     "images measures model prepare pretrained",
     "inference objective pairing random_model report",
-    "evaluate files watch",
+    "degrade evaluate files watch",
     "training",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
@@ -58,7 +58,7 @@ def test_each_heavy_library_has_one_door():
             assert not found or path.stem in allowed, f"{path.stem} imports {library}"
 
 
-@pytest.mark.parametrize("module", ["config", "images", "degradation", "data", "weights", "sources"])
+@pytest.mark.parametrize("module", ["config", "images", "degradation", "data", "degrade", "weights", "sources"])
 def test_no_jax_where_it_is_not_needed(module):
     """Data workers and `--help` start without it."""
     seen, waiting = set(), [module]
