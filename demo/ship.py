@@ -3,6 +3,7 @@
     python demo/ship.py --model runs/demo/model --adapters runs/demo/adapters/adapters.safetensors --data TRAIN
 
 The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
+What they were made from goes to tests/data/demo.
 """
 
 import argparse
@@ -19,18 +20,22 @@ from pisa_jax.images import read_rgb8
 from pisa_jax.pretrained import DEMO
 
 SAMPLE_SEED = 3
+TRUTHS = Path(__file__).parents[1] / "tests" / "data" / "demo"
 
 
-def write_samples(photos: Path, out: Path) -> None:
-    """The four samples: the middle of each picture, at most 640 x 512, degraded and reduced."""
-    out.mkdir(parents=True)
-    for index, name in enumerate(HELD_OUT):
-        picture = read_rgb8(photos / f"{name}.jpg")
+def write_samples(photos: Path, out: Path, truths: Path) -> None:
+    """The samples and their ground truths: the middle of each picture, at most 640 x 512."""
+    for folder in (out, truths):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for index, held_out in enumerate(HELD_OUT):
+        picture, name = read_rgb8(photos / f"{held_out}.jpg"), held_out.removeprefix("budgie_")
         height, width = 512, min(640, picture.shape[1] // 4 * 4)
         y, x = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-        crop = np.float32(picture[y : y + height, x : x + width]) / 255
-        lq = degrade_and_reduce(crop, np.random.default_rng((SAMPLE_SEED, index)))
-        Image.fromarray(lq).save(out / f"{name.removeprefix('budgie_')}.png")
+        crop = picture[y : y + height, x : x + width]
+        lq = degrade_and_reduce(np.float32(crop) / 255, np.random.default_rng((SAMPLE_SEED, index)))
+        Image.fromarray(lq).save(out / f"{name}.png")
+        Image.fromarray(crop).save(truths / f"{name}.jpg", quality=95, subsampling=0)
 
 
 def main() -> None:
@@ -44,7 +49,7 @@ def main() -> None:
     shutil.copytree(args.model, DEMO)
     adapters = convert.load_adapters(args.adapters)
     convert.save_adapters(DEMO / "adapters.safetensors", adapters._replace(base_model="demo"), "float16")
-    write_samples(args.data / "photos", DEMO / "samples")
+    write_samples(args.data / "photos", DEMO / "samples", TRUTHS)
     size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {DEMO}")
 

@@ -33,6 +33,8 @@ Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # Consecutive unreadable draws that stop a worker: at a bad share of 10 % this happens once in 1e10 records by chance.
 MAX_FAILURES = 10
+# Samples of a run, more than any run takes: grain's own endless `repeat()` overflows where batches hold one sample.
+ENDLESS = 2**40
 
 
 class Sample(NamedTuple):
@@ -300,7 +302,8 @@ def make_loader(
     )
     # random_map comes after repeat and before the split over processes: its rng is then a function of the seed and the
     # global position alone, never shared by two samples.
-    samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(sample)
+    epochs = -(-ENDLESS // len(source))
+    samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs).random_map(sample)
     return Loader(
         samples.batch(batch_size, batch_fn=_stack),
         shard=(process_index, process_count),

@@ -1,9 +1,19 @@
-"""Where the tests find their goldens and pictures."""
+"""Where the tests find their goldens and pictures, and what keeps them quick."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Many tests compile the same programs: one cache for all workers (which inherit it) and the processes they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pisa_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
@@ -26,3 +36,13 @@ def golden(relative: str) -> Path:
 def shared_data(relative: str) -> Path:
     """Path of a picture, or a folder of pictures, of the project's data set."""
     return _find(relative, DATA / "pictures", SHARED / "data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a whole suite would fill the memory of a small machine."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

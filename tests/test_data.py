@@ -168,6 +168,8 @@ def test_processes_share_an_epoch_and_their_batches_side_by_side_are_the_single_
     source = Coordinates(12)
     whole = take(loader(source, batch_size=4), 6)
     left, right = (take(loader(source, batch_size=2, process_index=i, process_count=2), 6) for i in (0, 1))
+    ones = [take(loader(source, batch_size=1, process_index=i, process_count=4), 1)[0] for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate([one["gt"] for one in ones]), whole[0]["gt"])
     assert_same(whole, [concatenated(pair) for pair in zip(left, right, strict=True)])
     shards = [set(concatenated(shard[:3])["path"]) for shard in (left, right)]
     assert not shards[0] & shards[1]

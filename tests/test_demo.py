@@ -1,0 +1,61 @@
+"""The model that ships with the package: what a first user sees, and that it does what it is for."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DATA, ROOT
+from PIL import Image
+from safetensors import safe_open
+
+from pisa_jax import measures, metrics
+from pisa_jax.pretrained import DEMO
+
+SAMPLES = sorted((DEMO / "samples").iterdir())
+PAIRS = ("p1_s0", "p1_s0.5", "p1_s1")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The folder in which `python infer.py` was run, and what it printed."""
+    folder = tmp_path_factory.mktemp("first")
+    done = subprocess.run([sys.executable, ROOT / "infer.py"], cwd=folder, capture_output=True, text=True, check=True)
+    return folder, done.stdout
+
+
+def test_infer_alone_upscales_the_samples_and_says_where(first_run):
+    folder, said = first_run
+    assert f"{len(SAMPLES)} ok of {len(SAMPLES)}" in said
+    assert "results in out" in said
+    expected = {f"{path.stem}_{name}.png" for path in SAMPLES for name in (*PAIRS, "grid")}
+    assert {path.name for path in (folder / "out").iterdir()} == expected
+    for path in SAMPLES:
+        with Image.open(path) as small, Image.open(folder / "out" / f"{path.stem}_p1_s1.png") as large:
+            assert large.size == (4 * small.width, 4 * small.height)
+
+
+def test_more_fidelity_than_bicubic_and_details_for_some_of_it(first_run):
+    """Means over the samples, whose originals no training has seen."""
+    perceptual = measures.build(["perceptual"])["perceptual"]
+    found = {name: [] for name in ("bicubic", *PAIRS)}
+    for path in SAMPLES:
+        truth = np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))
+        results = {name: Image.open(first_run[0] / "out" / f"{path.stem}_{name}.png") for name in PAIRS}
+        results["bicubic"] = metrics.matlab_bicubic(np.asarray(Image.open(path)), 4)
+        for name, image in results.items():
+            image = np.asarray(image)
+            found[name].append((metrics.psnr(image, truth), perceptual(image, truth)))
+    psnr, distance = ({name: np.mean(values, axis=0)[i] for name, values in found.items()} for i in (0, 1))
+    assert psnr["p1_s0"] > psnr["bicubic"] + 0.5
+    assert distance["bicubic"] > distance["p1_s0"] > distance["p1_s0.5"] > distance["p1_s1"]
+    assert psnr["p1_s0"] > psnr["p1_s1"]
+
+
+def test_weights_are_small_and_half_precision():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 20e6
+    files = sorted(DEMO.rglob("*.safetensors"))
+    assert len(files) == 4
+    for path in files:
+        with safe_open(path, "numpy") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
