@@ -36,7 +36,7 @@ def read(arguments: list[str]) -> tuple[Config, set[str]]:
 
 
 def main() -> int:
-    """The exit code: 0 trained, 1 failed, 2 wrong usage, 143 told to stop and saved."""
+    """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         config, switches = read(sys.argv[1:])
@@ -55,6 +55,9 @@ def main() -> int:
     except training.Stop as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         return 143
+    except KeyboardInterrupt:
+        print("train.py: interrupted; go on from the newest checkpoint with --resume", file=sys.stderr)
+        return 130
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,9 @@ from pisa_jax.objective import Frozen
 from pisa_jax.sheet import contact_sheet
 from pisa_jax.sources import folder_source, pair_source
 
+# Measurements that are shown on the terminal only where they are not 0.
+COUNTERS = ("skipped", "bad_streak")
+
 
 class Pair(NamedTuple):
     """A validation picture, uint8."""
@@ -66,20 +69,25 @@ def restore(
 
 
 def validate(
-    restore: Callable[[Float[Array, "1 h w 3"]], Float[Array, "2 h w 3"]], pairs: list[Pair], perceptual: Any
+    restore: Callable[[Float[Array, "1 h w 3"]], Float[Array, "2 h w 3"]],
+    pairs: list[Pair],
+    perceptual: Any,
+    stage: Stage,
 ) -> tuple[dict[str, float], Image.Image]:
-    """Mean PSNR and SSIM (of Y) and perceptual distance of the restored pictures, and a sheet of them.
+    """Mean l2, PSNR and SSIM (of Y) and perceptual distance of the restored pictures, and a sheet of them.
 
-    The sheet's rows are LQ, without the adapter, with it, GT.
+    The sheet's columns are LQ, without the adapter that trains (in the semantic stage: pix only), with it, GT.
     """
     rows, found = [], []
+    before, after = " + ".join(stage.frozen) or "no adapter", " + ".join([*stage.frozen, stage.adapter])
     for pair in pairs:
         without, restored = (to_uint8(image) for image in np.asarray(restore(to_float(pair.lq)[None])))
-        values = {"psnr": metrics.psnr(restored, pair.gt), "ssim": metrics.ssim(restored, pair.gt)}
+        values = {"l2": float(np.mean(np.square((np.float32(restored) - pair.gt) / 127.5)))}
+        values |= {"psnr": metrics.psnr(restored, pair.gt), "ssim": metrics.ssim(restored, pair.gt)}
         if perceptual is not None:
             values["perceptual"] = float(_distance(perceptual, to_float(restored)[None], to_float(pair.gt)[None])[0])
         found.append(values)
-        rows += [("LQ", pair.lq), ("without", without), ("with", restored), ("GT", pair.gt)]
+        rows += [("LQ", pair.lq), (before, without), (after, restored), ("GT", pair.gt)]
     sheet = contact_sheet([(label, Image.fromarray(image)) for label, image in rows], columns=4, longest=256)
     return {name: float(np.mean([values[name] for values in found])) for name in found[0]}, sheet
 
@@ -113,10 +121,17 @@ class Watch:
         """Write measurements, with pictures per second and the step's time, in all and of it for data."""
         now, steps = time.perf_counter(), max(step - self._step, 1)
         seconds = (now - self._since) / steps
-        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds, "data": self._waited / steps}
+        data = self._waited / steps
+        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
+        speed |= {"data": data, "compute": seconds - data}
         self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
+        told = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
+        told += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
         self._bar.update(step - self._step)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items() if "/" not in name})
+        self._bar.set_postfix_str(", ".join(told))
+        if self._bar.disable:  # no terminal: a log file gets lines
+            print(f"step {step}/{self._bar.total}: {', '.join(told)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

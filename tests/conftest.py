@@ -5,6 +5,12 @@ from pathlib import Path
 
 import pytest
 
+# Several devices for the tests of sharding. Most of the suite's time goes into compiling, so programs are not
+# optimised: the same operations, in half the time to compile.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 SHARED = Path(os.environ.get("PISA_JAX_SHARED", ROOT.parent / "shared"))
