@@ -1,10 +1,11 @@
 """What a run writes so that it can go on: orbax checkpoints, the config beside them, and the rules of its folder."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+        self._folder = folder.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -146,7 +148,7 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "progress": ocp.args.JsonSave(progress._asdict()),
         }
-        with _disk_errors(step, self.latest):
+        with _disk_errors(self._folder):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def progress(self) -> Progress:
@@ -164,27 +166,27 @@ class Checkpoints:
         """Whether all processes of the run have agreed to stop at this step because one was told to (SIGTERM)."""
         return self._manager.reached_preemption(step)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for what is being written."""
-        with _disk_errors(None, self.latest):
+        with _disk_errors(self._folder):
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end."""
+        self.wait()
         self._manager.close()
 
 
-class _disk_errors:
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Turns what orbax and tensorstore raise for a full or read-only disk into one sentence."""
-
-    def __init__(self, step: int | None, latest: int | None):
-        self.step, self.latest = step, latest
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError | ValueError | RuntimeError):
-            what = "the last checkpoint" if self.step is None else f"checkpoint {self.step}"
-            intact = "none is there yet" if self.latest is None else f"checkpoint {self.latest} is intact"
-            text = " ".join(str(error).split())[:300]
-            raise OSError(
-                f"{what} could not be written ({intact}); free space and go on with --resume: {text}"
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # A checkpoint gets its number as its name when it is complete; the manager counts the broken one, too.
+        complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+        intact = f"checkpoint {max(complete)} is intact" if complete else "none is there yet"
+        text = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"a checkpoint could not be written ({intact}); free space and go on with --resume: {text}"
+        ) from error

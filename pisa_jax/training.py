@@ -140,9 +140,11 @@ def report(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> None:
     if run.watcher:
         run.watcher.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
     if values["bad_streak"] >= run.config.max_bad_steps:
+        latest = run.checkpoints.latest
+        intact = "No checkpoint was written yet" if latest is None else f"Checkpoint {latest} is intact"
         raise FloatingPointError(
             f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite. "
-            f"Checkpoint {run.checkpoints.latest} is intact; lower the learning rate, or use float32"
+            f"{intact}; lower the learning rate, or use float32"
         )
 
 

@@ -1,5 +1,7 @@
 """Watching a run: validation on fixed pictures, TensorBoard, and a progress line."""
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from pisa_jax import backbone as bb
@@ -109,7 +113,12 @@ class Watch:
     """Scalars and pictures to TensorBoard, and a line on the terminal; only one process of a run has one."""
 
     def __init__(self, folder: Path, batch_size: int, total: int, first: int):
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._folder.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
+        now = time.time()
+        self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"))
+        self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
@@ -136,19 +145,26 @@ class Watch:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write measurements as they are."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._write(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def sheet(self, step: int, image: Image.Image) -> None:
         """Write a picture."""
-        self._writer.add_image("validation", np.asarray(image), step, dataformats="HWC")
+        self._write(step, [summary.image("validation", np.asarray(image), dataformats="HWC")])
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        try:
+            for content in summaries:
+                self._file.write(Event(wall_time=time.time(), step=step, summary=content).SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._folder} cannot be written; free space and go on with --resume: {error}") from error
 
     def say(self, text: str) -> None:
         """A line of its own on the terminal."""
         tqdm.write(text)
 
     def close(self) -> None:
-        """Flush everything."""
+        """End the bar; the files are complete after every write."""
         self._bar.close()
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._file.close()

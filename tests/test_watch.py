@@ -1,5 +1,7 @@
 """What a run shows while it trains: scalars, sheets of pictures, validation figures, the progress line."""
 
+import resource
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +58,18 @@ def test_figures_are_means_over_the_pictures(folder):
     assert found["l2"] == pytest.approx(l2, rel=1e-5)
     assert set(found) == {"l2", "psnr", "ssim"}
     assert sheet.width > 4 * 32  # LQ, pix, pix + sem, GT
+
+
+def test_a_full_disk_is_told_and_nothing_waits_for_it(folder):
+    watcher = watch.Watch(folder, batch_size=6, total=40, first=10)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**9, before[1]))  # no file may grow beyond this
+    try:
+        with pytest.raises(OSError, match=r"tensorboard cannot be written; free space and go on with --resume: .*27"):
+            watcher.scalars(20, {f"pix/{index}": 1.0 for index in range(100)})
+        watcher.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_logged_can_be_read(folder, capsys):
