@@ -4,7 +4,15 @@
 
 A random decoder cannot draw, so the pictures are poor; but errors that adapters can lower must fall on pictures that no
 step has seen: in the pixel stage l2, in the semantic stage the perceptual distance. No CSD: a random teacher knows
-nothing. Hardware: 2 CPU cores, a few minutes. Expected: what `test_it_learns` asserts. Measured: LEARNT
+nothing. Hardware: 2 CPU cores, a few minutes. Expected: in the pixel stage l2 falls by a third, in the semantic stage
+the perceptual distance by a twentieth (`test_it_learns`). Measured on the first 6 pictures of Kodak24, trained on 352
+photographs, 2026-11-25:
+
+| step | l2 | PSNR | SqueezeNet distance |
+|---|---|---|---|
+| 0, no adapter | .4553 | 13.08 | 8.952 |
+| 400, pix | .2326 | 16.86 | 9.359 |
+| 700, pix + sem | .3878 | 13.57 | 8.284 |
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage, Validation

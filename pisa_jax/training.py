@@ -1,5 +1,6 @@
 """Training: one loop over a list of stages, from pictures to adapters."""
 
+import contextlib
 import functools
 import shutil
 import signal
@@ -78,19 +79,16 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
     total = sum(stage.steps for stage in config.stages)
     watcher = watch.Watch(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
     this = Run(config, folder, mesh, model, perceptual, loader, checkpoints, pairs, watcher, terminated)
-    try:
-        with jax.set_mesh(mesh):
-            index, trained, state = restore(this) if first else (0, {}, None)
-            for position in range(index, len(config.stages)):
-                state = train_stage(this, position, trained, state if position == index else None)
-                trained[config.stages[position].adapter] = jax.device_get(exported(state))
-                if jax.process_index() == 0:
-                    export(this, trained)
-    finally:
-        loader.close()
-        checkpoints.close()
-        if watcher:
-            watcher.close()
+    with contextlib.ExitStack() as closing:  # each, whatever the others raise
+        for opened in (watcher, checkpoints, loader) if watcher else (checkpoints, loader):
+            closing.callback(opened.close)
+        closing.enter_context(jax.set_mesh(mesh))
+        index, trained, state = restore(this) if first else (0, {}, None)
+        for position in range(index, len(config.stages)):
+            state = train_stage(this, position, trained, state if position == index else None)
+            trained[config.stages[position].adapter] = jax.device_get(exported(state))
+            if jax.process_index() == 0:
+                export(this, trained)
     return folder / ADAPTERS_FILE
 
 

@@ -22,7 +22,6 @@ from safetensors.numpy import load_file
 
 import train
 from pisa_jax import sharding, training
-from pisa_jax.checkpoint import Checkpoints
 from pisa_jax.objective import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device.
@@ -224,6 +223,11 @@ def wait_for(process, beginning):
         pytest.fail(f"ended before {beginning!r}: {process.communicate()[1]}")
 
 
+def complete(out):
+    """The steps of the complete checkpoints of a run."""
+    return {int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()}
+
+
 def ended(process, code=0):
     """The rest of what a process prints, and its errors."""
     out, errors = process.communicate(timeout=300)
@@ -251,7 +255,7 @@ def test_sigterm_saves_and_exits(whole, tmp_path, cache):
     wait_for(process, "step 2/502")
     process.send_signal(signal.SIGTERM)
     _, errors = ended(process, 143)
-    latest = Checkpoints(out).latest
+    (latest,) = complete(out)
     assert 2 <= latest < 500
     assert f"stopped and saved at step {latest} of 502; go on with --resume" in errors
 
@@ -270,10 +274,12 @@ def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whol
     """Two processes train the pixel stage, are killed, and the semantic stage is trained here."""
     processes = start_together(cache, tmp_path / "run")
     wait_for(processes[0], "step 2/4")
+    while not complete(tmp_path / "run") and processes[0].poll() is None:
+        time.sleep(0.05)  # the processes compile the next stage
     for process in processes:
         process.kill()
         process.communicate()
-    assert 0 < Checkpoints(tmp_path / "run").latest < 4
+    assert complete(tmp_path / "run") <= {1, 2}
     close_to(training.run(config(tmp_path / "run"), resume=True), whole)
 
 
@@ -308,6 +314,6 @@ def test_it_learns(tmp_path):
         {step: found[f"validation/{name}"][step].simple_value for step in (0, pix, pix + sem)}
         for name in ("l2", "psnr", "perceptual")
     )
-    assert l2[pix] < 0.8 * l2[0]
-    assert psnr[pix] > psnr[0] + 1
-    assert distance[pix + sem] < 0.97 * distance[pix]
+    assert l2[pix] < 0.67 * l2[0]
+    assert psnr[pix] > psnr[0] + 2
+    assert distance[pix + sem] < 0.95 * distance[pix]
