@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = ["--data.crop", "32", "--stages.0.steps", "20", "--stages.1.steps", "20", "--save-every", "1"]
+FIELDS = ["--data.crop", "32", "--stages.0.steps", "10", "--stages.1.steps", "10", "--save-every", "1"]
 
 
 def start(out: Path, cache: Path) -> subprocess.Popen:
