@@ -2,9 +2,9 @@
 
     python train.py configs/debug.py
 
-Hardware: any; under a minute of CPU time, nearly all of it compilation. Expected: runs/debug/adapters.safetensors, which
-`infer.py` takes together with runs/debug/model. Measured: 52 s of CPU time, 69 s on 2 cores that other programs used
-too (2026-11-25).
+Hardware: any; under a minute of CPU time, nearly all of it compilation. Expected: runs/debug/adapters.safetensors,
+which `infer.py` takes together with runs/debug/model. Measured: 52 s of CPU time, 69 s on 2 cores that other programs
+used too (2026-11-25).
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
