@@ -3,7 +3,8 @@
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
 Moments are uniform over the time that a whole run takes, from the start of the interpreter on: so they fall into
-imports, compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step.
+imports, compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step, and
+a run that has ended is followed by a new one until all kills are done.
 """
 
 import argparse
@@ -30,12 +31,14 @@ def start(out: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, *resume], env={**os.environ, **named}, stdout=subprocess.DEVNULL)
 
 
-def finish(out: Path, cache: Path) -> bytes:
-    """The adapters of the run, once it has ended by itself."""
-    code = start(out, cache).wait()
+def check(out: Path, code: int, expected: bytes | None = None) -> bytes:
+    """The adapters of a run that has ended; exits where it failed or they are not as expected."""
     if code:
-        sys.exit(f"the run ended with exit code {code}")
-    return (out / "adapters.safetensors").read_bytes()
+        sys.exit(f"the run in {out.name} ended with exit code {code}")
+    found = (out / "adapters.safetensors").read_bytes()
+    if expected not in (None, found):
+        sys.exit(f"the adapters of the run in {out.name} DIFFER from those of the run that nothing stopped")
+    return found
 
 
 def newest(out: Path) -> int:
@@ -53,25 +56,28 @@ def main() -> None:
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         out, cache = Path(folder) / "run", Path(folder) / "cache"
-        finish(Path(folder) / "first", cache)  # compiles
+        check(Path(folder) / "first", start(Path(folder) / "first", cache).wait())  # compiles
         begin = time.perf_counter()
-        expected = finish(Path(folder) / "whole", cache)
+        expected = check(Path(folder) / "whole", start(Path(folder) / "whole", cache).wait())
         typical = time.perf_counter() - begin
         print(f"a run that nothing stops takes {typical:.1f} s", flush=True)
-        for kill in range(args.kills):
+        kills, runs = 0, 0
+        while kills < args.kills:
             moment, before = draw.uniform(0, typical), newest(out)
             process = start(out, cache)
             try:
                 process.wait(moment)
-                ending = f"had ended by itself with exit code {process.returncode}"
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                ending = "killed"
-            print(f"{kill + 1:3d}: {ending} after {moment:5.1f} s, checkpoint {before} -> {newest(out)}", flush=True)
-        same = finish(out, cache) == expected
-    print(f"{args.kills} times kill -9: the adapters are {'bit-equal' if same else 'DIFFERENT'}")
-    sys.exit(not same)
+                kills += 1
+                print(f"kill {kills:2d} after {moment:5.1f} s, checkpoint {before} -> {newest(out)}", flush=True)
+                continue
+            check(out, process.returncode, expected)
+            runs += 1
+            out = Path(folder) / f"run{runs}"
+        check(out, start(out, cache).wait(), expected)
+    print(f"{args.kills} times kill -9 over {runs + 1} runs: the adapters of each are bit-equal")
 
 
 if __name__ == "__main__":
