@@ -3,8 +3,8 @@
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
 Moments are uniform over the time that a whole run takes, from the start of the interpreter on: so they fall into
-imports, compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step, and
-a run that has ended is followed by a new one until all kills are done.
+imports, compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step. A
+run that has ended is followed by a new one until all kills are done.
 """
 
 import argparse
