@@ -18,17 +18,20 @@ USAGE = """usage: python train.py CONFIG_FILE [--resume | --overwrite] [--FIELD 
 def read(arguments: list[str]) -> tuple[Config, set[str]]:
     """The config that a command line describes, and which of --resume and --overwrite it has.
 
-    Exits with a message where the line is wrong.
+    Raises ValueError where the line or the config file is wrong; tyro prints and exits by itself.
     """
     if not arguments or arguments[0].startswith("-"):
-        sys.exit(USAGE)
+        raise ValueError(f"no config file given\n{USAGE}")
     path = Path(arguments[0])
     if not path.is_file():
         known = ", ".join(sorted(map(str, Path("configs").glob("*.py")))) or "none here"
-        sys.exit(f"train.py: no config file {path}; known: {known}")
-    config = runpy.run_path(str(path)).get("config")
+        raise ValueError(f"no config file {path}; known: {known}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever the code in the file raises
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
-        sys.exit(f"train.py: {path} must define `config`, a pisa_jax.config.Config")
+        raise ValueError(f"{path} must define `config`, a pisa_jax.config.Config")
     switches = {"--resume", "--overwrite"}
     fields = [argument for argument in arguments[1:] if argument not in switches]
     changed = tyro.cli(Config, default=config, args=fields, prog=f"train.py {path}", description=USAGE)
@@ -36,11 +39,12 @@ def read(arguments: list[str]) -> tuple[Config, set[str]]:
 
 
 def main() -> int:
-    """The exit code: 0 trained, 1 failed, 2 wrong usage, 143 told to stop and saved."""
+    """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs, with its traceback, what it raises anyway
     try:
         config, switches = read(sys.argv[1:])
-    except ValueError as error:  # the checks of the dataclasses
+    except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -55,6 +59,9 @@ def main() -> int:
     except training.Stop as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         return 143
+    except KeyboardInterrupt:
+        print("train.py: interrupted; go on from the newest checkpoint with --resume", file=sys.stderr)
+        return 130
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=["sd21", "tiny"], default="sd21")
+    parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     args = parser.parse_args()
     random_model.write(args.folder, args.size, dtype=args.dtype)

@@ -2,7 +2,8 @@
 
     python train.py configs/sd21_1gpu.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Same steps, same effective batch, same expected figures as configs/sd21.py. Measured: not yet run.
+Hardware: meant for one GPU of 24 GB; not yet run on one (docs/training.md has compiled memory).
+Expected: same steps, same effective batch, same figures as configs/sd21.py. Measured: not yet run.
 """
 
 import dataclasses

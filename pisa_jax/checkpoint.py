@@ -1,15 +1,18 @@
 """What a run writes so that it can go on: orbax checkpoints, the config beside them, and the rules of its folder."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
 
@@ -38,27 +41,53 @@ class Progress(NamedTuple):
 def claim_folder(config: Config, resume: bool, overwrite: bool) -> Path:
     """The run's folder with its config in it, ready for a new run, or for going on with `resume`.
 
+    One process looks at and changes the folder, the others wait for what it found.
+
     Raises:
-        FileExistsError: it holds a run, and neither flag is given.
+        FileExistsError: it holds a run, and neither flag is given, or something else than a run.
         FileNotFoundError: nothing to resume. ValueError: resuming with a config that differs in what matters.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or the process that claims it failed.
     """
-    folder = Path(config.out)
-    described = json.loads(json.dumps(dataclasses.asdict(config)))
+    folder, error = Path(config.out), None
+    if jax.process_index() == 0:
+        try:
+            _claim(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
+        except (OSError, ValueError) as raised:
+            error = raised
+    failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
+    if failed:
+        raise error or OSError(f"{folder} could not be claimed; process 0 says why")
+    return folder
+
+
+def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of them")
     saved = folder / CONFIG_FILE
     if resume:
         if not saved.exists():
             raise FileNotFoundError(f"nothing to resume: {folder} holds no run (no {CONFIG_FILE})")
         check_same(json.loads(saved.read_text()), described)
-        return folder
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} exists; give --resume to go on with it, --overwrite to start it anew")
-    if jax.process_index() == 0:
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+        return
+    if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+        if not _is_run(saved):
+            raise FileExistsError(f"{folder} holds other things than a run; give another folder with --out")
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists; give --resume to go on with it, --overwrite to start it anew")
+        shutil.rmtree(folder)
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(saved, json.dumps(described, indent=1))
-    return folder
+    except OSError as error:
+        raise OSError(f"the run's folder cannot be written, give another with --out: {error}") from error
+
+
+def _is_run(saved: Path) -> bool:
+    """Whether a file is the config of a run, and not one of the many other things that are called so."""
+    try:
+        return {"stages", "out"} <= json.loads(saved.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -98,7 +127,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+        self._folder = folder.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -118,7 +148,7 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "progress": ocp.args.JsonSave(progress._asdict()),
         }
-        with _disk_errors(step, self.latest):
+        with _disk_errors(self._folder):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def progress(self) -> Progress:
@@ -136,27 +166,27 @@ class Checkpoints:
         """Whether all processes of the run have agreed to stop at this step because one was told to (SIGTERM)."""
         return self._manager.reached_preemption(step)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for what is being written."""
-        with _disk_errors(None, self.latest):
+        with _disk_errors(self._folder):
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end."""
+        self.wait()
         self._manager.close()
 
 
-class _disk_errors:
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Turns what orbax and tensorstore raise for a full or read-only disk into one sentence."""
-
-    def __init__(self, step: int | None, latest: int | None):
-        self.step, self.latest = step, latest
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError | ValueError | RuntimeError):
-            what = "the last checkpoint" if self.step is None else f"checkpoint {self.step}"
-            intact = "none is there yet" if self.latest is None else f"checkpoint {self.latest} is intact"
-            text = " ".join(str(error).split())[:300]
-            raise OSError(
-                f"{what} could not be written ({intact}); free space and go on with --resume: {text}"
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # A checkpoint gets its number as its name when it is complete; the manager counts the broken one, too.
+        complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+        intact = f"checkpoint {max(complete)} is intact" if complete else "none is there yet"
+        text = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"a checkpoint could not be written ({intact}); free space and go on with --resume: {text}"
+        ) from error

@@ -100,6 +100,8 @@ class Data:
         known = ("folder", "pairs", "list", "tfds", "fake")
         _check(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
         _check(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
+        _check(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
+        _check(self.workers >= 0, f"data.workers is 0 (read in the training process) or more, not {self.workers}")
         for name in ("hq_probability", "null_prompt_probability", "max_bad_share"):
             _check(0 <= getattr(self, name) <= 1, f"data.{name} is a probability, not {getattr(self, name)}")
 
@@ -114,6 +116,10 @@ class Validation:
     count: int = 8
     # Every so many steps, and at the end of a stage.
     every: int = 500
+
+    def __post_init__(self):
+        for name in ("count", "every"):
+            _check(getattr(self, name) >= 1, f"validation.{name} is at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,9 @@ class Config:
         for index, stage in enumerate(self.stages):
             unknown = set(stage.frozen) - set(names[:index])
             _check(not unknown, f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains")
+        for name in ("batch_size", "accumulate", "max_bad_steps", "mesh_fsdp", "log_every", "save_every"):
+            _check(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}")
+        _check(self.mesh_data == -1 or self.mesh_data >= 1, f"mesh_data is -1 or at least 1, not {self.mesh_data}")
         _check(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}",
@@ -173,6 +182,8 @@ class Config:
         for name in ("dtype", "vae_dtype"):
             value = getattr(self, name)
             _check(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
+        known = ("vgg", "alex", "squeeze")
+        _check(self.perceptual in known, f"perceptual {self.perceptual!r} is none of {', '.join(known)}")
         _check(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
         first, last = self.csd_timesteps
         _check(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")

@@ -54,7 +54,8 @@ def lora(alpha: float) -> Decomposition:
 
     def apply(factors, x, linear):
         a, b = factors["a"], factors["b"]
-        return linear(x, a) @ ((alpha / a.shape[-1]) * b.reshape(b.shape[-2:])).astype(x.dtype)
+        inner = linear(x, a)  # in the layer's dtype, which need not be that of x
+        return inner @ ((alpha / a.shape[-1]) * b.reshape(b.shape[-2:])).astype(inner.dtype)
 
     return Decomposition(init, delta, apply)
 

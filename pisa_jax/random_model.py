@@ -64,18 +64,43 @@ SCHEDULER = {
     "beta_end": 0.012,
     "prediction_type": "epsilon",
 }
-TINY = (
-    {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32}
-    | {"attention_head_dim": [2, 2, 4, 4], "sample_size": 8},
-    {"block_out_channels": [32, 32, 32, 64], "layers_per_block": 1},
-    {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 514},
-)
+_SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+_SMALL_TEXT |= {"vocab_size": 514}
+# What each size changes of the UNet, the VAE and the text encoder.
+SIZES = {
+    "sd21": ({}, {}, {}),
+    # A quarter of its operations and memory: what a small machine can still train.
+    "half": (
+        {"block_out_channels": [160, 320, 640, 640], "attention_head_dim": [5, 5, 10, 10], "cross_attention_dim": 512},
+        {"block_out_channels": [64, 128, 256, 256]},
+        {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 12},
+    ),
+    # The same blocks, 2 M parameters.
+    "tiny": (
+        {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32}
+        | {"attention_head_dim": [2, 2, 4, 4], "sample_size": 8},
+        {"block_out_channels": [32, 32, 32, 64], "layers_per_block": 1},
+        _SMALL_TEXT,
+    ),
+    # Fewer blocks, so that it compiles in seconds; latents of 8 channels, 4 pixels apart.
+    "nano": (
+        {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32, "in_channels": 8}
+        | {"attention_head_dim": [2, 4], "sample_size": 8, "out_channels": 8}
+        | {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+        | {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        {"block_out_channels": [32, 32, 64], "layers_per_block": 1, "latent_channels": 8}
+        | {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3},
+        _SMALL_TEXT,
+    ),
+}
 
 
 def configs(size: str) -> tuple[dict, dict, dict]:
-    """The UNet's, the VAE's and the text encoder's config.json for size "sd21" or "tiny"."""
-    changes = TINY if size == "tiny" else ({}, {}, {})
-    return UNET | changes[0], VAE | changes[1], TEXT | changes[2]
+    """The UNet's, the VAE's and the text encoder's config.json for a size of `SIZES`."""
+    if size not in SIZES:
+        raise ValueError(f"no size {size!r}, known: {', '.join(SIZES)}")
+    unet, vae, text = SIZES[size]
+    return UNET | unet, VAE | vae, TEXT | text
 
 
 def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float32) -> dict:

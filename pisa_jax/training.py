@@ -1,6 +1,8 @@
 """Training: one loop over a list of stages, from pictures to adapters."""
 
+import contextlib
 import functools
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +24,8 @@ from pisa_jax.ops import compiler_options
 from pisa_jax.tfds_files import tfds_source
 
 ADAPTERS_FILE = "adapters.safetensors"
+# What `model="random"` makes.
+RANDOM_SIZE = "nano"
 
 
 class Stop(Exception):
@@ -61,31 +65,30 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
         ValueError, OSError: what cannot be used, before anything is trained.
         FloatingPointError: too many steps in a row were not finite. Stop: SIGTERM came and the run was saved.
     """
-    folder = claim_folder(config, resume, overwrite)
     terminated = _on_sigterm()
+    # What can be wrong is looked at before the folder is touched.
     mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp)
-    model = load_model(config, folder)
-    check_sizes(config, model.backbone)
+    loader, pairs = make_loader(config), watch.validation_pairs(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
-    pairs = watch.validation_pairs(config.validation, config.data.crop)
-    loader, checkpoints = make_loader(config), Checkpoints(folder)
+    model = None if config.model == "random" else load_model(config, config.model)
+    check(config, model.backbone if model else bb.build(*random_model.configs(RANDOM_SIZE)), mesh)
+    folder = claim_folder(config, resume, overwrite)
+    model = model or load_model(config, make_random_model(config, folder))
+    checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)
     watcher = watch.Watch(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
     this = Run(config, folder, mesh, model, perceptual, loader, checkpoints, pairs, watcher, terminated)
-    try:
-        with jax.set_mesh(mesh):
-            index, trained, state = restore(this) if first else (0, {}, None)
-            for position in range(index, len(config.stages)):
-                state = train_stage(this, position, trained, state if position == index else None)
-                trained[config.stages[position].adapter] = jax.device_get(exported(state))
-                if jax.process_index() == 0:
-                    export(this, trained)
-    finally:
-        loader.close()
-        checkpoints.close()
-        if watcher:
-            watcher.close()
+    with contextlib.ExitStack() as closing:  # each, whatever the others raise
+        for opened in (watcher, checkpoints, loader) if watcher else (checkpoints, loader):
+            closing.callback(opened.close)
+        closing.enter_context(jax.set_mesh(mesh))
+        index, trained, state = restore(this) if first else (0, {}, None)
+        for position in range(index, len(config.stages)):
+            state = train_stage(this, position, trained, state if position == index else None)
+            trained[config.stages[position].adapter] = jax.device_get(exported(state))
+            if jax.process_index() == 0:
+                export(this, trained)
     return folder / ADAPTERS_FILE
 
 
@@ -95,9 +98,15 @@ def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: Stat
     state = new_state(run, index) if state is None else state
     frozen = place_frozen(run, stage, trained)
     step_function = compile_step(run, stage, frozen)
-    view = jax.jit(functools.partial(watch.restore, backbone=run.model.backbone, stage=stage))
+    view = jax.jit(
+        functools.partial(watch.restore, backbone=run.model.backbone, stage=stage),
+        out_shardings=sharding.replicated(run.mesh),
+        compiler_options=compiler_options(),
+    )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     step = int(state.step)
+    if run.validation and before + step == 0:  # what the base model alone gives
+        validate(run, stage, 0, functools.partial(view, frozen, state.adapter))
     while step < stage.steps:
         start = time.perf_counter()
         batch = place_batch(run, next(run.loader))
@@ -109,7 +118,7 @@ def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: Stat
         if last or step % config.log_every == 0:
             report(run, stage, before + step, jax.device_get(measured))
         if run.validation and (last or step % config.validation.every == 0):
-            validate(run, before + step, functools.partial(view, frozen, state.adapter))
+            validate(run, stage, before + step, functools.partial(view, frozen, state.adapter))
         stop = told_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
             adapters = {**trained, stage.adapter: exported(state)}
@@ -129,15 +138,17 @@ def report(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> None:
     if run.watcher:
         run.watcher.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
     if values["bad_streak"] >= run.config.max_bad_steps:
+        latest = run.checkpoints.latest
+        intact = "No checkpoint was written yet" if latest is None else f"Checkpoint {latest} is intact"
         raise FloatingPointError(
             f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite. "
-            f"Checkpoint {run.checkpoints.latest} is intact; lower the learning rate, or use float32"
+            f"{intact}; lower the learning rate, or use float32"
         )
 
 
-def validate(run: Run, step: int, restore: Any) -> None:
+def validate(run: Run, stage: Stage, step: int, restore: Any) -> None:
     """Measure the validation pictures and log figures and pictures."""
-    found, sheet = watch.validate(restore, run.validation, run.perceptual)
+    found, sheet = watch.validate(restore, run.validation, run.perceptual, stage)
     if run.watcher:
         run.watcher.scalars(step, {f"validation/{name}": value for name, value in found.items()})
         run.watcher.sheet(step, sheet)
@@ -172,7 +183,9 @@ def export(run: Run, trained: dict[str, lora.Tree]) -> None:
 
 def new_state(run: Run, index: int) -> State:
     """The state before a stage's first step, on every device."""
-    return jax.jit(_state_maker(run, index), out_shardings=sharding.replicated(run.mesh))()
+    # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
+    state = _state_maker(run, index)()
+    return sharding.place(jax.device_get(state), jax.tree.map(lambda _: sharding.replicated(run.mesh), state))
 
 
 def _state_maker(run: Run, index: int) -> Any:
@@ -258,15 +271,21 @@ def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
 
 
-def load_model(config: Config, folder: Path) -> pretrained.Pretrained:
-    """The base model; "random" is made in the run's folder first."""
-    name = config.model
-    if name == "random":
-        name = str(folder / "model")
-        if jax.process_index() == 0 and not (folder / "model").exists():
-            random_model.write(folder / "model", "tiny", config.seed)
-        multihost_utils.sync_global_devices("model written")
-    return pretrained.load(name, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
+def load_model(config: Config, model: str | Path) -> pretrained.Pretrained:
+    """A base model that computes in the run's dtypes."""
+    return pretrained.load(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
+
+
+def make_random_model(config: Config, folder: Path) -> Path:
+    """A folder in the run's folder with a random base model, made by one process if it is not there."""
+    made = folder / "model"
+    if jax.process_index() == 0 and not made.exists():
+        unfinished = made.with_suffix(".part")  # of a run that was killed here, or ours
+        shutil.rmtree(unfinished, ignore_errors=True)
+        random_model.write(unfinished, RANDOM_SIZE, config.seed)
+        unfinished.rename(made)
+    multihost_utils.sync_global_devices("model written")
+    return made
 
 
 def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
@@ -307,13 +326,15 @@ def make_loader(config: Config) -> data.Loader:
     )
 
 
-def check_sizes(config: Config, backbone: bb.Backbone) -> None:
-    """ValueError unless crops fit the VAE and batches can be cut over the devices."""
+def check(config: Config, backbone: bb.Backbone, mesh: jax.sharding.Mesh) -> None:
+    """ValueError unless adapters are known, crops fit the VAE and batches can be cut over the devices."""
+    for stage in config.stages:
+        lora.decomposition(stage.spec)
     if config.data.crop % backbone.factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {backbone.factor}, the VAE's factor")
-    parts = jax.device_count() * config.accumulate
+    parts = mesh.size * config.accumulate
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size {config.batch_size} cannot be cut over {jax.device_count()} devices x accumulate "
+            f"batch_size {config.batch_size} cannot be cut over {mesh.size} devices x accumulate "
             f"{config.accumulate}: give a multiple of {parts}"
         )

@@ -1,5 +1,7 @@
 """Watching a run: validation on fixed pictures, TensorBoard, and a progress line."""
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from pisa_jax import backbone as bb
@@ -20,6 +24,9 @@ from pisa_jax.degradation import degrade
 from pisa_jax.objective import Frozen
 from pisa_jax.sheet import contact_sheet
 from pisa_jax.sources import folder_source, pair_source
+
+# Measurements that are shown on the terminal only where they are not 0.
+COUNTERS = ("skipped", "bad_streak")
 
 
 class Pair(NamedTuple):
@@ -66,20 +73,25 @@ def restore(
 
 
 def validate(
-    restore: Callable[[Float[Array, "1 h w 3"]], Float[Array, "2 h w 3"]], pairs: list[Pair], perceptual: Any
+    restore: Callable[[Float[Array, "1 h w 3"]], Float[Array, "2 h w 3"]],
+    pairs: list[Pair],
+    perceptual: Any,
+    stage: Stage,
 ) -> tuple[dict[str, float], Image.Image]:
-    """Mean PSNR and SSIM (of Y) and perceptual distance of the restored pictures, and a sheet of them.
+    """Mean l2, PSNR and SSIM (of Y) and perceptual distance of the restored pictures, and a sheet of them.
 
-    The sheet's rows are LQ, without the adapter, with it, GT.
+    The sheet's columns are LQ, without the adapter that trains (in the semantic stage: pix only), with it, GT.
     """
     rows, found = [], []
+    before, after = " + ".join(stage.frozen) or "no adapter", " + ".join([*stage.frozen, stage.adapter])
     for pair in pairs:
         without, restored = (to_uint8(image) for image in np.asarray(restore(to_float(pair.lq)[None])))
-        values = {"psnr": metrics.psnr(restored, pair.gt), "ssim": metrics.ssim(restored, pair.gt)}
+        values = {"l2": float(np.mean(np.square((np.float32(restored) - pair.gt) / 127.5)))}
+        values |= {"psnr": metrics.psnr(restored, pair.gt), "ssim": metrics.ssim(restored, pair.gt)}
         if perceptual is not None:
             values["perceptual"] = float(_distance(perceptual, to_float(restored)[None], to_float(pair.gt)[None])[0])
         found.append(values)
-        rows += [("LQ", pair.lq), ("without", without), ("with", restored), ("GT", pair.gt)]
+        rows += [("LQ", pair.lq), (before, without), (after, restored), ("GT", pair.gt)]
     sheet = contact_sheet([(label, Image.fromarray(image)) for label, image in rows], columns=4, longest=256)
     return {name: float(np.mean([values[name] for values in found])) for name in found[0]}, sheet
 
@@ -101,7 +113,12 @@ class Watch:
     """Scalars and pictures to TensorBoard, and a line on the terminal; only one process of a run has one."""
 
     def __init__(self, folder: Path, batch_size: int, total: int, first: int):
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._folder.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
+        now = time.time()
+        self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"))
+        self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
@@ -113,27 +130,41 @@ class Watch:
         """Write measurements, with pictures per second and the step's time, in all and of it for data."""
         now, steps = time.perf_counter(), max(step - self._step, 1)
         seconds = (now - self._since) / steps
-        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds, "data": self._waited / steps}
+        data = self._waited / steps
+        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
+        speed |= {"data": data, "compute": seconds - data}
         self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
+        told = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
+        told += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
         self._bar.update(step - self._step)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items() if "/" not in name})
+        self._bar.set_postfix_str(", ".join(told))
+        if self._bar.disable:  # no terminal: a log file gets lines
+            print(f"step {step}/{self._bar.total}: {', '.join(told)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write measurements as they are."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._write(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def sheet(self, step: int, image: Image.Image) -> None:
         """Write a picture."""
-        self._writer.add_image("validation", np.asarray(image), step, dataformats="HWC")
+        self._write(step, [summary.image("validation", np.asarray(image), dataformats="HWC")])
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        try:
+            for content in summaries:
+                self._file.write(Event(wall_time=time.time(), step=step, summary=content).SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._folder} cannot be written; free space and go on with --resume: {error}") from error
 
     def say(self, text: str) -> None:
         """A line of its own on the terminal."""
         tqdm.write(text)
 
     def close(self) -> None:
-        """Flush everything."""
+        """End the bar; the files are complete after every write."""
         self._bar.close()
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._file.close()

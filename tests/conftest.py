@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-# Many tests compile the same programs: one cache for all workers (which inherit it) and the processes they start.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# Set once, by the process that starts the workers; they and the programs that tests start inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Several devices for the tests of sharding. Most of the suite's time goes into compiling, so programs are not
+    # optimised, in half the time to compile, and those that several tests compile come from one cache.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pisa_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

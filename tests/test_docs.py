@@ -14,11 +14,9 @@ import runpy
 import shlex
 import sys
 
-import jax
 import numpy as np
 import pytest
 from conftest import ROOT, golden
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from pisa_jax import inference, random_model
@@ -179,30 +177,14 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     unet = {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": [2, 4, 4, 4]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(random_model, "TINY", (random_model.TINY[0] | unet, *random_model.TINY[1:]))
+        tiny = random_model.SIZES["tiny"]
+        patch.setitem(random_model.SIZES, "tiny", (tiny[0] | unet, *tiny[1:]))
         random_model.write(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Programs compiled in haste and shared by the tests here."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
-
-
 @pytest.fixture
-def workspace(model, compiled, tmp_path, monkeypatch):
+def workspace(model, tmp_path, monkeypatch):
     """A folder with the files that the documents name, small, and a model that works on small pictures."""
     sides = {"photos": 16, "pairs/gt": 32, "pairs/lq": 8, "originals": 192, "ground_truth": 192, "out": 192, "lq": 48}
     for folder, side in sides.items():

@@ -79,6 +79,16 @@ def test_merge_and_interceptor_agree(net):
     close(adapted(x, params, adapters, specs, scales), merged, 2e-5)
 
 
+def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
+    """A UNet in bfloat16 is given a prompt in float32."""
+    kernel, x = jnp.ones((6, 5)), jnp.ones((2, 6), jnp.float32)
+    tree = {"": jax.tree.map(jnp.ones_like, lora.decomposition(spec).init(jax.random.key(0), (6, 5), spec.rank))}
+    with nn.intercept_methods(lora.interceptor({"a": tree}, {"a": spec}, {"a": jnp.ones(())})):
+        y = nn.Dense(5, use_bias=False, dtype=jnp.bfloat16).apply({"params": {"kernel": kernel}}, x)
+    assert y.dtype == jnp.bfloat16
+    assert float(y[0, 0]) > 6.0
+
+
 def test_merging_nothing_and_taking_it_back(net):
     _, params, adapters, specs = net
     there = lora.merge(params, adapters, specs, {"one": 0.7, "two": 0.4})

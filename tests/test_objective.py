@@ -10,7 +10,7 @@ import pytest
 from conftest import golden
 from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model, recorded_vgg, relative
 
-from pisa_jax import backbone, convert, lora, losses, objective
+from pisa_jax import backbone, convert, lora, losses, objective, sharding
 from pisa_jax.config import AdapterSpec, Config, Stage
 from pisa_jax.objective import Batch, Draws, Frozen
 
@@ -47,13 +47,20 @@ def recorded_case(name):
     return tree, frozen, batch, draws, model.backbone, config, stage
 
 
-@functools.cache
-def recorded_gradient(name, remat=False, accumulate=1):
+def recorded_gradient(name, remat=False, accumulate=1, mesh=None):
     """Losses and gradient of the recorded step."""
     tree, frozen, batch, draws, modules, config, stage = recorded_case(name)
     config = dataclasses.replace(config, remat=remat, accumulate=accumulate, batch_size=2)
     function = functools.partial(objective.gradient, backbone=modules, config=config, stage=stage)
-    return jax.jit(function)(tree, frozen, batch, draws)
+    if mesh is None:
+        return jax.jit(function)(tree, frozen, batch, draws)
+    layouts = sharding.weight_shardings(mesh, frozen)
+    cut = [layout for layout in jax.tree.leaves(layouts) if not layout.is_fully_replicated]
+    assert len(cut) > 20 or mesh.shape["fsdp"] == 1
+    frozen = jax.device_put(frozen, layouts)
+    batch, draws = jax.device_put((batch, draws), sharding.over_batch(mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(function)(jax.device_put(tree, sharding.replicated(mesh)), frozen, batch, draws)
 
 
 def check_against_the_original(name, measured, grads):
@@ -90,6 +97,22 @@ def test_rematerialisation_changes_nothing(name):
     check_against_the_original(name, *recorded_gradient(name, remat=True))
 
 
+# The others take a minute together: the one that has everything stands for them.
+SHARDED = [
+    pytest.param(name, fsdp, remat, marks=[] if (name, fsdp, remat) == ("sem", 2, True) else pytest.mark.slow)
+    for name in STAGES
+    for fsdp in (1, 2)
+    for remat in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "fsdp", "remat"), SHARDED)
+def test_sharding_changes_nothing(name, fsdp, remat):
+    """One picture per device; with fsdp = 2 the weights are cut over both, too."""
+    mesh = sharding.make_mesh(data=2 // fsdp, fsdp=fsdp)
+    check_against_the_original(name, *recorded_gradient(name, remat, mesh=mesh))
+
+
 @pytest.mark.slow
 def test_accumulation_changes_nothing():
     check_against_the_original("pix", *recorded_gradient("pix", accumulate=2))
@@ -97,8 +120,8 @@ def test_accumulation_changes_nothing():
 
 @functools.cache
 def random_case():
-    """A compiled pixel step of the tiny random model, its frozen weights, state and batch."""
-    modules, params = random_backbone()
+    """A compiled pixel step of a random model (8 latent channels, factor 4), its frozen weights, state and batch."""
+    modules, params = random_backbone("nano")
     stage = Stage("pix", steps=10, learning_rate=1e-2, spec=AdapterSpec(rank=2))
     config = Config(out="", stages=(stage,), batch_size=2, ema=0.5)
     prompt = jax.random.normal(jax.random.key(0), (1, 5, 32))
@@ -157,9 +180,11 @@ def test_every_step_draws_anew_and_the_same_again():
     _, again = step(frozen, state, batch, jax.random.key(0))
     _, later = step(frozen, state._replace(step=state.step + 1), batch, jax.random.key(0))
     assert float(a["l2"]) == float(again["l2"]) != float(later["l2"])
-    draws = objective.draw(
-        jax.random.key(3), random_backbone()[0], Config(out="", stages=(Stage("a", 1),)), (500, 8, 8, 3)
-    )
+
+    config, images = Config(out="", stages=(Stage("a", 1),)), (500, 8, 8, 3)
+    draws = objective.draw(jax.random.key(3), random_backbone("nano")[0], config, images)
+    assert draws.posterior.shape == draws.csd_noise.shape == (500, 2, 2, 8)
+    draws = objective.draw(jax.random.key(3), random_backbone()[0], config, images)
     assert draws.posterior.shape == (500, 1, 1, 4)
     assert (int(draws.csd_timesteps.min()) >= 20, int(draws.csd_timesteps.max()) <= 499) == (True, True)
     close(first.step, 1, 0)

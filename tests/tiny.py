@@ -36,9 +36,9 @@ def recorded_adapters() -> convert.Adapters:
 
 
 @functools.cache
-def random_backbone() -> tuple[backbone.Backbone, dict]:
+def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
     """A model of the same architecture with random weights, for tests that need no golden."""
-    modules = backbone.build(*random_model.configs("tiny"))
+    modules = backbone.build(*random_model.configs(size))
     shapes = backbone.param_shapes(modules)
     rng = np.random.default_rng(0)
     params = {part: random_model.random_params(shapes[part], rng) for part in shapes}

@@ -1,0 +1,214 @@
+"""The training step: operations, memory and seconds, with adapters as a low-rank path and merged into the weights.
+
+    python benchmarks/train_step.py --size half --crop 256                # compiles and runs both, in turn
+    python benchmarks/train_step.py --stages pix sem --batch-sizes 1 4    # SD 2.1 at 512: compiles only
+    python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU that is not there (libtpu)
+
+Weights are random, which changes neither. Memory is what one device needs while a step runs: arguments (weights,
+optimiser, batch), results that do not take an argument's place, and temporaries, from the compiled program's own
+analysis. Merged weights compute W + dW inside the step and differentiate through it.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import os
+import statistics
+import time
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pisa_jax import backbone as bb
+from pisa_jax import lora, losses, lpips, objective, random_model
+from pisa_jax.config import Config, Data, Stage
+from pisa_jax.ops import compiler_options
+
+STAGES = {
+    "pix": Stage("pix", steps=4000),
+    "sem": Stage("sem", steps=8500, frozen=("pix",), perceptual=2.0, csd=1.0),
+}
+PROMPT_TOKENS = 77
+ADDITIVE = objective.loss
+
+
+def merged_loss(adapter, frozen, batch, draws, backbone, config, stage):
+    """`objective.loss` with W + dW in every adapted kernel instead of the low-rank path."""
+    name = stage.adapter
+    unet = lora.merge(frozen.unet, {name: adapter}, {name: stage.spec}, {name: 1.0})
+    return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, backbone, config, stage)
+
+
+PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
+
+
+def vgg_shapes() -> dict[str, Any]:
+    """Shapes of the weights of LPIPS."""
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    kernels = lpips.BACKBONES["vgg"].kernels
+    layers = {name: {"kernel": of(shape), "bias": of(shape[-1:])} for name, shape in kernels.items()}
+    heads = {f"lin{index}": of((width,)) for index, width in enumerate((64, 128, 256, 512, 512))}
+    return {"vgg": {"layers": layers, "heads": heads}}
+
+
+def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, ...]:
+    """Shapes of what `objective.train_step` takes: frozen weights, state, batch, key."""
+    of, shapes = jax.ShapeDtypeStruct, bb.param_shapes(modules)
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda leaf: of(leaf.shape, jnp.dtype(dtype)), tree)
+
+    prompt = of((1, PROMPT_TOKENS, modules.unet.cross_attention_dim), jnp.float32)
+    unet = cast(shapes["unet"], config.dtype)
+    frozen = objective.Frozen(
+        unet=unet,
+        teacher=unet if stage.csd else None,
+        vae=cast(shapes["vae"], config.vae_dtype),
+        text=cast(shapes["text"], jnp.float32) if stage.csd else None,
+        null_prompt=prompt,
+        negative_prompt=prompt,
+        perceptual=vgg_shapes() if stage.perceptual else None,
+        alphas_cumprod=of((1000,), jnp.float32),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    float_unet = cast(shapes["unet"], jnp.float32)
+    state = jax.eval_shape(lambda key: objective.init_state(lora.init(key, float_unet, stage.spec), config, stage), key)
+    images = of((config.batch_size, config.data.crop, config.data.crop, 3), jnp.float32)
+    ids = of((config.batch_size, PROMPT_TOKENS), jnp.int32)
+    batch = objective.Batch(images, images, ids, of((config.batch_size,), jnp.bool_))
+    return frozen, state, batch, key
+
+
+def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, ...]:
+    """Random values for `arguments`."""
+    frozen, _, batch, _ = shapes
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+
+    def weights(tree):
+        dtype = jax.tree.leaves(tree)[0].dtype
+        return jax.tree.map(jnp.asarray, random_model.random_params(tree, rng, dtype))
+
+    def normal(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
+
+    unet = weights(frozen.unet)
+    frozen = frozen._replace(
+        unet=unet,
+        teacher=unet if stage.csd else None,
+        vae=weights(frozen.vae),
+        text=weights(frozen.text) if stage.csd else None,
+        null_prompt=normal(frozen.null_prompt),
+        negative_prompt=normal(frozen.negative_prompt),
+        perceptual=weights(frozen.perceptual) if stage.perceptual else None,
+        alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
+    )
+    state = objective.init_state(lora.init(key, frozen.unet, stage.spec), config, stage)
+    pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
+    ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
+    return frozen, state, objective.Batch(*pictures, ids, seen), key
+
+
+def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
+    """The compiled step and the seconds that took."""
+    step = functools.partial(objective.train_step, backbone=modules, config=config, stage=stage)
+    on_cpu = device.platform == "cpu"
+    options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not config.remat}
+    start = time.perf_counter()
+    # Attention is formulated for the back end that computes it, not for the one that compiles it.
+    backend = (
+        contextlib.nullcontext() if on_cpu else mock.patch.object(jax, "default_backend", return_value=device.platform)
+    )
+    with mock.patch.object(objective, "loss", PATHS[path]), backend:
+        jitted = jax.jit(
+            lambda *arrays: step(*arrays),
+            in_shardings=jax.sharding.SingleDeviceSharding(device),
+            donate_argnums=1,
+            compiler_options=options if on_cpu else None,
+        )
+        compiled = jitted.lower(*shapes).compile()
+    return compiled, time.perf_counter() - start
+
+
+def describe(compiled: Any) -> str:
+    """Operations and memory of a compiled program."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    whole = held + memory.temp_size_in_bytes
+    return f"{cost['flops'] / 1e12:6.2f} TFLOP, {whole / 2**30:6.2f} GiB ({held / 2**30:.2f} held)"
+
+
+def alternate(programs: dict[str, Any], arrays: tuple[Any, ...], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each program, run in turn; the first round warms up. Every run starts from the same state."""
+    seconds = {name: [] for name in programs}
+    for _ in range(repeats + 1):
+        for name, program in programs.items():
+            state = jax.tree.map(jnp.copy, arrays[1])  # the program takes its memory
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            jax.block_until_ready(program(arrays[0], state, *arrays[2:]))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def device_for(topology: str | None) -> Any:
+    """The first device here, or of a TPU topology such as "v5p:2x2x1" that is only compiled for."""
+    if topology is None:
+        return jax.devices()[0]
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or libtpu looks for the machine's own TPUs first
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")
+    parser.add_argument("--crop", type=int, default=512)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["pix"])
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--remat", choices=["no", "yes", "both"], default="no")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of UNet and VAE")
+    parser.add_argument("--topology", help="compile for this TPU instead of the device here")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; SD 2.1's size is never run on a CPU")
+    args = parser.parse_args()
+    device = device_for(args.topology)
+    print(f"{device.device_kind}, jax {jax.__version__}, {args.size}, crops of {args.crop}, {args.dtype}")
+    runs = args.topology is None and not (args.size == "sd21" and device.platform == "cpu")
+    modules = bb.build(*random_model.configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
+    remats = {"no": [False], "yes": [True], "both": [False, True]}[args.remat]
+    for name, batch_size, remat in itertools.product(args.stages, args.batch_sizes, remats):
+        stage = STAGES[name]
+        config = Config(
+            out="",
+            stages=(STAGES["pix"], stage) if stage.frozen else (stage,),
+            data=Data(source="fake", crop=args.crop),
+            batch_size=batch_size,
+            dtype=args.dtype,
+            vae_dtype=args.dtype,
+            remat=remat,
+        )
+        shapes, programs = arguments(modules, config, stage), {}
+        for path in args.paths:
+            what = f"{name}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
+            try:
+                programs[path], seconds = compile_step(path, modules, config, stage, shapes, device)
+            except jax.errors.JaxRuntimeError as error:
+                print(f"{what}: {' '.join(str(error).split())[:200]}", flush=True)
+                continue
+            print(f"{what}: compiled in {seconds:5.1f} s, {describe(programs[path])}", flush=True)
+        if not runs:
+            continue
+        taken = alternate(programs, filled(shapes, config, stage), args.repeats)
+        for path, seconds in taken.items():
+            middle = statistics.median(seconds)
+            print(f"  {path:8s} {middle:.3f} s median of {len(seconds)} ({min(seconds):.3f} to {max(seconds):.3f})")
+
+
+if __name__ == "__main__":
+    main()
