@@ -193,7 +193,7 @@ def test_meshes():
 
 def start(out, *more, **environment):
     """`python train.py` in a process of its own; what it prints comes through a pipe."""
-    named = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    named = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if precision := jax.config.jax_default_matmul_precision:  # tiny.py sets it
         named["JAX_DEFAULT_MATMUL_PRECISION"] = precision
     return subprocess.Popen(
