@@ -94,6 +94,7 @@ def fit(
     Batches are those of `data.make_loader`. A run that was killed goes on from its newest checkpoint when started
     again. Measurements are appended to log.jsonl.
     """
+    out.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(learning_rate, sum(phase.steps for phase in phases))
     state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
     checkpoints, first, loader_state = Checkpoints(out), 0, None

@@ -78,7 +78,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoints")
     parser.add_argument("--model", type=Path, required=True, help="the diffusers folder that is written")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(args.data / "prompts.jsonl")
     every_word = [*prompts.values(), *[", ".join(words.NEGATIVE)] * len(prompts)]
     words.train_tokenizer(args.model / "tokenizer", every_word, TEXT["vocab_size"])

@@ -2,7 +2,8 @@
 
     python demo/vae.py --data runs/demo/pictures --out runs/demo/vae
 
-Leaves `vae.safetensors` (averaged weights) and `scaling_factor.json` in --out; killed, it goes on when started again.
+First the whole, then the decoder alone, which has more to learn. Leaves `vae.safetensors` (averaged weights) and
+`scaling_factor.json` in --out; killed, it goes on when started again.
 """
 
 import argparse
@@ -27,15 +28,17 @@ from pisa_jax.trees import flatten, unflatten
 from pisa_jax.weights import write_safetensors
 
 PHASES = (Phase(1000, 64, 8), Phase(250, 128, 2), Phase(50, 256, 1))
+DECODER_PHASES = (Phase(400, 64, 8), Phase(100, 128, 2))
 LEARNING_RATE = 8e-4
+ENCODER = ("encoder", "quant_conv")
 # The perceptual distance (SqueezeNet features) of a good reconstruction is some 0.5, its squared error 0.003. The KL
 # term holds the latents' scale and gives them a noise of about a twentieth of it, at little cost in accuracy.
 PERCEPTUAL, KL = 1e-3, 3e-5
 
 
-def loss(params, images, key, backbone, perceptual):
+def loss(params, images, key, fixed, backbone, perceptual):
     """Squared error + perceptual distance + KL(posterior | N(0, 1)) of reconstructions (Rombach et al. 2022, G)."""
-    params = _without_attention(params)
+    params = _without_attention({**fixed, **params})
     mean, std = bb.posterior(backbone, params, images)
     latents = mean + std * jax.random.normal(key, mean.shape)
     restored = bb.decode(backbone, params, latents * backbone.latent_scale)
@@ -78,14 +81,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     backbone, source = bb.build(UNET, VAE, TEXT), folder_source(args.data)
-    args.out.mkdir(parents=True, exist_ok=True)
     perceptual = jax.device_put(lpips.load_weights(None, "squeeze"))
 
     def both(batch, step):
         return jnp.concatenate([batch["gt"], batch["lq"]])
 
     objective = functools.partial(loss, backbone=backbone, perceptual=perceptual)
-    params = fit(args.out, PHASES, source, None, initial_params(backbone), objective, both, LEARNING_RATE)
+    whole = functools.partial(objective, fixed={})
+    params = fit(args.out / "whole", PHASES, source, None, initial_params(backbone), whole, both, LEARNING_RATE)
+    encoder = {part: params.pop(part) for part in ENCODER}
+    decode = functools.partial(objective, fixed=encoder)
+    decoder = fit(args.out / "decoder", DECODER_PHASES, source, None, params, decode, both, LEARNING_RATE / 2)
+    params = {**encoder, **decoder}
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in to_torch(params).items()}
     write_safetensors(args.out / "vae.safetensors", tensors, {"format": "pt"})
     factor = scaling_factor(backbone, params, source)
