@@ -276,7 +276,8 @@ class Upscaler:
 
         def tiled(tile):
             mean, std = np.split(_stacked([self._walked(vae_flow.encoder, one, tile) for one in batch]), 2, axis=-1)
-            return (mean if noise is None else mean + std * np.asarray(noise)) * self.backbone.latent_scale
+            latents = mean if noise is None else mean + std * np.asarray(noise)
+            return jnp.asarray(latents * self.backbone.latent_scale)
 
         return self._within_memory(batch, whole, tiled)
 

@@ -72,9 +72,8 @@ class Memory:
                 if self.tile == 0 or not exhausted(error) or smaller < LEAST_TILE:
                     raise
             self.tile = smaller
-            self.notice(
-                f"out of memory {f'with VAE tiles of {tile}' if tile else 'without tiles'}; now tiles of {smaller}"
-            )
+            tried = f"VAE tiles of {tile}" if tile else "the whole picture"
+            self.notice(f"out of memory with {tried}: now tiles of {smaller} pixels")
 
     def _choose(self, needed, side):
         if self.tile == "auto":

@@ -20,6 +20,7 @@ from pisa_jax import backbone as bb
 from pisa_jax import ops
 from pisa_jax.backbone import Backbone, Params, VaeHooks
 from pisa_jax.memory import Footprint
+from pisa_jax.sharding import replicated
 from pisa_jax.trees import flatten
 from pisa_jax.vae_tiles import EPSILON, Direction, Keys, Place, Report, Sampled
 
@@ -63,14 +64,14 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
 def decoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> Direction:
     """Scaled latents to pictures; `run(stage, static, *arrays)` executes a stage with the weights."""
     margin = decoder_margins(backbone)[0]
-    return _direction(backbone, params["decoder"], mesh, run, _decode, margin, 1, backbone.factor, 3)
+    return _direction(backbone, params["decoder"], mesh, run, decode_part, margin, 1, backbone.factor, 3)
 
 
 def encoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> Direction:
     """Pictures to the mean and the deviation of their latents, unscaled, one after the other along the channels."""
     channels = 2 * backbone.latent_channels
     return _direction(
-        backbone, params["encoder"], mesh, run, _encode, encoder_margin(backbone), backbone.factor, 1, channels
+        backbone, params["encoder"], mesh, run, encode_part, encoder_margin(backbone), backbone.factor, 1, channels
     )
 
 
@@ -79,6 +80,7 @@ def _direction(backbone, params, mesh, run, part, margin, source, result, channe
     return Direction(
         lambda size, *arrays: run(tiles, (part, mesh, size), *arrays),
         lambda size, *arrays: run(sample, (part, size), *arrays),
+        functools.partial(jax.device_put, device=replicated(mesh)),
         margin, source, result, channels, (norms, 2, backbone.vae.norm_num_groups), mesh.size,
     )  # fmt: skip
 
@@ -124,13 +126,14 @@ def sample(
     return flow.sampled()
 
 
-def _decode(backbone, params, windows, flow):
-    flow.scale, flow.origin = 1, flow.place.window
+def decode_part(backbone, params, windows, flow):
+    """Latents to pictures under the hooks of `flow`, without the margins."""
     pictures = bb.decode(backbone, params, windows, flow.hooks())
     return flow.crop(pictures, flow.place.output * flow.scale, [side * flow.scale for side in flow.size])
 
 
-def _encode(backbone, params, windows, flow):
+def encode_part(backbone, params, windows, flow):
+    """Pictures to means and deviations of their latents under the hooks of `flow`, without the margins."""
     flow.scale, flow.origin = backbone.factor, flow.place.window * backbone.factor
     moments = jnp.concatenate(bb.posterior(backbone, params, windows, flow.hooks()), axis=-1)
     return flow.crop(moments, flow.place.output, flow.size)
@@ -141,12 +144,13 @@ class _Flow:
 
     def __init__(self, backbone, size, place, keys):
         self.size, self.place, self.keys = size, place, keys
-        # Positions of the activations per latent, and the first of them in the picture.
+        # Positions of the activations per latent, and the first of them in the picture; these are of latents.
         self.scale, self.origin = 1, place.window
         self.margins = decoder_margins(backbone)[1:]
         self.found = []
 
     def hooks(self) -> VaeHooks:
+        """For `backbone.decode` and `backbone.posterior`."""
         return VaeHooks(self.norm, self.attention, self.before_up, self.after_down)
 
     def norm(self, x, scale, bias, groups, epsilon):
@@ -192,6 +196,7 @@ class _Flow:
         return x
 
     def after_down(self, x):
+        """Notes that there are half as many positions; the encoder keeps its margins."""
         self.origin, self.scale = self.origin // 2, self.scale // 2
         return x
 
@@ -213,12 +218,14 @@ class _Tiles(_Flow):
         self.stats = stats
 
     def stats_for(self, x, own_mean):
+        """The given ones."""
         mean, variance = self.stats[len(self.found)]
         centred = x - _spread(mean, x)
         self.found.append(jnp.stack([own_mean(centred), own_mean(jnp.square(centred))], axis=1))
         return mean, variance
 
     def report(self) -> Report:
+        """After the last layer."""
         return Report(jnp.stack(self.found, axis=1), *self.own_keys)
 
 
@@ -230,6 +237,7 @@ class _Sample(_Flow):
         self.shift, self.used = shift, []
 
     def stats_for(self, x, own_mean):
+        """Those of all pieces together, shifted."""
         mean = own_mean(x).mean(0)
         variance = own_mean(jnp.square(x - _spread(mean, x))).mean(0)
         self.found.append(jnp.stack([mean, variance]))
@@ -237,6 +245,7 @@ class _Sample(_Flow):
         return self.used[-1]
 
     def sampled(self) -> Sampled:
+        """After the last layer."""
         own = (array.reshape(-1, *array.shape[3:]) for array in self.own_keys)
         return Sampled(jnp.stack(self.found), jnp.stack(self.used), *own)
 
