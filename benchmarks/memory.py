@@ -1,6 +1,6 @@
 """Memory by size of picture and tile: what XLA's plan of a stage says, and what real runs hold.
 
-    python benchmarks/make_checkpoint.py tiny && python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
+    python benchmarks/make_checkpoint.py tiny --size tiny && python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
     python benchmarks/memory.py plan
     python benchmarks/memory.py plot
 
@@ -28,38 +28,41 @@ from pisa_jax.inference import Residuals, Weights
 GIB = 2**30
 
 
-def plan(sizes: list[int]) -> list[dict]:
+def plan(pixels: int) -> list[dict]:
     """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
     modules = backbone.build(*random_model.configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
     weights, mesh = Weights(None, None, params, None), sharding.first_devices(1)
-    side = 2**13 // modules.factor  # of the picture whose tiles these are
+    tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of a picture of 8192 pixels
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=ops.compiler_options())
         return jitted.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    records = []
-    for pixels in sizes:
-        tile = pixels // modules.factor
-        latents = jax.ShapeDtypeStruct((1, tile, tile, modules.latent_channels), jnp.float32)
-        found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
-        for name, direction, part in (
-            ("tile of the decoder", vae_flow.decoder, vae_flow.decode_part),
-            ("tile of the encoder", vae_flow.encoder, vae_flow.encode_part),
-        ):
-            d = direction(modules, params, mesh, None)
-            window = vae_tiles.seen(tile, side, d.margin) * d.source
-            channels = modules.latent_channels if d.source == 1 else 3
-            place = vae_tiles.Place(*[jax.ShapeDtypeStruct((1, 2), jnp.int32)] * 4)
-            head = jax.ShapeDtypeStruct((vae_tiles.MOST_KEYS, 1, modules.vae.block_out_channels[-1]), jnp.float32)
-            keys = vae_tiles.Keys(head, head, jax.ShapeDtypeStruct((), jnp.int32))
-            stats = jax.ShapeDtypeStruct(d.stats, jnp.float32)
-            windows = jax.ShapeDtypeStruct((1, window, window, channels), jnp.float32)
-            stage = functools.partial(vae_flow.tiles, modules, part, mesh, (tile, tile))
-            found[name] = temporaries(stage, weights, windows, place, stats, keys)
-        records += [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
-    return records
+    latents = array(1, tile, tile, modules.latent_channels)
+    found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
+    head = array(vae_tiles.MOST_KEYS, 1, modules.vae.block_out_channels[-1])
+    keys, place = vae_tiles.Keys(head, head, integers()), vae_tiles.Place(*[integers(1, 2)] * 4)
+    for name, direction, part in (
+        ("tile of the decoder", vae_flow.decoder, vae_flow.decode_part),
+        ("tile of the encoder", vae_flow.encoder, vae_flow.encode_part),
+    ):
+        d = direction(modules, params, mesh, None)
+        window = vae_tiles.seen(tile, side, d.margin) * d.source
+        windows = array(1, window, window, modules.latent_channels if d.source == 1 else 3)
+        stage = functools.partial(vae_flow.tiles, modules, part, mesh, (tile, tile))
+        found[name] = temporaries(stage, weights, windows, place, array(*d.stats), keys)
+    return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
+
+
+def array(*shape: int) -> jax.ShapeDtypeStruct:
+    """Of float32."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    """Of int32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def one_run(model: str, pixels: int, tile: int) -> dict:
@@ -76,6 +79,13 @@ def one_run(model: str, pixels: int, tile: int) -> dict:
     seconds = round(time.perf_counter() - start, 1)
     what = f"tiles of {tile}" if tile else "whole"
     return {"kind": "run", "what": what, "pixels": pixels, "bytes": _peak() - before, "seconds": seconds}
+
+
+def in_process(model: str, pixels: int, tile: int) -> dict:
+    """`one_run` in a process of its own: a peak is that of a process's whole life."""
+    command = [sys.executable, __file__, "one", "--model", model, "--sizes", str(pixels), "--tile", str(tile)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _peak() -> int:
@@ -95,7 +105,11 @@ def plot(records: list[dict], path: Path) -> None:
         if kind == "run":
             sides = sorted({r["pixels"] for r in records if r["kind"] == kind})
             axis.loglog(sides, [24 * s**2 / GIB for s in sides], "k:", base=2, label="input and output")
-        axis.set(title=titles[kind], xlabel="pixels a side" + (" of the tile" if kind == "plan" else ""), ylabel="GiB")
+        axis.set(
+            title=titles[kind],
+            xlabel="pixels a side, of " + ("the tile" if kind == "plan" else "the picture"),
+            ylabel="GiB",
+        )
         axis.legend()
     figure.savefig(path, dpi=110)
 
@@ -117,25 +131,12 @@ def main() -> None:
         plot([json.loads(line) for line in args.records.read_text().splitlines()], args.plot)
         return
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {memory.free_bytes(jax.devices()[0]) / GIB:.1f} GiB")
-    records = plan(args.sizes) if args.what == "plan" else []
-    for pixels in args.sizes if args.what == "runs" else []:
-        command = [
-            sys.executable,
-            __file__,
-            "one",
-            "--model",
-            args.model,
-            "--sizes",
-            str(pixels),
-            "--tile",
-            str(args.tile),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        records.append(json.loads(done.stdout.splitlines()[-1]))
-    with args.records.open("a") as file:
-        for record in records:
-            print(f"{record['what']}, {record['pixels']} pixels: {record['bytes'] / GIB:.2f} GiB")
-            file.write(json.dumps(record) + "\n")
+    for pixels in args.sizes:
+        found = plan(pixels) if args.what == "plan" else [in_process(args.model, pixels, args.tile)]
+        with args.records.open("a") as file:
+            for record in found:
+                print(f"{record['what']}, {pixels} pixels: {record['bytes'] / GIB:.2f} GiB", flush=True)
+                file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from pisa_jax.sharding import replicated
 from pisa_jax.trees import flatten
 from pisa_jax.vae_tiles import EPSILON, Direction, Keys, Place, Report, Sampled
 
+# Rows of an activation that are summed up at once.
+ROWS = 16
+
 
 def decoder_margins(backbone: Backbone) -> list[int]:
     """Positions that the decoder needs around a result: in its latents, then in the input of every upsampler."""
@@ -155,22 +158,35 @@ class _Flow:
 
     def norm(self, x, scale, bias, groups, epsilon):
         """GroupNorm with the statistics of `stats_for`."""
-        wide = x.astype(jnp.float32)
-        mean, variance = self.stats_for(wide, functools.partial(self.own_mean, groups=groups))
+        mean, variance = self.stats_for(x, groups)
         gain = _spread(jax.lax.rsqrt(variance + epsilon), x) * scale.astype(jnp.float32)
-        return ((wide - _spread(mean, x)) * gain + bias.astype(jnp.float32)).astype(x.dtype)
+        return ((x.astype(jnp.float32) - _spread(mean, x)) * gain + bias.astype(jnp.float32)).astype(x.dtype)
 
-    def own_mean(self, x, groups):
-        """(b, groups): the means over every tile's own positions."""
-        weights = []
-        for axis in range(2):
-            position = self.origin[:, axis, None] + jnp.arange(x.shape[1 + axis])
-            start, stop = (self.scale * side[:, axis, None] for side in (self.place.start, self.place.stop))
-            own = ((position >= start) & (position < stop)).astype(jnp.float32)
-            weights.append(own / own.sum(1, keepdims=True))
-        rows, columns = weights
-        channels = (x * rows[:, :, None, None] * columns[:, None, :, None]).sum((1, 2))
-        return channels.reshape(len(x), groups, -1).mean(-1)
+    def moments(self, x, mean):
+        """(b, 2, groups): means over every tile's own positions of x - mean and of its square.
+
+        Row by row, as it were: in one go a CPU keeps three more arrays like x, and a tile takes three times the memory.
+        """
+        height, step = x.shape[1], min(ROWS, x.shape[1])
+        rows, columns = (self.own(axis, x.shape[1 + axis]) for axis in range(2))
+
+        def add(index, total):
+            first = jnp.minimum(index * step, height - step)
+            centred = jax.lax.dynamic_slice_in_dim(x, first, step, axis=1).astype(jnp.float32) - _spread(mean, x)
+            fresh = first + jnp.arange(step) >= index * step  # the last block is moved back to end at the border
+            row = jax.lax.dynamic_slice_in_dim(rows, first, step, axis=1) * fresh
+            share = row[:, :, None, None] * columns[:, None, :, None]
+            return total + jnp.stack([(part * share).sum((1, 2)) for part in (centred, jnp.square(centred))], axis=1)
+
+        channels = jax.lax.fori_loop(0, -(-height // step), add, jnp.zeros((x.shape[0], 2, x.shape[-1])))
+        return channels.reshape(x.shape[0], 2, len(mean), -1).mean(-1)
+
+    def own(self, axis, length):
+        """(b, length): which positions along an axis are a tile's own, summing to 1."""
+        position = self.origin[:, axis, None] + jnp.arange(length)
+        start, stop = (self.scale * side[:, axis, None] for side in (self.place.start, self.place.stop))
+        own = ((position >= start) & (position < stop)).astype(jnp.float32)
+        return own / own.sum(1, keepdims=True)
 
     def attention(self, query, key, value, size):
         """Attention over the keys that are given; own ones are kept."""
@@ -217,11 +233,11 @@ class _Tiles(_Flow):
         super().__init__(backbone, size, place, keys)
         self.stats = stats
 
-    def stats_for(self, x, own_mean):
+    def stats_for(self, x, groups):
         """The given ones."""
+        del groups
         mean, variance = self.stats[len(self.found)]
-        centred = x - _spread(mean, x)
-        self.found.append(jnp.stack([own_mean(centred), own_mean(jnp.square(centred))], axis=1))
+        self.found.append(self.moments(x, mean))
         return mean, variance
 
     def report(self) -> Report:
@@ -236,10 +252,10 @@ class _Sample(_Flow):
         super().__init__(backbone, size, place, keys)
         self.shift, self.used = shift, []
 
-    def stats_for(self, x, own_mean):
+    def stats_for(self, x, groups):
         """Those of all pieces together, shifted."""
-        mean = own_mean(x).mean(0)
-        variance = own_mean(jnp.square(x - _spread(mean, x))).mean(0)
+        mean = self.moments(x, jnp.zeros(groups)).mean(0)[0]
+        variance = self.moments(x, mean).mean(0)[1]
         self.found.append(jnp.stack([mean, variance]))
         self.used.append(shifted(self.found[-1], self.shift[len(self.used)]))
         return self.used[-1]

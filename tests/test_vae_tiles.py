@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import os
 import subprocess
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_inference import picture, random_upscaler
-from tiny import close, random_backbone
+from tiny import close
 
 from pisa_jax import backbone as bb
-from pisa_jax import color, memory, sharding, vae_flow, vae_tiles
-from pisa_jax.inference import Weights
+from pisa_jax import color, memory, random_model, sharding, vae_flow, vae_tiles
+from pisa_jax.inference import Settings, Weights, on_device
 
 # Bounds of the issue, in images of a range of 2: 2 grey levels, and 0.1 of one on average.
 WORST, MEAN = 2 / 127.5, 0.1 / 127.5
@@ -27,9 +28,29 @@ def half_flat(height, width, seed=0):
 
 
 @functools.cache
+def two_levels():
+    """A model of factor 2: quick to compile, and with none of Stable Diffusion's numbers."""
+    unet, vae, text = random_model.configs("tiny")
+    modules = bb.build(
+        unet | {"block_out_channels": [32, 32], "attention_head_dim": [2, 2],
+                "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        vae | {"block_out_channels": [32, 64], "norm_num_groups": 16,
+               "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        text,
+    )  # fmt: skip
+    shapes, rng = bb.param_shapes(modules), np.random.default_rng(0)
+    return modules, on_device({part: random_model.random_params(shapes[part], rng) for part in shapes}, np.float32)
+
+
+def small_upscaler(**settings):
+    return random_upscaler(parts=two_levels(), **settings)
+
+
+@functools.cache
 def directions():
-    """The encoder and the decoder of the tiny model; each shape is compiled once for all tests."""
-    modules, params = random_backbone()
+    """The encoder and the decoder of the small model; each shape is compiled once for all tests."""
+    modules, params = two_levels()
     weights, compiled = Weights(None, None, params["vae"], None), {}
 
     def run(stage, static, *arrays):
@@ -44,9 +65,9 @@ def directions():
 
 @functools.cache
 def untiled():
-    """A picture of 16 x 24 latents, its latents, and what the whole decoder makes of them."""
-    modules, params = random_backbone()
-    source = np.float32(half_flat(128, 192)) / 127.5 - 1
+    """A picture of 32 x 48 latents, its latents, and what the whole decoder makes of them."""
+    modules, params = two_levels()
+    source = np.float32(half_flat(64, 96)) / 127.5 - 1
     mean, std = jax.jit(bb.posterior, static_argnums=0)(modules, params["vae"], source[None])
     latents = mean * modules.latent_scale
     decoded = jax.jit(bb.decode, static_argnums=0)(modules, params["vae"], latents)
@@ -55,20 +76,20 @@ def untiled():
 
 def test_tiles_decode_like_the_whole():
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 8)
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
     assert off < vae_tiles.TOLERANCE
     difference = np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1))
     assert difference.max() < WORST
     assert difference.mean() < MEAN
     # No seam: the rows and columns beside the borders of tiles are no further off than the others.
     beside = np.zeros(difference.shape[:2], bool)
-    beside[63:65], beside[:, 63:65], beside[:, 127:129] = True, True, True
+    beside[31:33], beside[:, 31:33], beside[:, 63:65] = True, True, True
     assert difference[beside].mean() < 2 * difference[~beside].mean() + 1e-5
 
 
 def test_tiles_encode_like_the_whole():
     source, expected, _, _ = untiled()
-    found, off = vae_tiles.walk(directions()[0], source, 8)
+    found, off = vae_tiles.walk(directions()[0], source, 16)
     assert off < vae_tiles.TOLERANCE
     assert np.abs(found - expected).max() < 0.03 * np.std(expected)
 
@@ -77,15 +98,15 @@ def test_a_single_pass_is_not_enough(monkeypatch):
     # What the passes are for, and that the bounds above can fail.
     monkeypatch.setattr(vae_tiles, "MOST_PASSES", 1)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 8)
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
     assert off > vae_tiles.TOLERANCE
     assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > WORST
 
 
 def test_fewer_keys_than_latents(monkeypatch):
-    monkeypatch.setattr(vae_tiles, "MOST_KEYS", 100)
+    monkeypatch.setattr(vae_tiles, "MOST_KEYS", 400)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 8)
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
     assert off < vae_tiles.TOLERANCE
     assert 0 < np.abs(found - expected).mean() < 0.5 * np.std(expected)
 
@@ -131,28 +152,30 @@ def test_colours_of_tiles_are_those_of_the_whole(fix):
         close(np.clip(found, -1, 1), expected, 1e-5)
 
 
-@pytest.mark.parametrize("fix", ["adain", "wavelet"])
-def test_an_upscaler_with_tiles_is_near_one_without(fix):
-    tiled, whole = (random_upscaler(vae_tile=tile, color_fix=fix) for tile in (64, 0))
-    source = half_flat(25, 37)
-    [found], [expected] = (u.many(np.float32(source) / 255, 4, [(0.7, 0.4)], seed=3) for u in (tiled, whole))
-    assert found.shape == (100, 148, 3)
-    assert 0 < np.abs(found - expected).max() < WORST / 2
-    assert np.abs(found - expected).mean() < MEAN / 2
+def test_an_upscaler_with_tiles_is_near_one_without():
+    tiled, whole = (small_upscaler(vae_tile=tile) for tile in (64, 0))
+    source = np.float32(half_flat(25, 37)) / 255
+    for fix in ("adain", "wavelet"):
+        for upscaler in (tiled, whole):
+            upscaler.settings = dataclasses.replace(upscaler.settings, color_fix=fix)
+        [found], [expected] = (u.many(source, 4, [(0.7, 0.4)], seed=3) for u in (tiled, whole))
+        assert found.shape == (100, 148, 3)
+        assert 0 < np.abs(found - expected).max() < WORST / 2
+        assert np.abs(found - expected).mean() < MEAN / 2
 
 
 def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MOST_PASSES", 2)
     compiled = []
-    upscaler = random_upscaler(lambda what, seconds: compiled.append(what), vae_tile=64, tile=8, overlap=2)
-    upscaler(picture(72, 75))
+    upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
+    upscaler(picture(28, 33))
     # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
     assert sorted(what.split()[0] for what in compiled) == ["predict", *["sample"] * 4, *["tiles"] * 2]
-    upscaler.many(picture(80, 74), 4, [(1.0, 1.0)])
+    upscaler.many(picture(35, 30), 4, [(1.0, 1.0)])
     assert len(compiled) == 7
     calls, run = [], upscaler._run
     upscaler._run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    prepared = upscaler.many(picture(72, 75), 4, [(1.0, 1.0), (1.0, 1.0)])
+    prepared = upscaler.many(picture(28, 33), 4, [(1.0, 1.0), (1.0, 1.0)])
     assert np.array_equal(*prepared)
     # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
@@ -161,7 +184,7 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
 
 def test_out_of_memory_halves_the_tile_and_goes_on():
     said, asked = [], []
-    upscaler = random_upscaler(vae_tile=256, notice=said.append)
+    upscaler = small_upscaler(vae_tile=256, notice=said.append)
     run = upscaler._run
 
     def short_of_memory(stage, static, *arrays):
@@ -213,15 +236,16 @@ def test_auto_takes_the_whole_where_it_fits_and_the_largest_tile_where_not():
 @pytest.mark.parametrize("tile", [-1, 63, "big"])
 def test_wrong_tiles_are_refused(tile):
     with pytest.raises(ValueError, match=f"vae_tile is {tile!r}; allowed are 'auto', 0 .never. and pixels from 64 on"):
-        random_upscaler(vae_tile=tile)
+        Settings(vae_tile=tile)
 
 
 DEVICES = """
 import numpy as np
-from test_inference import picture, random_upscaler
+from test_inference import picture
+from test_vae_tiles import small_upscaler
 from pisa_jax import images, vae_tiles
 vae_tiles.MOST_PASSES = 2
-one, two = (random_upscaler(devices=n, vae_tile=64, tile=8, overlap=2) for n in (1, 2))
+one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
 # A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
     sources = [images.from_array(picture(*size)) for size in batch]
@@ -246,4 +270,4 @@ def test_two_devices_give_what_one_gives(tmp_path):
 
 def test_more_devices_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="999 devices are asked for, and there are"):
-        random_upscaler(devices=999)
+        small_upscaler(devices=999)
