@@ -1,6 +1,7 @@
 """Memory by size of picture and tile: what XLA's plan of a stage says, and what real runs hold.
 
-    python benchmarks/make_checkpoint.py tiny --size tiny && python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
+    python benchmarks/make_checkpoint.py tiny --size tiny
+    python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
     python benchmarks/memory.py plan
     python benchmarks/memory.py plot
 
@@ -105,11 +106,8 @@ def plot(records: list[dict], path: Path) -> None:
         if kind == "run":
             sides = sorted({r["pixels"] for r in records if r["kind"] == kind})
             axis.loglog(sides, [24 * s**2 / GIB for s in sides], "k:", base=2, label="input and output")
-        axis.set(
-            title=titles[kind],
-            xlabel="pixels a side, of " + ("the tile" if kind == "plan" else "the picture"),
-            ylabel="GiB",
-        )
+        of = "the tile" if kind == "plan" else "the picture"
+        axis.set(title=titles[kind], xlabel=f"pixels a side of {of}", ylabel="GiB")
         axis.legend()
     figure.savefig(path, dpi=110)
 
