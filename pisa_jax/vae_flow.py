@@ -53,8 +53,8 @@ def encoder_margin(backbone: Backbone) -> int:
 def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
     """What a batch of pictures of this shape needs.
 
-    XLA keeps about four activations of the last upsampler's width at the picture's resolution (measured, see
-    docs/any_size.md), and the score matrix of the attention where that is not cut into chunks.
+    Four activations of the last upsampler's width at the picture's resolution: a CPU keeps two and a half (measured,
+    docs/any_size.md), other back ends may need more. And the attention's scores, where they are not cut into chunks.
     """
     batch, height, width, _ = shape
     channels = backbone.vae.block_out_channels
