@@ -254,7 +254,6 @@ class Upscaler:
         size: tuple[int, int],
     ) -> Float[np.ndarray, "b y x 3"]:
         """Images in [-1, 1] at one pair of scales, cut to `size`, with the colours of the network input `style`."""
-
         scales = np.asarray(scales, np.float32)
 
         def whole():
