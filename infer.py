@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -47,6 +48,11 @@ def whole(least: int):
     return parse
 
 
+def vae_tile(text: str) -> int | str:
+    """ "auto", 0 or a number of pixels."""
+    return text if text == "auto" else whole(0)(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Every flag; the names that the original program has for them work too."""
     p = argparse.ArgumentParser(
@@ -75,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
         help="side of the UNet's windows, for larger pictures (default 96; 0 = never)")  # fmt: skip
     add("--overlap", "--latent_tiled_overlap", type=whole(0), default=32, metavar="LATENTS",
         help="overlap of the windows (default 32)")  # fmt: skip
+    add("--vae-tile", type=vae_tile, default=None, metavar="PIXELS|auto|0",
+        help="side of the VAE's tiles, for larger pictures (default auto: what memory allows; 0 = never)")  # fmt: skip
+    add("--vae_encoder_tiled_size", type=whole(0), metavar="PIXELS", help=argparse.SUPPRESS)
+    add("--vae_decoder_tiled_size", type=whole(0), metavar="LATENTS", help=argparse.SUPPRESS)
+    add("--devices", type=whole(1), default=1, metavar="N", help="spread tiles and pictures over N devices (default 1)")
     add("--dtype", choices=["bfloat16", "float32"], help="of the UNet (default float32 on CPUs, else bfloat16)")
     add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="of the VAE (default float32)")
     add("--seed", type=whole(0), metavar="N", help="sample the latent; without it the result is deterministic")
@@ -96,6 +107,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, metavar="FILE", help="write a record per file")
     return p
+
+
+def chosen_vae_tile(args: argparse.Namespace) -> int | str:
+    """--vae-tile, or the smaller of the two sizes that the original program has, in pixels."""
+    # The original counts the decoder's tiles in latents, each of 8 pixels.
+    sizes = [args.vae_encoder_tiled_size or 0, 8 * (args.vae_decoder_tiled_size or 0)]
+    given = min((size for size in sizes if size), default="auto")
+    return given if args.vae_tile is None else args.vae_tile
 
 
 def main() -> int:
@@ -130,6 +149,9 @@ def main() -> int:
             min_size=args.min_size,
             tile=args.tile,
             overlap=args.overlap,
+            vae_tile=chosen_vae_tile(args),
+            devices=args.devices,
+            notice=functools.partial(tqdm.write, file=sys.stderr),
         )
         inputs = files.find_inputs(args.input)
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ PyTorch modules that the published weights were trained with, linen interceptors
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.utils import logging as diffusers_logging
 
@@ -68,6 +68,24 @@ _UNET_READ = {
 _INERT = {"addition_embed_type_num_heads"}
 _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+
+
+class VaeHooks(NamedTuple):
+    """What is done at the places of the VAE where a position sees more than its neighbours, or the resolution changes.
+
+    The defaults are those of a whole picture; tiles need others (`vae_flow`).
+    """
+
+    # (x, scale, bias, groups, epsilon) -> the normalised x
+    norm: Callable = ops.group_norm
+    # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
+    attention: Callable = lambda query, key, value, size: ops.attention(query, key, value)
+    # What is upsampled, and what was downsampled, on its way to the next layer.
+    before_up: Callable = lambda x: x
+    after_down: Callable = lambda x: x
+
+
+WHOLE = VaeHooks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,13 +182,10 @@ def eps(
 
 
 def posterior(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"]
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = WHOLE
 ) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
-    """Mean and standard deviation of the VAE's posterior, before `latent_scale`, of images in [-1, 1]; float32.
-
-    The sides of the images are multiples of `factor`.
-    """
-    with nn.intercept_methods(_corrections()):
+    """Mean and deviation of the latents, not scaled, of images in [-1, 1]; sides are multiples of `factor`; float32."""
+    with nn.intercept_methods(_corrections(hooks)):
         found = backbone.vae.apply(
             {"params": params}, images.transpose(0, 3, 1, 2), method=backbone.vae.encode
         ).latent_dist
@@ -181,15 +196,15 @@ def encode(
     backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
 ) -> Float[Array, "b y x c"]:
     """Scaled latents, mean or mean + std noise, of images in [-1, 1] whose sides are multiples of `factor`; float32."""
-    latents, std = posterior(backbone, params, images)
-    if noise is not None:
-        latents = latents + std * noise
-    return latents * backbone.latent_scale
+    mean, std = posterior(backbone, params, images)
+    return (mean if noise is None else mean + std * noise) * backbone.latent_scale
 
 
-def decode(backbone: Backbone, params: Params, latents: Float[Array, "b y x c"]) -> Float[Array, "b h w 3"]:
+def decode(
+    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = WHOLE
+) -> Float[Array, "b h w 3"]:
     """Images, nominally in [-1, 1] and not clipped, of scaled latents; float32."""
-    with nn.intercept_methods(_corrections()):
+    with nn.intercept_methods(_corrections(hooks)):
         images = backbone.vae.apply(
             {"params": params}, latents / backbone.latent_scale, method=backbone.vae.decode
         ).sample
@@ -215,7 +230,7 @@ def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]
     return tokenize
 
 
-def _corrections() -> Callable:
+def _corrections(hooks: VaeHooks = WHOLE) -> Callable:
     """One call's interceptor: it remembers the sizes that the UNet's upsamplers must return to."""
     sizes: list[tuple[int, int]] = []
 
@@ -230,27 +245,27 @@ def _corrections() -> Callable:
         if isinstance(module, resnet_flax.FlaxUpsample2D):
             height, width = sizes.pop()
             return module.conv(ops.double(args[0])[:, :height, :width])
+        if isinstance(module, vae_flax.FlaxDownsample2D):
+            return hooks.after_down(next_fun(*args, **kwargs))
         corrected = _CORRECTED.get(type(module))
-        return corrected(module, *args) if corrected else next_fun(*args, **kwargs)
+        return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)
 
     return intercept
 
 
-def _group_norm(module: nn.GroupNorm, x):
+def _group_norm(hooks: VaeHooks, module: nn.GroupNorm, x):
     # FlaxTransformer2DModel's norm is the one made with 1e-5 where PyTorch has 1e-6.
     transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     weights = module.variables["params"]
-    return ops.group_norm(
-        x, weights["scale"], weights["bias"], module.num_groups, 1e-6 if transformer else module.epsilon
-    )
+    return hooks.norm(x, weights["scale"], weights["bias"], module.num_groups, 1e-6 if transformer else module.epsilon)
 
 
-def _geglu(module: attention_flax.FlaxGEGLU, x, *_):
+def _geglu(_, module: attention_flax.FlaxGEGLU, x, *__):
     linear, gate = jnp.split(module.proj(x), 2, axis=-1)
     return linear * nn.gelu(gate, approximate=False)
 
 
-def _attention(module: attention_flax.FlaxAttention, x, context=None, *_):
+def _attention(_, module: attention_flax.FlaxAttention, x, context=None, *__):
     context = x if context is None else context
 
     def heads(projected):
@@ -260,17 +275,18 @@ def _attention(module: attention_flax.FlaxAttention, x, context=None, *_):
     return module.proj_attn(out.reshape(*out.shape[:2], -1))
 
 
-def _vae_attention(module: vae_flax.FlaxAttentionBlock, x):
+def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
     tokens = module.group_norm(x).reshape(x.shape[0], -1, module.num_heads, x.shape[-1] // module.num_heads)
     flat = tokens.reshape(*tokens.shape[:2], -1)
-    out = ops.attention(*(layer(flat).reshape(tokens.shape) for layer in (module.query, module.key, module.value)))
+    projected = (layer(flat).reshape(tokens.shape) for layer in (module.query, module.key, module.value))
+    out = hooks.attention(*projected, x.shape[1:3])
     return module.proj_attn(out.reshape(flat.shape)).reshape(x.shape) + x
 
 
-def _vae_upsample(module: vae_flax.FlaxUpsample2D, x):
+def _vae_upsample(hooks: VaeHooks, module: vae_flax.FlaxUpsample2D, x):
     weights = module.conv.variables["params"]
     kernel, bias = (weights[name].astype(module.dtype) for name in ("kernel", "bias"))
-    return ops.double_conv(x.astype(module.dtype), kernel, bias)
+    return ops.double_conv(hooks.before_up(x).astype(module.dtype), kernel, bias)
 
 
 _CORRECTED = {

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pisa_jax import images
 from pisa_jax.inference import Upscaler
+from pisa_jax.memory import exhausted
 from pisa_jax.sheet import contact_sheet
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -181,8 +182,8 @@ def _one_line(error: BaseException) -> str:
 
 def _explain(error: BaseException) -> str:
     text = _one_line(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory; try a smaller --batch-size or --scale, or --dtype bfloat16 ({text[:120]})"
+    if exhausted(error):
+        return f"out of memory; try a smaller --batch-size, --vae-tile or --scale, or --dtype bfloat16 ({text[:120]})"
     return text
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 from pisa_jax import backbone as bb
-from pisa_jax import convert, images, lora, model, pretrained
+from pisa_jax import convert, images, lora, memory, model, pretrained, sharding, vae_flow, vae_tiles
 from pisa_jax.backbone import Backbone
-from pisa_jax.color import COLOR_FIXES
+from pisa_jax.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.config import AdapterSpec
 from pisa_jax.ops import compiler_options
 from pisa_jax.tiling import blend_windows
@@ -43,6 +43,10 @@ class Settings:
     overlap: int = 32
     # Windows of a picture in one call of the UNet.
     tile_batch: int = 1
+    # Side of the VAE's tiles in pixels of the result, for larger pictures; 0 = never, "auto" = what memory allows.
+    vae_tile: int | str = "auto"
+    # Devices that tiles and pictures are spread over.
+    devices: int = 1
 
     def __post_init__(self):
         if self.color_fix not in COLOR_FIXES:
@@ -52,6 +56,7 @@ class Settings:
             raise ValueError(
                 f"the overlap of tiles is at least 0 and less than the tile, not {self.overlap} with tile {self.tile}"
             )
+        memory.check_tile(self.vae_tile)
 
 
 DEFAULT = Settings()
@@ -91,8 +96,14 @@ def render(
     """Stage 3: images in [-1, 1] at one pair of scales, cut to `size` (height, width), with the colours of `style`."""
     height, width = size
     decoded = bb.decode(backbone, weights.vae, model.combine(*residuals, scales))[:, :height, :width]
+    return recolor(backbone, color_fix, weights, decoded, style[:, :height, :width])
+
+
+def recolor(backbone: Backbone, color_fix: str, weights: Weights, decoded: Any, style: Any) -> jax.Array:
+    """The end of stage 3, and the stage of its own that a tile of a picture passes."""
+    del backbone, weights
     # Colour statistics are those of images in [0, 1]: AdaIN's epsilon is not free of scale.
-    content, source = (jnp.clip(decoded, -1, 1) + 1) / 2, (style[:, :height, :width] + 1) / 2
+    content, source = (jnp.clip(decoded, -1, 1) + 1) / 2, (style + 1) / 2
     return jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1) * 2 - 1
 
 
@@ -122,10 +133,15 @@ class Upscaler:
         sem_spec: AdapterSpec,
         settings: Settings = DEFAULT,
         on_compile: Callable[[str, float], None] = lambda what, seconds: None,
+        notice: Callable[[str], None] = lambda line: None,
     ):
-        self.backbone, self.weights, self.sem_spec, self.settings = backbone, weights, sem_spec, settings
-        self.on_compile = on_compile
+        self.backbone, self.sem_spec, self.settings = backbone, sem_spec, settings
+        self.on_compile, self.notice = on_compile, notice
+        self.mesh = sharding.first_devices(settings.devices)
+        everywhere = sharding.replicated(self.mesh)
+        self.weights = jax.device_put(weights, everywhere) if settings.devices > 1 else weights
         self.compiled: dict[Any, Any] = {}
+        self.memory = memory.Memory(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
 
     @classmethod
     def load(
@@ -137,13 +153,14 @@ class Upscaler:
         vae_dtype: str = "float32",
         prompt: str = "",
         on_compile: Callable[[str, float], None] = lambda what, seconds: None,
+        notice: Callable[[str], None] = lambda line: None,
         **settings: Any,
     ) -> "Upscaler":
         """The upscaler of a base model (diffusers folder or hub id) and an adapter file (.pkl or .safetensors).
 
         `dtype` is the UNet's ("float32" or "bfloat16"; None: float32 on CPUs, else bfloat16), `settings` are the fields
         of `Settings`. The text encoder runs once, on `prompt`, and is dropped. `on_compile(what, seconds)` is told of
-        every compilation.
+        every compilation, `notice(line)` of what else is worth knowing.
 
         Raises:
             ValueError: files that do not hold what they should.
@@ -167,7 +184,7 @@ class Upscaler:
             on_device(loaded.params["vae"], loaded.backbone.vae.dtype),
             bb.encode_text(loaded.backbone, loaded.params["text"], jnp.asarray(loaded.tokenize([prompt]))),
         )
-        return cls(loaded.backbone, weights, trained.specs.get("sem", AdapterSpec()), checked, on_compile)
+        return cls(loaded.backbone, weights, trained.specs.get("sem", AdapterSpec()), checked, on_compile, notice)
 
     def __call__(self, image: Any, scale: float | int = 4, scales: Pair = (1.0, 1.0), seed: int | None = None) -> Any:
         """`image` at `scale` times its size: a PIL image, or an (h, w[, 1|3|4]) array: uint8, uint16, float in [0, 1].
@@ -214,14 +231,14 @@ class Upscaler:
     ) -> Residuals:
         """The latents of network inputs in [-1, 1] and the two predictions, or eps_full in place of both of them."""
         settings = self.settings
-        latents = self._run(encode, (), batch, noise)
+        latents = self._encoded(batch, noise)
 
         def unet(array):
-            return self._run(predict, (self.sem_spec, (0.0, 1.0) if both else (1.0,)), array)
+            return self._run(predict, (self.sem_spec, (0.0, 1.0) if both else (1.0,)), self._spread(array))
 
         _, height, width, channels = latents.shape
         if settings.tile and height * width > settings.tile**2:
-            tiles_at_once = len(batch) * settings.tile_batch
+            tiles_at_once = len(batch) * settings.tile_batch * settings.devices
             stacked = jnp.asarray(
                 blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, tiles_at_once)
             )
@@ -237,8 +254,57 @@ class Upscaler:
         size: tuple[int, int],
     ) -> Float[np.ndarray, "b y x 3"]:
         """Images in [-1, 1] at one pair of scales, cut to `size`, with the colours of the network input `style`."""
-        static = (self.settings.color_fix, tuple(size))
-        return np.asarray(self._run(render, static, residuals, np.asarray(scales, np.float32), style))
+        scales = np.asarray(scales, np.float32)
+
+        def whole():
+            static = (self.settings.color_fix, tuple(size))
+            return np.asarray(self._run(render, static, self._spread(residuals), scales, self._spread(style)))
+
+        def tiled(tile):
+            results = []
+            for latents, source in zip(np.asarray(model.combine(*residuals, jnp.asarray(scales))), style, strict=True):
+                decoded = self._walked(vae_flow.decoder, latents, tile)[: size[0], : size[1]]
+                results.append(self._recolored(decoded, source[: size[0], : size[1]], tile))
+            return _stacked(results)
+
+        return self._within_memory(style, whole, tiled)
+
+    def _encoded(self, batch, noise) -> Any:
+        def whole():
+            return jax.block_until_ready(self._run(encode, (), self._spread(batch), noise))
+
+        def tiled(tile):
+            mean, std = np.split(_stacked([self._walked(vae_flow.encoder, one, tile) for one in batch]), 2, axis=-1)
+            latents = mean if noise is None else mean + std * np.asarray(noise)
+            return jnp.asarray(latents * self.backbone.latent_scale)
+
+        return self._within_memory(batch, whole, tiled)
+
+    def _walked(self, direction: Callable, array: np.ndarray, tile: int) -> np.ndarray:
+        """One picture, or its latents, through the VAE by tiles of `tile` pixels."""
+        functions = direction(self.backbone, self.weights.vae, self.mesh, self._run)
+        out, off = vae_tiles.walk(functions, array, max(tile // self.backbone.factor, 1))
+        if off > vae_tiles.TOLERANCE:
+            self.notice(f"the tiles of the VAE's {direction.__name__} agree to {off:.1g} only: seams may show")
+        return out
+
+    def _recolored(self, decoded: np.ndarray, style: np.ndarray, tile: int) -> np.ndarray:
+        """`recolor` of one picture: over all of it on the host, or by tiles where it is local."""
+        if self.settings.color_fix == "adain":
+            adain_in_place(np.clip(decoded, -1, 1, out=decoded), style)
+            return decoded
+        stage = functools.partial(self._run, recolor, (self.settings.color_fix,))
+        return vae_tiles.over_windows(stage, (decoded, style), tile, WAVELET_REACH)
+
+    def _within_memory(self, batch: np.ndarray, whole: Callable, tiled: Callable) -> Any:
+        return self.memory.run(vae_flow.footprint(self.backbone, batch.shape), max(batch.shape[1:3]), whole, tiled)
+
+    def _spread(self, arrays: Any) -> Any:
+        """Batches cut over the devices, where they can be."""
+        count = self.settings.devices
+        if count == 1 or any(len(leaf) % count for leaf in jax.tree.leaves(arrays)):
+            return arrays
+        return jax.device_put(arrays, sharding.over_batch(self.mesh))
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> jax.Array:
         # The same for every picture of a size: results do not depend on which files share a batch.
@@ -256,3 +322,8 @@ class Upscaler:
             shape = jax.tree.leaves(arrays)[0].shape
             self.on_compile(f"{stage.__name__} for {shape}", time.perf_counter() - start)
         return self.compiled[key](self.weights, *arrays)
+
+
+def _stacked(pictures: list[np.ndarray]) -> np.ndarray:
+    """A batch; one picture, which may be large, is not copied."""
+    return np.stack(pictures) if len(pictures) > 1 else pictures[0][None]

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Measured on 2 CPU cores: a map over heads and chunks of 256 queries keeps the scores in cache (87 GFLOP/s against
 # 21-29 for one batched product) once there are more positions than that; below, one product is faster.
@@ -69,6 +69,41 @@ def _chunked_attention(query, key, value):
         return out.reshape(heads, -1, channels)[:, :positions].swapaxes(0, 1)
 
     return jax.vmap(of_sample)(query, key, value)  # vmap, not a map: a batch may be cut over devices
+
+
+# Keys per step of `attention_over`: a chunk's scores, 4 MB, stay in a CPU's cache and keep a GPU busy.
+KEY_CHUNK = 4096
+
+
+def attention_over(
+    query: Float[Array, "n h d"], key: Float[Array, "m h d"], value: Float[Array, "m h d"], count: Int[Array, ""]
+) -> Float[Array, "n h d"]:
+    """softmax(q k^T / sqrt(d)) v over the first `count` keys, chunk by chunk with a running maximum; m is any bound.
+
+    `count` is traced: what it costs depends on it, what is compiled does not. (Milakov and Gimelshein 2018, alg. 3.)
+    """
+    positions, heads, channels = query.shape
+    step = min(KEY_CHUNK, key.shape[0])
+    key, value = (jnp.pad(array, ((0, -len(array) % step), (0, 0), (0, 0))) for array in (key, value))
+
+    def of_chunk(queries):
+        def further(index, carry):
+            top, total, out = carry
+            keys, values = (jax.lax.dynamic_slice_in_dim(array, index * step, step) for array in (key, value))
+            scores = jnp.einsum("nhd,mhd->hnm", queries, keys, preferred_element_type=jnp.float32) * channels**-0.5
+            scores = jnp.where(index * step + jnp.arange(step) < count, scores, -jnp.inf)
+            higher = jnp.maximum(top, scores.max(-1))
+            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            added = jnp.einsum("hnm,mhd->hnd", weights.astype(values.dtype), values)
+            return higher, total * fade + weights.sum(-1), out * fade[..., None] + added
+
+        shape = (heads, QUERY_CHUNK)
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, channels))
+        _, total, out = jax.lax.fori_loop(0, -(-count // step), further, start)
+        return (out / total[..., None]).swapaxes(0, 1).astype(value.dtype)
+
+    chunks = jnp.pad(query, ((0, -positions % QUERY_CHUNK), (0, 0), (0, 0))).reshape(-1, QUERY_CHUNK, heads, channels)
+    return jax.lax.map(of_chunk, chunks).reshape(-1, heads, channels)[:positions]
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -44,6 +44,18 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     return jax.make_mesh(**axes, devices=jax.devices()[:used])
 
 
+def first_devices(count: int) -> Mesh:
+    """A mesh with one axis, data, over the first devices of this process.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    devices = jax.local_devices()
+    if count > len(devices):
+        raise ValueError(f"{count} devices are asked for, and there are {len(devices)} ({devices[0].platform})")
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
@@ -51,7 +63,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first axis cut over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:

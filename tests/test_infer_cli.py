@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import infer as infer_program
 from pisa_jax import random_model
 
 
@@ -134,6 +135,7 @@ def test_equal_names_do_not_collide(infer, tmp_path):
         (["--scales", "1,a"], "'1,a' is not PIX,SEM"),
         (["--scale", "0.5"], "'0.5' is not a number of at least 1"),
         (["--tile", "32", "--overlap", "32"], "--overlap 32 must be less than --tile 32"),
+        (["--vae-tile", "big"], "'big' is not a whole number of at least 0"),
         (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
         (["--color-fix", "adian"], "invalid choice: 'adian'"),
         (["--sacles", "1"], "unrecognized arguments: --sacles"),
@@ -153,3 +155,19 @@ def test_what_cannot_be_loaded_is_said_in_a_line(infer, model, tmp_path):
     (tmp_path / "empty").mkdir()
     done = infer("-i", tmp_path / "empty", "-o", out, code=1)
     assert "no pictures in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tile"),
+    [
+        ([], "auto"),
+        (["--vae-tile", "0"], 0),
+        (["--vae-tile", "512"], 512),
+        (["--vae_encoder_tiled_size", "1024", "--vae_decoder_tiled_size", "224"], 1024),
+        (["--vae_encoder_tiled_size", "1024", "--vae_decoder_tiled_size", "96"], 768),
+        (["--vae_decoder_tiled_size", "96", "--vae-tile", "auto"], "auto"),
+    ],
+)
+def test_vae_tiles_of_the_original(arguments, tile):
+    args = infer_program.parser().parse_args(["-i", "a.png", "-o", "out", *arguments])
+    assert infer_program.chosen_vae_tile(args) == tile

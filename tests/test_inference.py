@@ -30,13 +30,15 @@ def recorded_upscaler(**settings) -> Upscaler:
     return Upscaler(loaded.backbone, weights, adapters.specs["sem"], Settings(**settings))
 
 
-def random_upscaler(on_compile=lambda what, seconds: None, **settings) -> Upscaler:
-    modules, params = random_backbone()
+def random_upscaler(
+    on_compile=lambda what, seconds: None, notice=lambda line: None, parts=None, **settings
+) -> Upscaler:
+    modules, params = parts or random_backbone()
     spec = AdapterSpec(rank=2)
     sem = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(jax.random.key(1), params["unet"], spec))
     prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
     weights = Weights(params["unet"], sem, params["vae"], prompt)
-    return Upscaler(modules, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile)
+    return Upscaler(modules, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile, notice)
 
 
 def picture(height, width, seed=0):

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import close
 
 from pisa_jax import ops
 
@@ -72,3 +73,10 @@ def test_double_repeats_pixels():
 def test_compiler_options_are_accepted():
     options = ops.compiler_options()
     assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6.0
+
+
+@pytest.mark.parametrize("count", [1, 300, 5000])
+def test_attention_over_some_keys(count):
+    query, key, value = (jax.random.normal(jax.random.key(i), (n, 2, 8)) for i, n in enumerate((300, 5000, 5000)))
+    expected = jax.nn.dot_product_attention(query[None], key[None, :count], value[None, :count])[0]
+    close(jax.jit(ops.attention_over)(query, key, value, jnp.array(count)), expected, 1e-5)

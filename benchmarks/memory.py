@@ -1,0 +1,141 @@
+"""Memory by size of picture and tile: what XLA's plan of a stage says, and what real runs hold.
+
+    python benchmarks/make_checkpoint.py tiny --size tiny
+    python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
+    python benchmarks/memory.py plan
+    python benchmarks/memory.py plot
+
+`plan` compiles the decoder and the encoder at Stable Diffusion 2.1's size, whole and by tiles, and runs nothing. `runs`
+takes one picture of each size through the VAE, encoder, decoder and colours, in a process of its own. Both append to
+--records, from which `plot` draws docs/memory.png.
+"""
+
+import argparse
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pisa_jax import Upscaler, backbone, memory, ops, random_model, sharding, vae_flow, vae_tiles
+from pisa_jax.inference import Residuals, Weights
+
+GIB = 2**30
+
+
+def plan(pixels: int) -> list[dict]:
+    """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
+    modules = backbone.build(*random_model.configs("sd21"))
+    params = backbone.param_shapes(modules)["vae"]
+    weights, mesh = Weights(None, None, params, None), sharding.first_devices(1)
+    tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of a picture of 8192 pixels
+
+    def temporaries(function, *arrays):
+        jitted = jax.jit(function, compiler_options=ops.compiler_options())
+        return jitted.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    latents = array(1, tile, tile, modules.latent_channels)
+    found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
+    head = array(vae_tiles.MOST_KEYS, 1, modules.vae.block_out_channels[-1])
+    keys, place = vae_tiles.Keys(head, head, integers()), vae_tiles.Place(*[integers(1, 2)] * 4)
+    for name, direction, part in (
+        ("tile of the decoder", vae_flow.decoder, vae_flow.decode_part),
+        ("tile of the encoder", vae_flow.encoder, vae_flow.encode_part),
+    ):
+        d = direction(modules, params, mesh, None)
+        window = vae_tiles.seen(tile, side, d.margin) * d.source
+        windows = array(1, window, window, modules.latent_channels if d.source == 1 else 3)
+        stage = functools.partial(vae_flow.tiles, modules, part, mesh, (tile, tile))
+        found[name] = temporaries(stage, weights, windows, place, array(*d.stats), keys)
+    return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
+
+
+def array(*shape: int) -> jax.ShapeDtypeStruct:
+    """Of float32."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    """Of int32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def one_run(model: str, pixels: int, tile: int) -> dict:
+    """Peak resident memory of one picture through encoder, decoder and colours, above that of the loaded model."""
+    # Memory depends on neither, and time does: one pass over the tiles, few keys.
+    vae_tiles.MOST_PASSES, vae_tiles.MOST_KEYS = 1, 2**12
+    upscaler = Upscaler.load(model, Path(model) / "adapters.safetensors", vae_tile=tile)
+    before, start = _peak(), time.perf_counter()
+    rng = np.random.default_rng(0)
+    batch = np.repeat(np.repeat(rng.uniform(-1, 1, (1, pixels // 8, pixels // 8, 3)).astype(np.float32), 8, 1), 8, 2)
+    latents = np.asarray(upscaler._encoded(batch, None))
+    nothing = np.zeros_like(latents)
+    upscaler.render(Residuals(latents, nothing, nothing), (1.0, 1.0), batch, (pixels, pixels))
+    seconds = round(time.perf_counter() - start, 1)
+    what = f"tiles of {tile}" if tile else "whole"
+    return {"kind": "run", "what": what, "pixels": pixels, "bytes": _peak() - before, "seconds": seconds}
+
+
+def in_process(model: str, pixels: int, tile: int) -> dict:
+    """`one_run` in a process of its own: a peak is that of a process's whole life."""
+    command = [sys.executable, __file__, "one", "--model", model, "--sizes", str(pixels), "--tile", str(tile)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Peak against size: plans at Stable Diffusion 2.1's size, and real runs of the small model."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    titles = {"plan": "SD 2.1's VAE, one call (XLA's plan)", "run": "small model, whole process (resident)"}
+    for axis, kind in zip(axes, titles, strict=True):
+        for what in dict.fromkeys(record["what"] for record in records if record["kind"] == kind):
+            points = sorted((r["pixels"], r["bytes"] / GIB) for r in records if (r["kind"], r["what"]) == (kind, what))
+            axis.loglog(*zip(*points, strict=True), "o-", base=2, label=what)
+        if kind == "run":
+            sides = sorted({r["pixels"] for r in records if r["kind"] == kind})
+            axis.loglog(sides, [24 * s**2 / GIB for s in sides], "k:", base=2, label="input and output")
+        of = "the tile" if kind == "plan" else "the picture"
+        axis.set(title=titles[kind], xlabel=f"pixels a side of {of}", ylabel="GiB")
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["plan", "runs", "plot", "one"])
+    parser.add_argument("--model", help="a folder of make_checkpoint.py")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--tile", type=int, default=512, help="0: the whole picture")
+    parser.add_argument("--records", type=Path, default=Path("memory.jsonl"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/memory.png"))
+    args = parser.parse_args()
+    if args.what == "one":
+        print(json.dumps(one_run(args.model, args.sizes[0], args.tile)))
+        return
+    if args.what == "plot":
+        plot([json.loads(line) for line in args.records.read_text().splitlines()], args.plot)
+        return
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {memory.free_bytes(jax.devices()[0]) / GIB:.1f} GiB")
+    for pixels in args.sizes:
+        found = plan(pixels) if args.what == "plan" else [in_process(args.model, pixels, args.tile)]
+        with args.records.open("a") as file:
+            for record in found:
+                print(f"{record['what']}, {pixels} pixels: {record['bytes'] / GIB:.2f} GiB", flush=True)
+                file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
