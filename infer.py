@@ -1,4 +1,4 @@
-"""Upscale photographs: `python infer.py -i photo.jpg -o out --model FOLDER --adapters pisa_sr.pkl --scales 1,0.7`."""
+"""Upscale photographs: `python infer.py -i photo.jpg -o out --scales 1,0.7`; alone: the samples that ship with it."""
 
 import argparse
 import dataclasses
@@ -61,18 +61,21 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("-i", "--input", "--input_image", nargs="+", required=True, metavar="PATH", help="pictures, or folders of them")
-    add("-o", "--output", "--output_dir", required=True, type=Path, metavar="FOLDER", help="where results go")
+    add("-i", "--input", "--input_image", nargs="+", metavar="PATH",
+        help="pictures, or folders of them (default: the samples of the demo model)")  # fmt: skip
+    add("-o", "--output", "--output_dir", type=Path, default=Path("out"), metavar="FOLDER",
+        help="where results go (default out)")  # fmt: skip
     add("-s", "--scale", "--upscale", type=enlargement, default=4.0, help="enlargement, any number >= 1 (default 4)")
-    add("--scales", nargs="+", type=pair, default=[(1.0, 1.0)], metavar="PIX,SEM",
+    add("--scales", nargs="+", type=pair, metavar="PIX,SEM",
         help="how much fidelity and detail to add, one or many pairs (default 1,1)")  # fmt: skip
     add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
     add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
     add("--default", action="store_true", help=argparse.SUPPRESS)
     add("--grid", action="store_true", help="also write a labelled contact sheet of all pairs beside the input")
     add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
-        help="Stable Diffusion 2.1-base: a diffusers folder or a hub id")  # fmt: skip
-    add("--adapters", "--pretrained_path", metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
+        help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
+    add("--adapters", "--pretrained_path", metavar="FILE",
+        help="pisa_sr.pkl or adapters.safetensors (default: the demo's)")  # fmt: skip
     add("--color-fix", "--align_method", default="adain", choices=["adain", "wavelet", "none", "nofix"],
         help="how the colours of the input are kept (default adain)")  # fmt: skip
     add("--min-size", "--process_size", type=whole(1), default=512, metavar="PIXELS",
@@ -123,7 +126,10 @@ def main() -> int:
     args = p.parse_args()
     if args.tile and args.overlap >= args.tile:
         p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
-    pairs = [(1.0, 1.0)] if args.default else list(dict.fromkeys(args.scales))
+    if not args.input:  # a first look: what turning the scale of the details does
+        args.input, args.grid = [str(Path(__file__).parent / "pisa_jax" / "assets" / "demo" / "samples")], True
+        args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
+    pairs = [(1.0, 1.0)] if args.default or not args.scales else list(dict.fromkeys(args.scales))
     if args.lambda_pix is not None or args.lambda_sem is not None:
         pairs = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
 
@@ -158,7 +164,10 @@ def main() -> int:
         print(f"infer.py: {error}", file=sys.stderr)
         return 1
     if not inputs:
-        print(f"infer.py: no pictures in {' '.join(args.input)}: {' '.join(files.PICTURE_SUFFIXES)}", file=sys.stderr)
+        print(
+            f"infer.py: no pictures in {' '.join(args.input)}: {' '.join(files.PICTURE_SUFFIXES)}",
+            file=sys.stderr,
+        )
         return 1
     options = files.Options(
         args.output, args.scale, tuple(pairs), args.seed, args.batch_size, args.ext, args.suffix, args.skip_existing,

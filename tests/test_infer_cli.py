@@ -148,7 +148,6 @@ def test_wrong_usage(infer, tmp_path, arguments, said):
 
 def test_what_cannot_be_loaded_is_said_in_a_line(infer, model, tmp_path):
     source, out = save(tmp_path / "a.png"), tmp_path / "out"
-    assert "give --model" in infer("-i", source, "-o", out, code=1, given=()).stderr
     assert "no adapters" in infer("-i", source, "-o", out, code=1, given=("--model",)).stderr
     said = infer("-i", source, "-o", out, "--model", tmp_path / "nowhere", code=1, given=("--adapters",)).stderr
     assert "nowhere' is neither a folder nor a hub id" in said

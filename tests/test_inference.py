@@ -195,5 +195,5 @@ def test_wrong_settings_are_refused():
         Settings(color_fix="adian")
     with pytest.raises(ValueError, match="not 96 with tile 96"):
         Settings(tile=96, overlap=96)
-    with pytest.raises(ValueError, match=r"does not ship.*--model"):
-        Upscaler.load()
+    with pytest.raises(ValueError, match=r"no adapters: give the pisa_sr.pkl"):
+        Upscaler.load("folder")
