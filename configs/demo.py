@@ -1,25 +1,25 @@
 """The adapters of the demo model that ships with the package: `pix`, then `sem`, on the prior of demo/.
 
-    python demo/pictures.py --data TRAIN --out runs/demo/pictures
-    python demo/vae.py --data runs/demo/pictures --out runs/demo/vae
-    python demo/prior.py --data runs/demo/pictures --vae runs/demo/vae --out runs/demo/prior --model runs/demo/model
+    python demo/pictures.py --data TRAIN --out runs/demo_pictures
+    python demo/vae.py --data runs/demo_pictures --out runs/demo_vae
+    python demo/prior.py --data runs/demo_pictures --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
     python train.py configs/demo.py
-    python demo/ship.py --model runs/demo/model --adapters runs/demo/adapters/adapters.safetensors --data TRAIN
+    python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN
 
-Run on 2026-11-25 on 2 cores of an AMD EPYC shared with other programs (jax 0.10.2): VAE 1 300 + 500 steps in 55
+Hardware: 2 cores of an AMD EPYC shared with other programs, 2026-11-25 (jax 0.10.2): VAE 1 300 + 500 steps in 55
 minutes, prior 700 steps in 14, adapters 500 + 350 in 7. Data: 365 photographs and graphics (NOTICE). A first,
 short run. pix at 3e-3 and rank 24 for 1 400 steps learnt nothing (24.10 dB, as without it).
-Measured on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.29 and
-5.38, scales 1,1 24.21 and 5.06. Aimed at: 1 dB over bicubic.
+Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.29 and
+5.38, scales 1,1 24.21 and 5.06. Expected: 1 dB over bicubic, not reached yet.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
 
-SPEC = AdapterSpec(rank=16, alpha=16)
+SPEC = AdapterSpec(rank=16, alpha=16.0)
 
 config = Config(
-    out="runs/demo/adapters",
-    model="runs/demo/model",
+    out="runs/demo",
+    model="runs/demo_model",
     stages=(
         Stage("pix", steps=500, learning_rate=2e-3, schedule="cosine", warmup=50, spec=SPEC),
         Stage(
@@ -35,7 +35,7 @@ config = Config(
         ),
     ),
     data=Data(
-        source="folder", path="runs/demo/pictures", prompts="runs/demo/pictures/prompts.jsonl", crop=96, workers=0
+        source="folder", path="runs/demo_pictures", prompts="runs/demo_pictures/prompts.jsonl", crop=96, workers=0
     ),
     batch_size=6,
     perceptual="squeeze",

@@ -1,6 +1,6 @@
 """Choose what the demo model trains on: links to all photographs but the samples', and their prompts.
 
-    python demo/pictures.py --data TRAIN --out runs/demo/pictures
+    python demo/pictures.py --data TRAIN --out runs/demo_pictures
 
 TRAIN holds pictures and a manifest.csv with the columns file and original_file. The prompts, in prompts.jsonl beside
 the links, are what a file's original name says, if it is made of words, and words for quality.

@@ -1,6 +1,6 @@
 """Train the demo model's diffusion prior: a latent UNet and a text encoder, on the VAE of vae.py.
 
-    python demo/prior.py --data runs/demo/pictures --vae runs/demo/vae --out runs/demo/prior --model runs/demo/model
+    python demo/prior.py --data runs/demo_pictures --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
 
 Clean crops come with the prompts of --data's prompts.jsonl, degraded ones with negative words, one in ten of both with
 the empty prompt. Leaves a diffusers folder in --model; killed, it goes on when started again.

@@ -1,6 +1,6 @@
 """Put the trained demo model into the package: float16 weights and sample inputs in pisa_jax/assets/demo.
 
-    python demo/ship.py --model runs/demo/model --adapters runs/demo/adapters/adapters.safetensors --data TRAIN
+    python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN
 
 The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
 What they were made from goes to tests/data/demo.

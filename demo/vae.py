@@ -1,6 +1,6 @@
 """Train the demo model's VAE on clean and degraded photographs.
 
-    python demo/vae.py --data runs/demo/pictures --out runs/demo/vae
+    python demo/vae.py --data runs/demo_pictures --out runs/demo_vae
 
 First the whole, then the decoder alone, which has more to learn. Leaves `vae.safetensors` (averaged weights) and
 `scaling_factor.json` in --out; killed, it goes on when started again.
