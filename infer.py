@@ -192,6 +192,7 @@ def upscale(inputs: list[Path], upscaler, options, json_file: Path | None) -> in
     from tqdm import tqdm
 
     from pisa_jax import files
+    from pisa_jax.atomic import whole_file
 
     records, start, interrupted = [], time.perf_counter(), False
 
@@ -207,9 +208,8 @@ def upscale(inputs: list[Path], upscaler, options, json_file: Path | None) -> in
         except KeyboardInterrupt:
             interrupted = True
     if json_file:
-        temporary = json_file.with_name(json_file.name + ".part")
-        temporary.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
-        temporary.replace(json_file)
+        with whole_file(json_file) as file:
+            file.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
     counts = files.summary(records)
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ok", "skipped", "failed") if counts[outcome])
     print(
