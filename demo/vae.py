@@ -2,8 +2,8 @@
 
     python demo/vae.py --data runs/demo_pictures --out runs/demo_vae
 
-First the whole, then the decoder alone, which has more to learn. Leaves `vae.safetensors` (averaged weights) and
-`scaling_factor.json` in --out; killed, it goes on when started again.
+First the whole, then the decoder alone, which has more to learn, then the whole again. Leaves `vae.safetensors`
+(averaged weights) and `scaling_factor.json` in --out; killed, it goes on when started again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pisa_jax.weights import write_safetensors
 
 PHASES = (Phase(1000, 64, 8), Phase(250, 128, 2), Phase(50, 256, 1))
 DECODER_PHASES = (Phase(400, 64, 8), Phase(100, 128, 2))
+LAST_PHASES = (Phase(1200, 64, 8), Phase(300, 128, 2))
 LEARNING_RATE = 8e-4
 ENCODER = ("encoder", "quant_conv")
 # The perceptual distance (SqueezeNet features) of a good reconstruction is some 0.5, its squared error 0.003. The KL
@@ -92,7 +93,7 @@ def main() -> None:
     encoder = {part: params.pop(part) for part in ENCODER}
     decode = functools.partial(objective, fixed=encoder)
     decoder = fit(args.out / "decoder", DECODER_PHASES, source, None, params, decode, both, LEARNING_RATE / 2)
-    params = {**encoder, **decoder}
+    params = fit(args.out / "last", LAST_PHASES, source, None, {**encoder, **decoder}, whole, both, LEARNING_RATE)
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in to_torch(params).items()}
     write_safetensors(args.out / "vae.safetensors", tensors, {"format": "pt"})
     factor = scaling_factor(backbone, params, source)
