@@ -230,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
     process = start(tmp_path / "run")
     while not complete(tmp_path / "run") and process.poll() is None:
         time.sleep(0.05)
-    # No file may grow beyond this: what a full disk is like, and root is not exempt from it. The next stage is compiled.
+    # While the next stage is compiled. No file may grow beyond this: a full disk that root is not exempt from.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
     # Beside the sentence, orbax's abandoned threads print tracebacks of their own.
     _, errors = process.communicate(timeout=300)
