@@ -27,7 +27,7 @@ from pisa_jax.data import read_prompts
 from pisa_jax.sources import folder_source
 from pisa_jax.trees import flatten, unflatten
 
-PHASES = (Phase(600, 64, 16), Phase(100, 128, 4))
+PHASES = (Phase(1000, 64, 16), Phase(150, 128, 4))
 LEARNING_RATE = 1e-3
 EMPTY_PROMPT = 0.1
 
