@@ -21,10 +21,10 @@ config = Config(
     out="runs/demo",
     model="runs/demo_model",
     stages=(
-        Stage("pix", steps=500, learning_rate=2e-3, schedule="cosine", warmup=50, spec=SPEC),
+        Stage("pix", steps=3600, learning_rate=1.5e-3, schedule="cosine", warmup=100, spec=SPEC),
         Stage(
             "sem",
-            steps=350,
+            steps=900,
             frozen=("pix",),
             perceptual=0.1,
             csd=0.1,
@@ -41,7 +41,7 @@ config = Config(
     perceptual="squeeze",
     perceptual_weights=None,
     negative_prompt="blurry, noise, jpeg artifacts, low quality, lowres, over-smooth, dirty",
-    ema=0.99,
+    ema=0.995,
     log_every=20,
     save_every=100,
 )

@@ -20,6 +20,7 @@ from pisa_jax.config import AdapterSpec
 from pisa_jax.ops import compiler_options
 from pisa_jax.tiling import blend_windows
 from pisa_jax.trees import suggest
+from pisa_jax.weights import release
 
 Pair = Sequence[float | int]
 """(pix, sem)."""
@@ -108,8 +109,14 @@ def default_dtype() -> str:
 
 
 def on_device(tree: Any, dtype: Any) -> Any:
-    """Host arrays cast and put on the default device one by one."""
-    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, dtype)), tree)
+    """Host arrays cast and put on the default device one by one; the file they are mapped from takes no memory."""
+
+    def place(leaf):
+        placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))
+        release(leaf)
+        return placed
+
+    return jax.tree.map(place, tree)
 
 
 class Upscaler:
@@ -173,13 +180,22 @@ class Upscaler:
         convert.check_adapters(trained.trees, lora.target_shapes(loaded.params["unet"], "."))
         if "pix" not in trained.trees:
             raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
-        unet = on_device(loaded.params["unet"], loaded.backbone.unet.dtype)
+        # The text encoder first, as it is dropped again; then one weight after the other.
+        text = on_device(loaded.params["text"], jnp.float32)
+        prompt = bb.encode_text(loaded.backbone, text, jnp.asarray(loaded.tokenize([prompt])))
+        del text
         weights = Weights(
-            lora.merge(unet, {"pix": trained.trees["pix"]}, trained.specs, {"pix": 1.0}),
+            lora.merge(
+                on_device(loaded.params["unet"], loaded.backbone.unet.dtype),
+                {"pix": trained.trees["pix"]},
+                trained.specs,
+                {"pix": 1.0},
+                donate=True,
+            ),
             # After the pixel stage of a training there is no sem adapter yet: eps_full is then eps_pix.
             on_device(trained.trees.get("sem", {}), jnp.float32),
             on_device(loaded.params["vae"], loaded.backbone.vae.dtype),
-            bb.encode_text(loaded.backbone, loaded.params["text"], jnp.asarray(loaded.tokenize([prompt]))),
+            prompt,
         )
         return cls(loaded.backbone, weights, trained.specs.get("sem", AdapterSpec()), checked, on_compile, notice)
 

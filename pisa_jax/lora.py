@@ -5,6 +5,7 @@
 A decomposition is a NamedTuple of pure functions; a new one is a function returning it and a line in `DECOMPOSITIONS`.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -115,20 +116,29 @@ def merge(
     adapters: Mapping[str, Tree],
     specs: Mapping[str, AdapterSpec],
     scales: Mapping[str, Any],
+    donate: bool = False,
 ) -> dict[str, Any]:
-    """`params` with W + sum_i scales[i] dW_i in every adapted kernel, added in float32, in the kernel's dtype."""
+    """`params` with W + sum_i scales[i] dW_i in every adapted kernel, added in float32, in the kernel's dtype.
+
+    With `donate`, the kernels given are used up: there are never two copies of them.
+    """
     flat = flatten(params)
     for name, tree in adapters.items():
-        functions = decomposition(specs[name])
-
-        @jax.jit  # compiled once per shape of kernel, of which a UNet has few
-        def add(kernel, factors, scale, functions=functions):
-            delta = scale * functions.delta(factors).astype(jnp.float32)
-            return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-
         for path, factors in tree.items():
-            flat[f"{path}/kernel"] = add(flat[f"{path}/kernel"], factors, scales[name])
+            flat[f"{path}/kernel"] = _adder(specs[name], donate)(flat[f"{path}/kernel"], factors, scales[name])
     return unflatten(flat)
+
+
+@functools.cache
+def _adder(spec: AdapterSpec, donate: bool) -> Callable[[Array, Factors, Any], Array]:
+    """W, factors, scale -> W + scale dW; compiled once per shape of kernel, of which a UNet has few."""
+    functions = decomposition(spec)
+
+    def add(kernel, factors, scale):
+        delta = scale * functions.delta(factors).astype(jnp.float32)
+        return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+    return jax.jit(add, donate_argnums=0 if donate else ())
 
 
 def interceptor(

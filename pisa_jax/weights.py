@@ -67,6 +67,15 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     return {str(name): value for name, value in tensors.items()}
 
 
+def release(array: np.ndarray) -> None:
+    """Give back the memory of the mapped file that `array` is a view of; what is looked at later is read again."""
+    owner = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on every platform
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
 def is_safetensors(path: str | Path) -> bool:
     """Whether the file looks like safetensors: 8 bytes of header length, then the header's brace."""
     with open(path, "rb") as file:

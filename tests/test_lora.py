@@ -89,6 +89,16 @@ def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
     assert float(y[0, 0]) > 6.0
 
 
+def test_donated_kernels_are_used_up_and_nothing_else_is(net):
+    _, params, adapters, specs = net
+    scales = {"one": 0.7, "two": 0.4}
+    given = jax.tree.map(jnp.copy, params)
+    donated, kept = lora.merge(given, adapters, specs, scales, donate=True), lora.merge(params, adapters, specs, scales)
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
+    adapted = {f"{path}/kernel" for tree in adapters.values() for path in tree}
+    assert {path for path, leaf in flatten(given).items() if leaf.is_deleted()} == adapted
+
+
 def test_merging_nothing_and_taking_it_back(net):
     _, params, adapters, specs = net
     there = lora.merge(params, adapters, specs, {"one": 0.7, "two": 0.4})

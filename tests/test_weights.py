@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 from conftest import DATA, golden
 from safetensors import safe_open
 
-from pisa_jax.weights import read_metadata, read_tensors, read_torch, write_safetensors
+from pisa_jax.weights import read_metadata, read_tensors, read_torch, release, write_safetensors
 
 FILES = DATA / "weights"
 KINDS = ["zip", "legacy"]
@@ -228,3 +229,21 @@ def test_damaged_safetensors_are_refused(tmp_path):
         read_tensors(path)
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_released_arrays_take_no_memory_and_keep_their_values(tmp_path):
+    def mapped_kib():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1])
+
+    values = np.arange(8 * 2**20, dtype=np.float32).reshape(2048, -1)
+    write_safetensors(tmp_path / "a.safetensors", {"a": values}, {})
+    view = read_tensors(tmp_path / "a.safetensors")["a"].T
+    before = mapped_kib()
+    np.testing.assert_array_equal(view, values.T)
+    assert mapped_kib() - before > 0.9 * values.nbytes / 2**10
+    release(view)
+    assert mapped_kib() - before < 0.1 * values.nbytes / 2**10
+    np.testing.assert_array_equal(view, values.T)
+    release(values)  # is no view of a file: nothing to give back
