@@ -50,9 +50,9 @@ def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
             image = np.asarray(image)
             found[name].append((metrics.psnr(image, truth), perceptual(image, truth)))
     psnr, distance = ({name: np.mean(values, axis=0)[i] for name, values in found.items()} for i in (0, 1))
-    assert psnr["p1_s0"] > psnr["bicubic"]
-    assert psnr["p1_s0"] > psnr["p1_s1"]
-    assert distance["bicubic"] > distance["p1_s0"]
+    assert psnr["p1_s0"] > psnr["bicubic"] + 0.2
+    assert psnr["p1_s0"] > psnr["p1_s0.5"] > psnr["p1_s1"]
+    assert max(distance[name] for name in PAIRS) < distance["bicubic"] - 0.4
 
 
 def test_weights_are_small_and_half_precision():

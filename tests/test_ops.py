@@ -80,3 +80,15 @@ def test_attention_over_some_keys(count):
     query, key, value = (jax.random.normal(jax.random.key(i), (n, 2, 8)) for i, n in enumerate((300, 5000, 5000)))
     expected = jax.nn.dot_product_attention(query[None], key[None, :count], value[None, :count])[0]
     close(jax.jit(ops.attention_over)(query, key, value, jnp.array(count)), expected, 1e-5)
+
+
+def test_group_norm_and_silu_are_one_pass_over_the_picture():
+    """In the compiled program a single instruction makes an array of the picture's size: the result."""
+    picture, channels = jax.ShapeDtypeStruct((1, 64, 48, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
+    both = jax.jit(lambda x, *weights: nn.silu(ops.group_norm(x, *weights, 32, 1e-6)))
+    text = both.trace(picture, channels, channels).lower().compile(ops.compiler_options()).as_text()
+    entry = text[text.index("ENTRY") :].splitlines()[1:]
+    made = [line for line in entry if " = f32[1,64,48,64]" in line and "parameter(" not in line]
+    assert len(made) == 1
+    assert made[0].strip().startswith("ROOT")
+    assert "fusion(" in made[0]
