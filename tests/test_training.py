@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,24 +170,40 @@ def test_meshes():
         sharding.make_mesh(data=3, fsdp=4)
 
 
-def start(out, *more, **environment):
-    """`python train.py` in a process of its own; what it prints comes through a pipe."""
-    named = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if precision := jax.config.jax_default_matmul_precision:  # tiny.py sets it
-        named["JAX_DEFAULT_MATMUL_PRECISION"] = precision
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments(out, *more)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **named, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+LONGEST_WAIT = 300  # seconds; what takes longer hangs
 
 
-def wait_for(process, beginning):
-    """Read what a process prints up to a line that begins so."""
-    if not any(line.startswith(beginning) for line in process.stdout):
-        pytest.fail(f"ended before {beginning!r}: {process.communicate()[1]}")
+class Training(subprocess.Popen):
+    """`python train.py` in a process of its own, killed when it hangs; both pipes are read, or it would stand still."""
+
+    def __init__(self, out, *more, **environment):
+        named = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        if precision := jax.config.jax_default_matmul_precision:  # tiny.py sets it
+            named["JAX_DEFAULT_MATMUL_PRECISION"] = precision
+        super().__init__(
+            [sys.executable, str(ROOT / "train.py"), *arguments(out, *more)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **named, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._watchdog, self._errors = threading.Timer(LONGEST_WAIT, self.kill), []
+        self._reader = threading.Thread(target=lambda: self._errors.extend(self.stderr))
+        self._watchdog.start()
+        self._reader.start()
+
+    def wait_for(self, beginning):
+        """Read what it prints up to a line that begins so."""
+        if not any(line.startswith(beginning) for line in self.stdout):
+            pytest.fail(f"ended before {beginning!r}: {self.end()}")
+
+    def end(self):
+        """Wait until it ends; its errors."""
+        with self:  # waits, and closes the pipes
+            self.stdout.read()
+            self._reader.join()
+        self._watchdog.cancel()
+        return "".join(self._errors)
 
 
 def complete(out):
@@ -195,47 +212,48 @@ def complete(out):
 
 
 def ended(process, code=0):
-    """The rest of what a process prints, and its errors."""
-    out, errors = process.communicate(timeout=300)
+    """The errors of a process that ends with this exit code."""
+    errors = process.end()
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    return out, errors
+    return errors
 
 
 def test_killed_at_random_moments_it_still_ends_with_the_same_adapters(whole, tmp_path):
     """kill -9 anywhere after a step, then --resume; benchmarks/kill.py does it twenty times."""
     out, draw = tmp_path / "run", random.Random(0)
     for done in (1, 2, 3):  # while checkpoints are written, and between the stages
-        process = start(out, *["--resume"] * (done > 1))
-        wait_for(process, "step ")
+        process = Training(out, *["--resume"] * (done > 1))
+        process.wait_for("step ")
         time.sleep(draw.uniform(0, 0.3))
         process.kill()
-        process.communicate()
-    ended(start(out, "--resume"))
+        process.end()
+    ended(Training(out, "--resume"))
     assert (out / training.ADAPTERS_FILE).read_bytes() == whole.read_bytes()
 
 
 def test_sigterm_saves_and_exits(whole, tmp_path):
     out = tmp_path / "run"
-    process = start(out, "--stages.0.steps", 500, "--save-every", 500)
-    wait_for(process, "step 2/502")
+    process = Training(out, "--stages.0.steps", 500, "--save-every", 500)
+    process.wait_for("step 2/502")
     process.send_signal(signal.SIGTERM)
-    _, errors = ended(process, 143)
+    errors = ended(process, 143)
     (latest,) = complete(out)
     assert 2 <= latest < 500
     assert f"stopped and saved at step {latest} of 502; go on with --resume" in errors
 
 
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
-    process = start(tmp_path / "run")
+    # It must not leave halves of programs in the cache that the other processes share.
+    process = Training(tmp_path / "run", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")
     while not complete(tmp_path / "run") and process.poll() is None:
         time.sleep(0.05)
     # While the next stage is compiled. No file may grow beyond this: a full disk that root is not exempt from.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
     # Beside the sentence, orbax's abandoned threads print tracebacks of their own.
-    _, errors = process.communicate(timeout=300)
+    (said,) = (line for line in process.end().splitlines() if line.startswith("train.py: "))
     assert process.returncode == 1
-    assert re.search(r"checkpoint [12] is intact\); free space and go on with --resume", errors)
+    assert re.search(r"checkpoint [1-3] is intact\); free space and go on with --resume", said)
     assert training.run(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
 
@@ -246,18 +264,18 @@ def start_together(out, *more):
         named = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
     named |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
     more = ["--mesh-data", 2, "--mesh-fsdp", 2, *more]
-    return [start(out, *more, **named, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    return [Training(out, *more, **named, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
 def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whole, tmp_path):
     """Two processes train the pixel stage, are killed, and the semantic stage is trained here."""
     processes = start_together(tmp_path / "run")
-    wait_for(processes[0], "step 2/4")
+    processes[0].wait_for("step 2/4")
     while not complete(tmp_path / "run") and processes[0].poll() is None:
         time.sleep(0.05)  # the processes compile the next stage
     for process in processes:
         process.kill()
-        process.communicate()
+        process.end()
     assert complete(tmp_path / "run") <= {1, 2}
     close_to(training.run(config(tmp_path / "run"), resume=True), whole)
 
@@ -273,9 +291,9 @@ def test_two_processes_end_together(whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_stop_at_one_step_when_one_is_told_to(tmp_path):
     processes = start_together(tmp_path / "run", "--stages.0.steps", 500, "--save-every", 500)
-    wait_for(processes[0], "step 2/502")
+    processes[0].wait_for("step 2/502")
     processes[1].send_signal(signal.SIGTERM)
-    told = {ended(process, 143)[1].splitlines()[-1] for process in processes}
+    told = {ended(process, 143).splitlines()[-1] for process in processes}
     assert len(told) == 1
     assert "go on with --resume" in told.pop()
 
