@@ -6,11 +6,12 @@
     python train.py configs/demo.py
     python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN
 
-Hardware: 2 cores of an AMD EPYC shared with other programs, 2026-11-25 (jax 0.10.2): VAE 1 300 + 500 steps in 55
-minutes, prior 700 steps in 14, adapters 500 + 350 in 7. Data: 365 photographs and graphics (NOTICE). A first,
-short run. pix at 3e-3 and rank 24 for 1 400 steps learnt nothing (24.10 dB, as without it).
-Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.29 and
-5.38, scales 1,1 24.21 and 5.06. Expected: 1 dB over bicubic, not reached yet.
+Hardware: 2 cores of an AMD EPYC shared with other programs, 2026-11-25 (jax 0.10.2): VAE 1 300 + 500 + 1 500 steps in
+75 minutes, prior 1 150 steps in 18, adapters 3 600 + 900 in 36. Data: 365 photographs and graphics (NOTICE).
+Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.47 and
+5.10, scales 1,1 24.20 and 4.88; Kodak24: 24.43 and 6.43, 24.67 and 5.97, 24.50 and 5.46. Expected: 1 dB over bicubic,
+not reached. Tried: pix at 3e-3, rank 24, 1 400 steps learnt nothing; pix at 2e-3 for 500 steps gives half of the gain;
+sem with csd=1 and perceptual_shift=4 ends at 23.14 dB and a distance of 5.46 on CID22_val9.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
