@@ -42,6 +42,11 @@ def shared_data(relative: str) -> Path:
     return _find(relative, DATA / "pictures", SHARED / "data")
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: begun last, it would keep one worker busy while the other is idle."""
+    items.sort(key=lambda item: item.path.name != "test_training.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Compiled programs of a whole suite would fill the memory of a small machine."""
