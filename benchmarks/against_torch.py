@@ -1,41 +1,44 @@
 """Seconds of encoder, UNet (one pass) and decoder here and in PyTorch on the same machine, in turn.
 
-    python -m venv torch && torch/bin/pip install -r benchmarks/requirements-torch.txt
+    python -m venv .venv-torch && .venv-torch/bin/pip install -r benchmarks/requirements-torch.txt
     python benchmarks/make_checkpoint.py sd21
-    python benchmarks/against_torch.py --model sd21 --torch torch/bin/python
+    python benchmarks/against_torch.py --model sd21 --torch .venv-torch/bin/python
 
 Both read the same weights; both use all cores. PyTorch runs eagerly, in the better of its two memory layouts.
 """
 
 import argparse
 import functools
+import itertools
 import statistics
 import subprocess
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from timing import alternate, seconds
 
 from pisa_jax import backbone as bb
 from pisa_jax import model, pretrained
 from pisa_jax.inference import on_device
 from pisa_jax.ops import compiler_options
 
-STAGES = ("encode", "unet", "decode")
 LAYOUTS = ("contiguous_format", "channels_last")
 
 
 class Torch:
     """benchmarks/torch_stages.py in its own interpreter."""
 
-    def __init__(self, python: str, folder: str, side: int, layout: str):
-        command = [python, __file__.replace("against_torch", "torch_stages"), folder, str(side), layout]
+    def __init__(self, python: str, folder: str, layout: str):
+        command = [python, Path(__file__).with_name("torch_stages.py"), folder, layout]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         print(self._process.stdout.readline().strip(), flush=True)
 
-    def seconds(self, stage: str) -> float:
-        """Seconds of a stage."""
-        print(stage, file=self._process.stdin, flush=True)
+    def seconds(self, stage: str, side: int) -> float:
+        """Seconds of a stage for a picture of side x side."""
+        print(stage, side, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -43,24 +46,27 @@ class Torch:
         self._process.communicate()
 
 
-def programs(folder: str, side: int) -> dict:
-    """The same stages here, as functions without arguments."""
+def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
+    """For every stage: side of the picture -> the same stage here, as a function without arguments."""
     loaded = pretrained.load(folder)
     modules = loaded.backbone
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
-    rng = np.random.default_rng(0)
-    picture = jax.numpy.asarray(rng.uniform(-1, 1, (1, side, side, 3)), "float32")
-    small = side // modules.factor
-    latents = jax.numpy.asarray(rng.standard_normal((1, small, small, modules.latent_channels)), "float32")
-    prompt = jax.numpy.asarray(rng.standard_normal((1, 77, modules.unet.cross_attention_dim)), "float32")
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
-    encode = compiled(lambda vae, picture: bb.encode(modules, vae, picture))
+    encode = compiled(functools.partial(bb.encode, modules))
     eps = compiled(lambda unet, latents, prompt: bb.eps(modules, unet, latents, model.TIMESTEP, prompt))
-    decode = compiled(lambda vae, latents: bb.decode(modules, vae, latents))
+    decode = compiled(functools.partial(bb.decode, modules))
+
+    def normal(*shape):
+        return jax.random.normal(jax.random.key(0), shape)
+
+    def latents(side):
+        return normal(1, side // modules.factor, side // modules.factor, modules.latent_channels)
+
+    prompt = normal(1, 77, modules.unet.cross_attention_dim)
     return {
-        "encode": lambda: encode(vae, picture),
-        "unet": lambda: eps(unet, latents, prompt),
-        "decode": lambda: decode(vae, latents),
+        "encode": lambda side: functools.partial(encode, vae, jnp.tanh(normal(1, side, side, 3))),
+        "unet": lambda side: functools.partial(eps, unet, latents(side), prompt),
+        "decode": lambda side: functools.partial(decode, vae, latents(side)),
     }
 
 
@@ -73,23 +79,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
-    for side in args.sides:
-        here = programs(args.model, side)
-        there = {layout: Torch(args.torch, args.model, side, layout) for layout in LAYOUTS}
-        for stage in STAGES:
-            seconds = {name: [] for name in ("pisa_jax", *LAYOUTS)}
-            for _ in range(args.repeats + 1):
-                start = time.perf_counter()
-                jax.block_until_ready(here[stage]())
-                seconds["pisa_jax"].append(time.perf_counter() - start)
-                for layout, process in there.items():
-                    seconds[layout].append(process.seconds(stage))
-            medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-            best = min(medians[layout] for layout in LAYOUTS)
-            figures = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
-            print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of PyTorch's better", flush=True)
-        for process in there.values():
-            process.close()
+    here = compiled_stages(args.model)
+    there = {layout: Torch(args.torch, args.model, layout) for layout in LAYOUTS}
+    for side, (stage, program) in itertools.product(args.sides, here.items()):
+        timed = {"pisa_jax": functools.partial(seconds, program(side))}
+        timed |= {layout: functools.partial(process.seconds, stage, side) for layout, process in there.items()}
+        medians = {name: statistics.median(values) for name, values in alternate(timed, args.repeats).items()}
+        best = min(medians[layout] for layout in LAYOUTS)
+        figures = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
+        print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of PyTorch's better", flush=True)
+    for process in there.values():
+        process.close()
 
 
 if __name__ == "__main__":

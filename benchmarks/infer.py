@@ -7,7 +7,7 @@ Run it twice with the same --compile-cache to see the start from the cache. Rati
 the default setting, in the same run.
 """
 
-import argparse
+import functools
 import resource
 import statistics
 import time
@@ -15,29 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from timing import alternate, model_parser, seconds
 
 from pisa_jax import Upscaler
 
 
-def median_seconds(function, repeats: int) -> float:
-    """Median over runs, after one to warm up, each waited for."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder of make_checkpoint.py, or any other with --adapters")
-    parser.add_argument("--adapters", type=Path)
-    parser.add_argument("--size", type=int, default=128, help="side of the square input, enlarged 4 times")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--vae-dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = model_parser(__doc__)
     parser.add_argument("--compile-cache")
     args = parser.parse_args()
     if args.compile_cache:
@@ -55,21 +40,22 @@ def main() -> None:
     batch = np.random.default_rng(0).uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
     both, one = (upscaler.residuals(batch, both=both) for both in (True, False))
     upscaler.render(both, (1.0, 0.7), batch, (side, side))
-    for what, seconds in compiled.items():
-        print(f"compile {what}: {seconds:.1f} s")
+    for what, taken in compiled.items():
+        print(f"compile {what}: {taken:.1f} s")
 
     timed = {
         "encode + UNet, default": lambda: upscaler.residuals(batch, both=False).eps_full,
         "encode + UNet, adjustable": lambda: upscaler.residuals(batch, both=True).eps_full,
         "decode and colours": lambda: upscaler.render(one, (1.0, 1.0), batch, (side, side)),
     }
-    seconds = {name: median_seconds(function, args.repeats) for name, function in timed.items()}
-    for name, value in seconds.items():
+    found = alternate({name: functools.partial(seconds, function) for name, function in timed.items()}, args.repeats)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    for name, value in medians.items():
         print(f"{name}: {value:.2f} s")
-    default = seconds["encode + UNet, default"] + seconds["decode and colours"]
-    adjustable = seconds["encode + UNet, adjustable"] + seconds["decode and colours"]
+    default = medians["encode + UNet, default"] + medians["decode and colours"]
+    adjustable = medians["encode + UNet, adjustable"] + medians["decode and colours"]
     print(f"picture: default {default:.2f} s, adjustable {adjustable:.2f} s ({adjustable / default:.2f} of default)")
-    print(f"a further pair of scales: {seconds['decode and colours'] / default:.2f} of default")
+    print(f"a further pair of scales: {medians['decode and colours'] / default:.2f} of default")
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 

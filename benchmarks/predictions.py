@@ -6,15 +6,14 @@
 calls, low-rank" keeps one. Also: two decodes one after the other against one of a batch of two. Runs alternate.
 """
 
-import argparse
 import functools
 import statistics
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import alternate, model_parser, seconds
 
 from pisa_jax import Upscaler, convert, lora, model
 from pisa_jax import backbone as bb
@@ -22,41 +21,21 @@ from pisa_jax.inference import predict
 from pisa_jax.ops import compiler_options
 
 
-def alternate(programs: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each program, run in turn; the first round warms up and its results are compared."""
-    seconds, first = {name: [] for name in programs}, {}
-    for index in range(repeats + 1):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            result = np.asarray(jax.block_until_ready(program()))
-            seconds[name].append(time.perf_counter() - start)
-            if index == 0:
-                first[name] = result
-    reference = next(iter(first.values()))
-    for name, result in first.items():
-        print(f"  {name}: largest difference from the first {np.abs(result - reference).max():.1e}")
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def report(title: str, programs: dict, repeats: int) -> None:
-    """Medians, and their ratios to the first program's."""
+    """Medians, their ratios to the first program's, and how far results are from its."""
     print(title)
-    medians = alternate(programs, repeats)
-    reference = next(iter(medians.values()))
+    results = {name: np.asarray(program()) for name, program in programs.items()}
+    found = alternate({name: functools.partial(seconds, program) for name, program in programs.items()}, repeats)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    first = next(iter(programs))
     for name, value in medians.items():
-        print(f"  {name}: {value:.2f} s ({value / reference:.2f})", flush=True)
+        off = np.abs(results[name] - results[first]).max()
+        print(f"  {name}: {value:.2f} s ({value / medians[first]:.2f}), largest difference {off:.1e}", flush=True)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder of make_checkpoint.py, or any other with --adapters")
-    parser.add_argument("--adapters", type=Path)
-    parser.add_argument("--size", type=int, default=128, help="side of the square input, enlarged 4 times")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--vae-dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = model_parser(__doc__).parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, VAE {args.vae_dtype}")
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"
     upscaler = Upscaler.load(args.model, adapters, dtype=args.dtype, vae_dtype=args.vae_dtype)

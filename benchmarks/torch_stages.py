@@ -1,9 +1,10 @@
 """The stages of inference in PyTorch: a process that computes one whenever benchmarks/against_torch.py asks.
 
-Runs in an environment of its own (benchmarks/requirements-torch.txt). Every line on its input names a stage; every line
-of its output is the seconds that took.
+Runs in an environment of its own (benchmarks/requirements-torch.txt). Every line on its input names a stage and
+the side of a picture in pixels; every line of its output is the seconds that took.
 """
 
+import functools
 import sys
 import time
 
@@ -14,24 +15,31 @@ TIMESTEP = 1
 
 
 def main() -> None:
-    """Arguments: model folder, side of the picture in pixels, "channels_last" or "contiguous_format"."""
-    folder, side, layout = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+    """Arguments: model folder, "channels_last" or "contiguous_format"."""
+    folder, layout = sys.argv[1], getattr(torch, sys.argv[2])
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval().to(memory_format=layout)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval().to(memory_format=layout)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    picture = torch.rand(1, 3, side, side).to(memory_format=layout) * 2 - 1
-    latents = torch.randn(1, vae.config.latent_channels, side // factor, side // factor).to(memory_format=layout)
     prompt = torch.randn(1, 77, unet.config.cross_attention_dim)
+
+    @functools.cache
+    def normal(channels, side):
+        return torch.randn(1, channels, side, side).to(memory_format=layout)
+
+    def latents(side):
+        return normal(vae.config.latent_channels, side // factor)
+
     stages = {
-        "encode": lambda: vae.encode(picture).latent_dist.mean,
-        "unet": lambda: unet(latents, TIMESTEP, prompt).sample,
-        "decode": lambda: vae.decode(latents).sample,
+        "encode": lambda side: vae.encode(normal(3, side)).latent_dist.mean,
+        "unet": lambda side: unet(latents(side), TIMESTEP, prompt).sample,
+        "decode": lambda side: vae.decode(latents(side)).sample,
     }
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {sys.argv[3]}", flush=True)
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {sys.argv[2]}", flush=True)
     with torch.inference_mode():
         for line in sys.stdin:
+            stage, side = line.split()
             start = time.perf_counter()
-            stages[line.strip()]()
+            stages[stage](int(side))
             print(time.perf_counter() - start, flush=True)
 
 

@@ -22,6 +22,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import alternate, seconds
 
 from pisa_jax import backbone as bb
 from pisa_jax import lora, losses, lpips, objective, random_model
@@ -141,17 +142,10 @@ def describe(compiled: Any) -> str:
     return f"{cost['flops'] / 1e12:6.2f} TFLOP, {whole / 2**30:6.2f} GiB ({held / 2**30:.2f} held)"
 
 
-def alternate(programs: dict[str, Any], arrays: tuple[Any, ...], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each program, run in turn; the first round warms up. Every run starts from the same state."""
-    seconds = {name: [] for name in programs}
-    for _ in range(repeats + 1):
-        for name, program in programs.items():
-            state = jax.tree.map(jnp.copy, arrays[1])  # the program takes its memory
-            jax.block_until_ready(state)
-            start = time.perf_counter()
-            jax.block_until_ready(program(arrays[0], state, *arrays[2:]))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
+def step_seconds(program: Any, arrays: tuple[Any, ...]) -> float:
+    """Seconds of a step; every one starts from the same state."""
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, arrays[1]))  # the program takes its memory
+    return seconds(lambda: program(arrays[0], state, *arrays[2:]))
 
 
 def device_for(topology: str | None) -> Any:
@@ -197,17 +191,18 @@ def main() -> None:
         for path in args.paths:
             what = f"{name}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
             try:
-                programs[path], seconds = compile_step(path, modules, config, stage, shapes, device)
+                programs[path], compiling = compile_step(path, modules, config, stage, shapes, device)
             except jax.errors.JaxRuntimeError as error:
                 print(f"{what}: {' '.join(str(error).split())[:200]}", flush=True)
                 continue
-            print(f"{what}: compiled in {seconds:5.1f} s, {describe(programs[path])}", flush=True)
+            print(f"{what}: compiled in {compiling:5.1f} s, {describe(programs[path])}", flush=True)
         if not runs:
             continue
-        taken = alternate(programs, filled(shapes, config, stage), args.repeats)
-        for path, seconds in taken.items():
-            middle = statistics.median(seconds)
-            print(f"  {path:8s} {middle:.3f} s median of {len(seconds)} ({min(seconds):.3f} to {max(seconds):.3f})")
+        arrays = filled(shapes, config, stage)
+        timed = {path: functools.partial(step_seconds, program, arrays) for path, program in programs.items()}
+        for path, taken in alternate(timed, args.repeats).items():
+            middle = statistics.median(taken)
+            print(f"  {path:8s} {middle:.3f} s median of {len(taken)} ({min(taken):.3f} to {max(taken):.3f})")
 
 
 if __name__ == "__main__":

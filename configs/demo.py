@@ -11,7 +11,7 @@ Hardware: 2 cores of an AMD EPYC shared with other programs, 2026-11-25 (jax 0.1
 Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.47 and
 5.10, scales 1,1 24.20 and 4.88; Kodak24: 24.43 and 6.43, 24.67 and 5.97, 24.50 and 5.46. Expected: 1 dB over bicubic,
 not reached. Tried: pix at 3e-3, rank 24, 1 400 steps learnt nothing; pix at 2e-3 for 500 steps gives half of the gain;
-sem with csd=1 and perceptual_shift=4 ends at 23.14 dB and a distance of 5.46 on CID22_val9.
+sem with csd=1 and pictures moved at random before their perceptual distance ends at 23.14 dB and 5.46 on CID22_val9.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from pisa_jax.random_model import write_tokenizer
 
@@ -27,7 +27,6 @@ def train_tokenizer(folder: Path, texts: list[str], size: int) -> None:
     letters = [token for token in base if token not in special]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.decoder = decoders.BPEDecoder()
     learner = trainers.BpeTrainer(
         vocab_size=10**6, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=special
     )

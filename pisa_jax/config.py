@@ -146,9 +146,6 @@ class Config:
     # Perceptual loss: backbone ("vgg", "alex", "squeeze") and weights (file or hub id; None: shipped, for squeeze).
     perceptual: str = "vgg"
     perceptual_weights: str | None = "timm/vgg16.tv_in1k"
-    # Pictures are moved by random numbers of pixels below this before their perceptual distance; 0 as published. A
-    # network with strides (4 in all for SqueezeNet) does not see a grid of its own period that stands still.
-    perceptual_shift: int = 0
     # CSD: guidance scale, and t ~ U{first..last}.
     guidance: float = 7.5
     csd_timesteps: tuple[int, int] = (20, 499)
@@ -187,7 +184,6 @@ class Config:
             _check(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
         known = ("vgg", "alex", "squeeze")
         _check(self.perceptual in known, f"perceptual {self.perceptual!r} is none of {', '.join(known)}")
-        _check(self.perceptual_shift >= 0, f"perceptual_shift is not negative, as {self.perceptual_shift} is")
         _check(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
         first, last = self.csd_timesteps
         _check(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")

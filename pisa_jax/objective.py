@@ -48,8 +48,6 @@ class Draws(NamedTuple):
     posterior: Float[Array, "b y x c"]
     csd_noise: Float[Array, "b y x c"]
     csd_timesteps: Int[Array, "b"]
-    # Pixels down and right that a picture is moved by before its perceptual distance.
-    shift: Int[Array, "b 2"]
 
 
 class State(NamedTuple):
@@ -92,7 +90,7 @@ def init_state(adapter: lora.Tree, config: Config, stage: Stage) -> State:
 
 def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, ...]) -> Draws:
     """The draws of a step for a batch of image shape (b, h, w, 3): n ~ N(0, 1), t ~ U{first..last}."""
-    posterior, noise, timesteps, shift = jax.random.split(key, 4)
+    posterior, noise, timesteps = jax.random.split(key, 3)
     batch, height, width, _ = images
     shape = (batch, height // backbone.factor, width // backbone.factor, backbone.latent_channels)
     first, last = config.csd_timesteps
@@ -100,7 +98,6 @@ def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, .
         jax.random.normal(posterior, shape),
         jax.random.normal(noise, shape),
         jax.random.randint(timesteps, (batch,), first, last + 1),
-        jax.random.randint(shift, (batch, 2), 0, max(config.perceptual_shift, 1)),
     )
 
 
@@ -140,10 +137,7 @@ def loss(
     if stage.l2:
         parts["l2"] = losses.l2(images, batch.gt)
     if stage.perceptual:
-        compared = images, batch.gt
-        if config.perceptual_shift:
-            compared = (jax.vmap(lambda x, by: jnp.roll(x, by, (0, 1)))(x, draws.shift) for x in compared)
-        parts["perceptual"] = lpips.distance(frozen.perceptual, *compared).mean()
+        parts["perceptual"] = lpips.distance(frozen.perceptual, images, batch.gt).mean()
     if stage.csd:
         alphas, guidance = frozen.alphas_cumprod, config.guidance
         parts["csd"] = losses.csd(teacher, restored, draws.csd_noise, draws.csd_timesteps, alphas, guidance)

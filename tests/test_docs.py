@@ -72,6 +72,7 @@ def call(program, arguments):
         patch.setattr(sys, "argv", [program, *arguments])
         try:
             if program.endswith(".py"):
+                patch.syspath_prepend((ROOT / program).parent)  # as python does
                 runpy.run_path(str(ROOT / program), run_name="__main__")
                 return 0
             return importlib.import_module(f"pisa_jax.{program}").main()
