@@ -20,7 +20,14 @@ def negative_prompt(rng: np.random.Generator) -> str:
 
 
 def train_tokenizer(folder: Path, texts: list[str], size: int) -> None:
-    """CLIP's byte-level alphabet and special tokens, and byte-pair merges learnt from `texts`, up to `size` tokens."""
+    """CLIP's byte-level alphabet and special tokens, and byte-pair merges learnt from `texts`, up to `size` tokens.
+
+    A folder that is there stays as it is: the trainer breaks ties at random, so that a second one would number the
+    tokens in another way than the first, which a text encoder may have been trained with.
+    """
+    if folder.exists():
+        return
+    whole, folder = folder, folder.with_name(f"{folder.name}.part")
     write_tokenizer(folder)  # vocabulary without merges
     base = json.loads((folder / "vocab.json").read_text())
     special = [token for token in base if token.startswith("<|")]
@@ -36,3 +43,4 @@ def train_tokenizer(folder: Path, texts: list[str], size: int) -> None:
     tokens = [*letters, *("".join(merge) for merge in merges), *special]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    folder.rename(whole)
