@@ -41,7 +41,9 @@ def read(arguments: list[str]) -> tuple[Config, set[str]]:
 def main() -> int:
     """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs, with its traceback, what it raises anyway
+    # orbax logs, with its traceback, what it raises anyway; asyncio each of the writes that orbax then abandons.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
         config, switches = read(sys.argv[1:])
     except ValueError as error:

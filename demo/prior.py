@@ -28,6 +28,8 @@ from pisa_jax.sources import folder_source
 from pisa_jax.trees import flatten, unflatten
 
 PHASES = (Phase(1000, 64, 16), Phase(150, 128, 4))
+# Once more, from a high learning rate.
+LAST_PHASES = (Phase(1000, 64, 16), Phase(300, 128, 4))
 LEARNING_RATE = 1e-3
 EMPTY_PROMPT = 0.1
 
@@ -95,7 +97,8 @@ def main() -> None:
     )
     prepare = functools.partial(label, tokenize=bb.load_tokenizer(args.model / "tokenizer"))
     source = folder_source(args.data)
-    trained = fit(args.out, PHASES, source, prompts, initial_params(shapes), objective, prepare, LEARNING_RATE)
+    first = fit(args.out / "first", PHASES, source, prompts, initial_params(shapes), objective, prepare, LEARNING_RATE)
+    trained = fit(args.out / "last", LAST_PHASES, source, prompts, first, objective, prepare, LEARNING_RATE)
     weights = jax.device_get({**trained, "vae": vae})
     pretrained.write(args.model, configs, weights, random_model.SCHEDULER, "float16")
     print(f"wrote {args.model}")

@@ -215,7 +215,7 @@ def ended(process, code=0):
     """The errors of a process that ends with this exit code."""
     errors = process.end()
     assert process.returncode == code, errors
-    assert "Traceback" not in errors
+    assert "never retrieved" not in errors  # of each of hundreds of abandoned writes, with its traceback
     return errors
 
 
@@ -250,9 +250,10 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
         time.sleep(0.05)
     # While the next stage is compiled. No file may grow beyond this: a full disk that root is not exempt from.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
-    # Beside the sentence, orbax's abandoned threads print tracebacks of their own.
-    (said,) = (line for line in process.end().splitlines() if line.startswith("train.py: "))
+    errors = process.end()
+    (said,) = (line for line in errors.splitlines() if line.startswith("train.py: "))
     assert process.returncode == 1
+    assert "never retrieved" not in errors  # of each of hundreds of abandoned writes, with its traceback
     assert re.search(r"checkpoint [1-3] is intact\); free space and go on with --resume", said)
     assert training.run(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
