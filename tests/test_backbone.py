@@ -1,8 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiny import close, nhwc, random_backbone, read_json, recorded_model
 
 from pisa_jax import backbone, random_model
@@ -75,6 +78,45 @@ def test_bfloat16_modules_return_float32_near_the_float32_ones():
     exact = backbone.decode(modules, params["vae"], latents)
     found = backbone.decode(half, cast["vae"], latents)
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.03 * np.std(exact)
+
+
+def instructions(jaxpr):
+    """All instructions of a program, those of the programs within it too."""
+    for instruction in jaxpr.eqns:
+        yield instruction
+        for inner in jax.tree.leaves(list(instruction.params.values())):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from instructions(inner)
+
+
+def programs(dtype):
+    """The encoder, the UNet and the decoder, by name."""
+    modules = backbone.build(*random_model.configs("tiny"), dtype, dtype)
+    shapes = backbone.param_shapes(modules)
+    image, latents, prompt = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 3, 32))
+    traced = {
+        "encoder": jax.make_jaxpr(partial(backbone.posterior, modules))(shapes["vae"], image),
+        "UNet": jax.make_jaxpr(partial(backbone.eps, modules))(shapes["unet"], latents, 1, prompt),
+        "decoder": jax.make_jaxpr(partial(backbone.decode, modules))(shapes["vae"], latents),
+    }
+    return {name: list(instructions(program)) for name, program in traced.items()}
+
+
+def test_only_pictures_and_latents_change_their_layout():
+    """As diffusers' modules want them; never what flows between blocks."""
+    for name, program in programs("float32").items():
+        for instruction in program:
+            channels = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}.get(instruction.params.get("permutation"))
+            if channels:
+                assert instruction.invars[0].aval.shape[channels] <= 4, (name, instruction)
+
+
+def test_every_product_of_bfloat16_modules_is_of_bfloat16():
+    for name, program in programs("bfloat16").items():
+        products = [p for p in program if p.primitive.name in ("dot_general", "conv_general_dilated")]
+        assert len(products) > 20
+        for product in products:
+            assert {operand.aval.dtype for operand in product.invars} == {jnp.dtype("bfloat16")}, (name, product)
 
 
 @pytest.mark.parametrize(
