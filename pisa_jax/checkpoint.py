@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from pisa_jax.atomic import whole_file
 from pisa_jax.config import Config
 
 # Fields that may change when a run goes on: where and how it computes and reports, not what. Another mesh changes the
@@ -69,7 +69,8 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: boo
             raise FileNotFoundError(f"nothing to resume: {folder} holds no run (no {CONFIG_FILE})")
         check_same(json.loads(saved.read_text()), described)
         return
-    if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+    # Hidden files and .part are what a run that was killed at its start leaves.
+    if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
         if not _is_run(saved):
             raise FileExistsError(f"{folder} holds other things than a run; give another folder with --out")
         if not overwrite:
@@ -77,7 +78,8 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: boo
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(saved, json.dumps(described, indent=1))
+        with whole_file(saved) as file:
+            file.write_text(json.dumps(described, indent=1))
     except OSError as error:
         raise OSError(f"the run's folder cannot be written, give another with --out: {error}") from error
 
@@ -110,13 +112,6 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: value}
     return {k: v for name, item in items for k, v in _leaves(item, f"{prefix}/{name}".lstrip("/")).items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 class Checkpoints:

@@ -138,6 +138,11 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
     (run / "old").touch()
     training.claim_folder(config(run), resume=False, overwrite=True)
     assert [path.name for path in run.iterdir()] == ["config.json"]
+    killed = tmp_path / "killed"  # while it wrote its first file
+    killed.mkdir()
+    (killed / ".0f.json").touch()
+    training.claim_folder(config(killed), resume=False, overwrite=False)
+    assert (killed / "config.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
