@@ -1,17 +1,22 @@
 """The model that ships with the package: what a first user sees, and that it does what it is for."""
 
+import functools
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DATA, ROOT
 from PIL import Image
 from safetensors import safe_open
 
-from pisa_jax import measures, metrics
+from pisa_jax import backbone as bb
+from pisa_jax import losses, measures, metrics, pretrained
 from pisa_jax.pretrained import DEMO
+from train import read
 
 SAMPLES = sorted((DEMO / "samples").iterdir())
 PAIRS = ("p1_s0", "p1_s0.5", "p1_s1")
@@ -53,6 +58,32 @@ def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
     assert psnr["p1_s0"] > psnr["bicubic"] + 0.2
     assert psnr["p1_s0"] > psnr["p1_s0.5"] > psnr["p1_s1"]
     assert max(distance[name] for name in PAIRS) < distance["bicubic"] - 0.4
+
+
+def test_the_prior_knows_what_its_words_mean():
+    """Noise on clean pictures is predicted better with words of praise, on degraded ones with those of the config."""
+    prior = pretrained.load("demo")
+    prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
+    words = bb.encode_text(prior.backbone, prior.params["text"], jnp.asarray(prior.tokenize(prompts)))
+    alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
+    pictures = {
+        "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
+        "degraded": [metrics.matlab_bicubic(np.asarray(Image.open(path)), 4)[middle] for path in SAMPLES],
+    }
+    eps = jax.jit(functools.partial(bb.eps, prior.backbone))
+
+    def error(latents, prompt):
+        noise, timesteps = jax.random.normal(jax.random.key(0), latents.shape), jnp.full(len(latents), 300)
+        noisy = losses.add_noise(latents, noise, timesteps, alphas)
+        return jnp.mean((eps(prior.params["unet"], noisy, timesteps, jnp.stack([prompt] * len(latents))) - noise) ** 2)
+
+    negative_for_positive = {}
+    for name, images in pictures.items():
+        latents = bb.encode(prior.backbone, prior.params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
+        positive, negative = (error(latents, prompt) for prompt in words)
+        negative_for_positive[name] = negative / positive
+    assert negative_for_positive["clean"] > 1.1
+    assert negative_for_positive["degraded"] < 0.92
 
 
 def test_weights_are_small_and_half_precision():
