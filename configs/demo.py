@@ -11,8 +11,8 @@ Hardware: 2 cores of an AMD EPYC shared with other programs, 2026-11-25 (jax 0.1
 Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.55 and
 5.02, scales 1,1 24.40 and 4.82; Kodak24: 24.43 and 6.43, 24.72 and 5.94, 24.63 and 5.57. Expected: 1 dB over bicubic,
 not reached.
-Tried: the gain of pix grows by some 0.07 dB with every doubling of its steps (300 steps: the same at ranks 16 and 48, at
-rates of 1.5e-3 and 3e-3, and with all weights of the UNet trained instead of adapters). sem on top of the same pix:
+Tried: the gain of pix grows by some 0.07 dB with every doubling of its steps (300 steps: the same at ranks 16 and 48,
+at rates of 1.5e-3 and 3e-3, and with all weights of the UNet trained instead of adapters). sem, on top of the same pix:
 docs/results.md. CSD with 0.05 or more collapses after some 200 steps: the adapter then makes latents for which the
 prior's two predictions agree, and a grid.
 """
