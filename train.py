@@ -38,12 +38,19 @@ def read(arguments: list[str]) -> tuple[Config, set[str]]:
     return changed, switches.intersection(arguments)
 
 
+def _all_but_abandoned_writes(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> int:
     """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # orbax logs, with its traceback, what it raises anyway; asyncio each of the writes that orbax then abandons.
+    # When a checkpoint cannot be written, orbax logs, with its traceback, what it raises anyway, asyncio each of the
+    # hundreds of writes that orbax then abandons, and tensorstore's threads that nobody waits for them any more.
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _all_but_abandoned_writes
     try:
         config, switches = read(sys.argv[1:])
     except ValueError as error:

@@ -169,7 +169,8 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is being written, and end."""
         self.wait()
-        self._manager.close()
+        with _disk_errors(self._folder):
+            self._manager.close()
 
 
 @contextlib.contextmanager

@@ -63,8 +63,9 @@ def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
 def test_the_prior_knows_what_its_words_mean():
     """Noise on clean pictures is predicted better with words of praise, on degraded ones with those of the config."""
     prior = pretrained.load("demo")
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
     prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
-    words = bb.encode_text(prior.backbone, prior.params["text"], jnp.asarray(prior.tokenize(prompts)))
+    words = bb.encode_text(prior.backbone, params["text"], jnp.asarray(prior.tokenize(prompts)))
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
     pictures = {
         "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
@@ -75,11 +76,11 @@ def test_the_prior_knows_what_its_words_mean():
     def error(latents, prompt):
         noise, timesteps = jax.random.normal(jax.random.key(0), latents.shape), jnp.full(len(latents), 300)
         noisy = losses.add_noise(latents, noise, timesteps, alphas)
-        return jnp.mean((eps(prior.params["unet"], noisy, timesteps, jnp.stack([prompt] * len(latents))) - noise) ** 2)
+        return jnp.mean((eps(params["unet"], noisy, timesteps, jnp.stack([prompt] * len(latents))) - noise) ** 2)
 
     negative_for_positive = {}
     for name, images in pictures.items():
-        latents = bb.encode(prior.backbone, prior.params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
+        latents = bb.encode(prior.backbone, params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
         positive, negative = (error(latents, prompt) for prompt in words)
         negative_for_positive[name] = negative / positive
     assert negative_for_positive["clean"] > 1.1
