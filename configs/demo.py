@@ -13,8 +13,10 @@ Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet 
 not reached.
 Tried: the gain of pix grows by some 0.07 dB with every doubling of its steps (300 steps: the same at ranks 16 and 48,
 at rates of 1.5e-3 and 3e-3, and with all weights of the UNet trained instead of adapters). sem, on top of the same pix:
-docs/results.md. CSD with 0.05 or more collapses after some 200 steps: the adapter then makes latents for which the
-prior's two predictions agree, and a grid.
+docs/results.md. CSD collapses with 1 after 60 steps, with 0.05 after 180 of 600: the adapter then makes latents for
+which the prior's two predictions agree, and a grid.
+Not as the commands above: the prior's first 1 150 steps read another numbering of the tokens than its last 1 300 and
+what ships, and sem was started by itself on the finished pix.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
