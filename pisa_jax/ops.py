@@ -4,6 +4,7 @@ All take and return NHWC (or batch, position, head, channel) arrays and change n
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,34 @@ def group_norm(
 def attention(
     query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
-    """softmax(q k^T / sqrt(d)) v, without a large score matrix in memory on a CPU (Vaswani et al. 2017, eq. 1)."""
-    if jax.default_backend() != "cpu" or min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+
+    With more than QUERY_CHUNK queries and keys no score matrix is kept by a CPU, nor by cuDNN where it can compute.
+    """
+    if min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
         return jax.nn.dot_product_attention(query, key, value)
-    return _chunked_attention(query, key, value)
+    if jax.default_backend() == "cpu":
+        return _chunked_attention(query, key, value)
+    even = query.shape[1] % 2 == key.shape[1] % 2 == 0  # cuDNN has no gradient for odd lengths
+    kernel = "cudnn" if even and cudnn_computes(query.dtype, query.shape[-1]) else None
+    return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
+
+
+@functools.cache
+def cudnn_computes(dtype: Any, channels: int) -> bool:
+    """Whether cuDNN compiles attention and its gradient here: not for float32, large heads, cards before Ampere."""
+    if jax.default_backend() != "gpu":
+        return False
+    heads = jax.ShapeDtypeStruct((1, 64, 1, channels), dtype)
+
+    def loss(*heads):
+        return jax.nn.dot_product_attention(*heads, implementation="cudnn").sum()
+
+    try:
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(heads, heads, heads).compile()
+    except Exception:  # by what is missing: RuntimeError, NotImplementedError, XlaRuntimeError
+        return False
+    return True
 
 
 def _chunked_attention(query, key, value):

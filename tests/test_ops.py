@@ -52,6 +52,31 @@ def test_attention_equals_the_definition(queries, keys, heads):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_on_a_gpu_without_cudnn(monkeypatch, dtype):
+    q, k, v = (normal(1, 512, 2, 16, seed=seed).astype(dtype) for seed in range(3))
+    expected = jax.nn.dot_product_attention(q, k, v)
+    ops.cudnn_computes.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = ops.attention(q, k, v)
+    ops.cudnn_computes.cache_clear()
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize(("positions", "kernel"), [(4096, True), (4095, False), (256, False)])
+def test_attention_with_cudnn(monkeypatch, positions, kernel):
+    """What is lowered for CUDA, which needs its libraries and no card."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs pip install -e '.[cuda]'", exc_type=ImportError)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(ops, "cudnn_computes", lambda dtype, channels: (dtype, channels) == (jnp.bfloat16, 64))
+    heads = jax.ShapeDtypeStruct((1, positions, 5, 64), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda *heads: ops.attention(*heads).sum(), argnums=(0, 1, 2)))
+    calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    text = jax.export.export(gradient, platforms=["cuda"], disabled_checks=allowed)(heads, heads, heads).mlir_module()
+    assert [f"@{call}(" in text for call in calls] == [kernel, kernel]
+
+
 def test_long_attention_holds_no_score_matrix():
     q = jax.ShapeDtypeStruct((1, 8192, 1, 64), jnp.float32)
     compiled = jax.jit(ops.attention).lower(q, q, q).compile()
