@@ -1,0 +1,76 @@
+"""How far a picture decoded and encoded in tiles is from the whole, in grey levels, and whether a seam shows.
+
+    python benchmarks/tiles.py photo.jpg --size 2048 --tile 512
+
+The encoder's error is seen through the whole decoder, as in a result. "Beside borders" is the mean over the two rows or
+columns along every border between tiles, over the mean of all others: 1 where there is no seam.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from pisa_jax import Upscaler
+from pisa_jax.inference import Residuals
+
+
+def read(path: Path, side: int) -> np.ndarray:
+    """The middle of a picture as a square of `side` pixels, (1, side, side, 3) in [-1, 1]."""
+    with Image.open(path) as image:
+        square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    return np.float32(square)[None] / 127.5 - 1
+
+
+def decoded(upscaler: Upscaler, latents: np.ndarray, style: np.ndarray) -> np.ndarray:
+    """Grey levels of what the decoder makes of latents."""
+    nothing = np.zeros_like(latents)
+    images = upscaler.render(Residuals(latents, nothing, nothing), (1.0, 1.0), style, style.shape[1:3])
+    return 127.5 * (images + 1)
+
+
+def compare(found: np.ndarray, expected: np.ndarray, tile: int) -> str:
+    """Errors in grey levels, and beside the borders of tiles."""
+    error = np.abs(found - expected)[0]
+    borders = np.arange(tile, len(error), tile)
+    beside = np.zeros(error.shape[:2], bool)
+    for line in (*borders - 1, *borders):
+        beside[line], beside[:, line] = True, True
+    ratio = error[beside].mean() / error[~beside].mean() if error.any() and len(borders) else 1.0
+    return f"max {error.max():.4f}, mean {error.mean():.6f}, beside borders {ratio:.2f}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--adapters", type=Path, help="of a model other than the demo")
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--tile", type=int, default=512)
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.model}, {args.size} in tiles of {args.tile}")
+
+    options = {"color_fix": "none", "notice": print}
+    whole, tiled = (Upscaler.load(args.model, args.adapters, vae_tile=tile, **options) for tile in (0, args.tile))
+    batch = read(args.picture, args.size)
+
+    def timed(what, function, *arrays):
+        start = time.perf_counter()
+        result = np.asarray(function(*arrays))
+        print(f"{what}: {time.perf_counter() - start:.1f} s with compilation", flush=True)
+        return result
+
+    latents = timed("encoder, whole", whole._encoded, batch, None)
+    expected = timed("decoder, whole", decoded, whole, latents, batch)
+    found = timed("decoder, tiles", decoded, tiled, latents, batch)
+    print(f"decoder: {compare(found, expected, args.tile)}", flush=True)
+    latents = timed("encoder, tiles", tiled._encoded, batch, None)
+    print(f"encoder: {compare(decoded(whole, latents, batch), expected, args.tile)}")
+
+
+if __name__ == "__main__":
+    main()
