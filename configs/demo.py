@@ -12,9 +12,9 @@ Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet 
 5.02, scales 1,1 24.40 and 4.82; Kodak24: 24.43 and 6.43, 24.72 and 5.94, 24.63 and 5.57. Expected: 1 dB over bicubic,
 not reached.
 Tried: the gain of pix grows by some 0.07 dB with every doubling of its steps (300 steps: the same at ranks 16 and 48,
-at rates of 1.5e-3 and 3e-3, and with all weights of the UNet trained instead of adapters). sem, on top of the same pix:
-docs/results.md. CSD collapses with 1 after 60 steps, with 0.05 after 180 of 600: the adapter then makes latents for
-which the prior's two predictions agree, and a grid.
+at rates of 1.5e-3 and 3e-3, and with all weights of the UNet trained instead of adapters). CSD collapses with 1 after
+60 steps, with 0.05 after 180 of 600: the adapter then makes latents for which the prior's two predictions agree, and a
+grid. docs/results.md has other losses of both stages, and where the error lies.
 Not as the commands above: the prior's first 1 150 steps read another numbering of the tokens than its last 1 300 and
 what ships, and sem was started by itself on the finished pix.
 """
