@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, golden
 from PIL import Image
-from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model
+from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model, relative
 
 from pisa_jax import Settings, Upscaler, images, lora, model
 from pisa_jax import backbone as bb
@@ -21,13 +21,18 @@ decode = jax.jit(bb.decode, static_argnums=0)
 PAIRS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.4, 1.3))
 
 
-@functools.cache  # runs of one size share what is compiled
+PROGRAMS = {}  # of all recorded runs: they differ with the shapes and not with the settings
+
+
+@functools.cache
 def recorded_upscaler(**settings) -> Upscaler:
     loaded, adapters = recorded_model(), recorded_adapters()
     merged = lora.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
     prompt = bb.encode_text(loaded.backbone, loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
     weights = Weights(merged, adapters.trees["sem"], loaded.params["vae"], prompt)
-    return Upscaler(loaded.backbone, weights, adapters.specs["sem"], Settings(**settings))
+    upscaler = Upscaler(loaded.backbone, weights, adapters.specs["sem"], Settings(**settings))
+    upscaler.compiled = PROGRAMS
+    return upscaler
 
 
 def random_upscaler(
@@ -66,7 +71,10 @@ def test_whole_run_equals_the_original(run):
     combined = model.combine(*found, scales)
     close(combined, nhwc(expected["x_denoised"]))
     if "decoded" in expected:
-        close(decode(upscaler.backbone, upscaler.weights.vae, combined), nhwc(expected["decoded"]))
+        # From their latents: the decoder doubles what rounding leaves between ours and theirs, 2e-5 to 6e-5 by machine.
+        decoded, theirs = nhwc(expected["decoded"]), nhwc(expected["x_denoised"])
+        close(decode(upscaler.backbone, upscaler.weights.vae, theirs), decoded)
+        assert relative(decode(upscaler.backbone, upscaler.weights.vae, combined), decoded) < 1e-4
 
 
 @pytest.mark.skipif(not RUNS, reason="needs the recorded runs of the shared folder")

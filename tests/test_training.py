@@ -1,5 +1,6 @@
 """Whole runs: stopped, killed, resumed, over devices and processes; the model is tiny and random."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,8 +27,11 @@ import train
 from pisa_jax import sharding, training
 from pisa_jax.objective import Frozen
 
-# Two steps of each stage, all losses, an average of the adapters, on one device.
+# Two steps of each stage, all losses, an average of the adapters, on one device. With a rate of 1e-3 the step after the
+# eight elements whose tiny gradients flipped has another gradient (by 16 % of its norm, on one device as on eight).
+RATE = 1e-5
 SHORT = {"data.crop": 32, "batch-size": 4, "ema": 0.5, "stages.0.steps": 2, "stages.1.steps": 2, "save-every": 1}
+SHORT |= {f"stages.{index}.learning-rate": RATE for index in (0, 1)}
 
 
 def arguments(out, *more):
@@ -51,7 +55,7 @@ def close_to(found, expected):
     found, expected = load_file(found), load_file(expected)
     assert found.keys() == expected.keys()
     for name in found:
-        assert np.quantile(np.abs(found[name] - expected[name]), 0.95) < 1e-4, name
+        assert np.quantile(np.abs(found[name] - expected[name]), 0.95) < 0.1 * RATE, name
 
 
 class Interrupted(NamedTuple):
@@ -204,10 +208,11 @@ class Training(subprocess.Popen):
 
     def end(self):
         """Wait until it ends; its errors."""
-        with self:  # waits, and closes the pipes
-            self.stdout.read()
-            self._reader.join()
-        self._watchdog.cancel()
+        if not self.stdout.closed:
+            with self:  # waits, and closes the pipes
+                self.stdout.read()
+                self._reader.join()
+            self._watchdog.cancel()
         return "".join(self._errors)
 
 
@@ -263,25 +268,29 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
     assert training.run(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
 
-def start_together(out, *more):
-    """Two processes with two devices each."""
+@contextlib.contextmanager
+def started_together(out, *more):
+    """Two processes with two devices each, killed when the test ends, however it does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         named = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
     named |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
     more = ["--mesh-data", 2, "--mesh-fsdp", 2, *more]
-    return [Training(out, *more, **named, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    processes = [Training(out, *more, **named, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.end()
 
 
 def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whole, tmp_path):
     """Two processes train the pixel stage, are killed, and the semantic stage is trained here."""
-    processes = start_together(tmp_path / "run")
-    processes[0].wait_for("step 2/4")
-    while not complete(tmp_path / "run") and processes[0].poll() is None:
-        time.sleep(0.05)  # the processes compile the next stage
-    for process in processes:
-        process.kill()
-        process.end()
+    with started_together(tmp_path / "run") as processes:
+        processes[0].wait_for("step 2/4")
+        while not complete(tmp_path / "run") and processes[0].poll() is None:
+            time.sleep(0.05)  # the processes compile the next stage
     assert complete(tmp_path / "run") <= {1, 2}
     close_to(training.run(config(tmp_path / "run"), resume=True), whole)
 
@@ -289,17 +298,18 @@ def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whol
 @pytest.mark.slow
 def test_two_processes_end_together(whole, tmp_path):
     watched = ["--validation.path", shared_data("eval/Set5/x4/HR"), "--validation.count", 1]
-    for process in start_together(tmp_path / "run", *watched):
-        ended(process)
+    with started_together(tmp_path / "run", *watched) as processes:
+        for process in processes:
+            ended(process)
     close_to(tmp_path / "run" / training.ADAPTERS_FILE, whole)
 
 
 @pytest.mark.slow
 def test_two_processes_stop_at_one_step_when_one_is_told_to(tmp_path):
-    processes = start_together(tmp_path / "run", "--stages.0.steps", 500, "--save-every", 500)
-    processes[0].wait_for("step 2/502")
-    processes[1].send_signal(signal.SIGTERM)
-    told = {ended(process, 143).splitlines()[-1] for process in processes}
+    with started_together(tmp_path / "run", "--stages.0.steps", 500, "--save-every", 500) as processes:
+        processes[0].wait_for("step 2/502")
+        processes[1].send_signal(signal.SIGTERM)
+        told = {ended(process, 143).splitlines()[-1] for process in processes}
     assert len(told) == 1
     assert "go on with --resume" in told.pop()
 
