@@ -10,19 +10,24 @@ from tiny import close, nhwc, random_backbone, read_json, recorded_model
 
 from pisa_jax import backbone, random_model
 
+# Compiled one by one, the operations of a network take several times as long.
+eps, encode, decode, posterior, encode_text = (
+    jax.jit(function, static_argnums=0)
+    for function in (backbone.eps, backbone.encode, backbone.decode, backbone.posterior, backbone.encode_text)
+)
+
 
 def test_text_embeddings():
     model, arrays = recorded_model(), np.load(golden("comp/text.npz"))
     ids = model.tokenize(read_json(golden("comp/text_prompts.json")))
     assert np.array_equal(ids, arrays["input_ids"])
-    close(backbone.encode_text(model.backbone, model.params["text"], jnp.asarray(ids)), arrays["prompt_embeds"])
+    close(encode_text(model.backbone, model.params["text"], jnp.asarray(ids)), arrays["prompt_embeds"])
 
 
 @pytest.mark.parametrize("timestep", [1, 500])
 @pytest.mark.parametrize("index", [0, 1], ids=["16x16", "13x10"])
 def test_unet(index, timestep):
     model, arrays = recorded_model(), np.load(golden("comp/unet.npz"))
-    eps = jax.jit(backbone.eps, static_argnums=0)
     found = eps(
         model.backbone, model.params["unet"], nhwc(arrays[f"x{index}"]), timestep, jnp.asarray(arrays[f"emb{index}"])
     )
@@ -31,7 +36,7 @@ def test_unet(index, timestep):
 
 def test_unet_with_a_timestep_per_sample():
     model, arrays = recorded_model(), np.load(golden("comp/unet.npz"))
-    found = backbone.eps(
+    found = eps(
         model.backbone, model.params["unet"], nhwc(arrays["x0"]), *(jnp.asarray(arrays[n]) for n in ("tvec", "emb0"))
     )
     close(found, nhwc(arrays["base0_tvec"]))
@@ -42,16 +47,16 @@ def test_vae(index):
     model, arrays = recorded_model(), np.load(golden("comp/vae.npz"))
     modules, params = model.backbone, model.params["vae"]
     image, mean, std = (nhwc(arrays[f"{name}{index}"]) for name in ("img", "mean", "std"))
-    close(backbone.encode(modules, params, image), mean * 0.18215)
+    close(encode(modules, params, image), mean * 0.18215)
     noise = jax.random.normal(jax.random.key(0), mean.shape)
-    close(backbone.encode(modules, params, image, noise), (mean + std * noise) * 0.18215)
-    close(backbone.decode(modules, params, nhwc(arrays[f"z{index}"]) * 0.18215), nhwc(arrays[f"dec{index}"]))
+    close(encode(modules, params, image, noise), (mean + std * noise) * 0.18215)
+    close(decode(modules, params, nhwc(arrays[f"z{index}"]) * 0.18215), nhwc(arrays[f"dec{index}"]))
 
 
 def test_a_latent_as_wide_as_it_has_channels_is_not_transposed():
     modules, params = random_backbone()
     latents = jax.random.normal(jax.random.key(0), (1, 6, 4, 4))
-    assert backbone.decode(modules, params["vae"], latents).shape == (1, 48, 32, 3)
+    assert decode(modules, params["vae"], latents).shape == (1, 48, 32, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 17), (8, 8)], ids=str)
@@ -59,7 +64,7 @@ def test_unet_takes_latents_of_any_size(size):
     modules, params = random_backbone()
     latents = jax.random.normal(jax.random.key(0), (2, *size, 4))
     prompt = jnp.zeros((1, 3, 32))
-    out = backbone.eps(modules, params["unet"], latents, 1, prompt)
+    out = eps(modules, params["unet"], latents, 1, prompt)
     assert out.shape == latents.shape
     assert np.isfinite(out).all()
 
@@ -71,12 +76,12 @@ def test_bfloat16_modules_return_float32_near_the_float32_ones():
     cast = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
     latents = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     prompt = jnp.zeros((1, 3, 32))
-    exact = backbone.eps(modules, params["unet"], latents, 1, prompt)
-    found = backbone.eps(half, cast["unet"], latents, 1, prompt)
+    exact = eps(modules, params["unet"], latents, 1, prompt)
+    found = eps(half, cast["unet"], latents, 1, prompt)
     assert found.dtype == np.float32
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.03 * np.std(exact)
-    exact = backbone.decode(modules, params["vae"], latents)
-    found = backbone.decode(half, cast["vae"], latents)
+    exact = decode(modules, params["vae"], latents)
+    found = decode(half, cast["vae"], latents)
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.03 * np.std(exact)
 
 

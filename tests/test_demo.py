@@ -65,7 +65,8 @@ def test_the_prior_knows_what_its_words_mean():
     prior = pretrained.load("demo")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
     prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
-    words = bb.encode_text(prior.backbone, params["text"], jnp.asarray(prior.tokenize(prompts)))
+    encode, encode_text = (jax.jit(function, static_argnums=0) for function in (bb.encode, bb.encode_text))
+    words = encode_text(prior.backbone, params["text"], jnp.asarray(prior.tokenize(prompts)))
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
     pictures = {
         "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
@@ -80,7 +81,7 @@ def test_the_prior_knows_what_its_words_mean():
 
     negative_for_positive = {}
     for name, images in pictures.items():
-        latents = bb.encode(prior.backbone, params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
+        latents = encode(prior.backbone, params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
         positive, negative = (error(latents, prompt) for prompt in words)
         negative_for_positive[name] = negative / positive
     assert negative_for_positive["clean"] > 1.1

@@ -1,5 +1,7 @@
 """One property suite over the family of decompositions, with non-zero factors and scales other than 1."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -165,6 +167,14 @@ def test_targets_on_sd21_are_those_of_the_published_adapters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == golden_lists["unet_params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def eps(modules, params, trees, x, timestep, prompt):
+    """The UNet with these of the recorded adapters on paths of their own."""
+    scales = dict.fromkeys(trees, jnp.ones(()))
+    with nn.intercept_methods(lora.interceptor(trees, recorded_adapters().specs, scales)):
+        return backbone.eps(modules, params, x, timestep, prompt)
+
+
 @pytest.mark.parametrize("timestep", [1, 500])
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("names", [("pix",), ("pix", "sem")], ids="+".join)
@@ -176,9 +186,8 @@ def test_unet_with_adapters_equals_the_original(names, index, timestep):
     trees = {name: adapters.trees[name] for name in names}
     scales = dict.fromkeys(names, jnp.ones(()))
     merged = lora.merge(model.params["unet"], trees, adapters.specs, scales)
-    close(backbone.eps(model.backbone, merged, x, timestep, prompt), expected)
-    with nn.intercept_methods(lora.interceptor(trees, adapters.specs, scales)):
-        close(backbone.eps(model.backbone, model.params["unet"], x, timestep, prompt), expected)
+    close(eps(model.backbone, merged, {}, x, timestep, prompt), expected)
+    close(eps(model.backbone, model.params["unet"], trees, x, timestep, prompt), expected)
 
 
 def test_unet_targets_exclude_the_time_embedding():
