@@ -50,6 +50,8 @@ class Stage:
     l2: float = 1.0
     perceptual: float = 0.0
     csd: float = 0.0
+    # Squared error of the restored latents: not in the paper; cheap, as nothing is decoded for it alone.
+    latent: float = 0.0
     # Peak learning rate of AdamW.
     learning_rate: float = 5e-5
     # "constant", or "cosine" down to 0 at the last step.
@@ -62,8 +64,9 @@ class Stage:
     def __post_init__(self):
         _check(self.steps >= 1, f"stage {self.adapter}: steps is a positive integer, not {self.steps}")
         _check(self.adapter not in self.frozen, f"stage {self.adapter}: an adapter cannot train and be frozen")
-        _check(min(self.l2, self.perceptual, self.csd) >= 0, f"stage {self.adapter}: loss weights are not negative")
-        _check(max(self.l2, self.perceptual, self.csd) > 0, f"stage {self.adapter}: all loss weights are 0")
+        weights = (self.l2, self.perceptual, self.csd, self.latent)
+        _check(min(weights) >= 0, f"stage {self.adapter}: loss weights are not negative")
+        _check(max(weights) > 0, f"stage {self.adapter}: all loss weights are 0")
         known = ("constant", "cosine")
         _check(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"

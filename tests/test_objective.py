@@ -134,6 +134,27 @@ def random_case():
     return step, frozen, state, batch
 
 
+def test_the_error_of_latents_decodes_nothing():
+    modules, _ = random_backbone("nano")
+    _, frozen, state, batch = random_case()
+    stages = [Stage("pix", 10, spec=AdapterSpec(rank=2), **weights) for weights in ({}, {"l2": 0.0, "latent": 1.0})]
+    config = Config(out="", stages=(stages[0],), batch_size=2)
+    arguments = (state.adapter, frozen, batch, objective.draw(jax.random.key(0), modules, config, batch.lq.shape))
+    functions = (functools.partial(objective.gradient, backbone=modules, config=config, stage=s) for s in stages)
+    l2, latent = (jax.jit(function).lower(*arguments).compile() for function in functions)
+
+    @jax.jit
+    def expected(noise):
+        z_lq = backbone.encode(modules, frozen.vae, batch.lq, noise)
+        eps = backbone.eps(modules, frozen.unet, z_lq, 1, frozen.null_prompt)
+        return jnp.mean((z_lq - eps - backbone.encode(modules, frozen.vae, batch.gt)) ** 2)
+
+    measured, _ = latent(*arguments)
+    assert set(measured) == {"latent", "total"}
+    assert float(measured["latent"]) == pytest.approx(float(expected(arguments[3].posterior)), rel=1e-5)
+    assert latent.cost_analysis()["flops"] < 0.6 * l2.cost_analysis()["flops"]
+
+
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
