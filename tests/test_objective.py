@@ -139,9 +139,9 @@ def test_the_error_of_latents_decodes_nothing():
     _, frozen, state, batch = random_case()
     stages = [Stage("pix", 10, spec=AdapterSpec(rank=2), **weights) for weights in ({}, {"l2": 0.0, "latent": 1.0})]
     config = Config(out="", stages=(stages[0],), batch_size=2)
-    arguments = (state.adapter, frozen, batch, objective.draw(jax.random.key(0), modules, config, batch.lq.shape))
+    draws = objective.draw(jax.random.key(0), modules, config, batch.lq.shape)
     functions = (functools.partial(objective.gradient, backbone=modules, config=config, stage=s) for s in stages)
-    l2, latent = (jax.jit(function).lower(*arguments).compile() for function in functions)
+    l2, latent = (jax.jit(function).lower(state.adapter, frozen, batch, draws).compile() for function in functions)
 
     @jax.jit
     def expected(noise):
@@ -149,9 +149,9 @@ def test_the_error_of_latents_decodes_nothing():
         eps = backbone.eps(modules, frozen.unet, z_lq, 1, frozen.null_prompt)
         return jnp.mean((z_lq - eps - backbone.encode(modules, frozen.vae, batch.gt)) ** 2)
 
-    measured, _ = latent(*arguments)
+    measured, _ = latent(state.adapter, frozen, batch, draws)
     assert set(measured) == {"latent", "total"}
-    assert float(measured["latent"]) == pytest.approx(float(expected(arguments[3].posterior)), rel=1e-5)
+    assert float(measured["latent"]) == pytest.approx(float(expected(draws.posterior)), rel=1e-5)
     assert latent.cost_analysis()["flops"] < 0.6 * l2.cost_analysis()["flops"]
 
 

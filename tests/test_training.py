@@ -27,8 +27,8 @@ import train
 from pisa_jax import sharding, training
 from pisa_jax.objective import Frozen
 
-# Two steps of each stage, all losses, an average of the adapters, on one device. With a rate of 1e-3 the step after the
-# eight elements whose tiny gradients flipped has another gradient (by 16 % of its norm, on one device as on eight).
+# Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
+# eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on whatever mesh.
 RATE = 1e-5
 SHORT = {"data.crop": 32, "batch-size": 4, "ema": 0.5, "stages.0.steps": 2, "stages.1.steps": 2, "save-every": 1}
 SHORT |= {f"stages.{index}.learning-rate": RATE for index in (0, 1)}
