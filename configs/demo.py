@@ -30,14 +30,15 @@ config = Config(
     out="runs/demo",
     model="runs/demo_model",
     stages=(
-        Stage("pix", steps=5000, l2=0.0, latent=1.0, learning_rate=1.5e-3, schedule="cosine", warmup=50, spec=SPEC),
+        Stage("pix", steps=10000, l2=0.0, latent=1.0, learning_rate=1.5e-3, schedule="cosine", warmup=50, spec=SPEC),
         Stage(
             "sem",
-            steps=400,
+            steps=800,
             frozen=("pix",),
             perceptual=0.05,
             csd=0.01,
-            latent=2.0,
+            latent=20.0,
+            latent_window=3,
             learning_rate=1e-3,
             schedule="cosine",
             warmup=50,
@@ -53,5 +54,5 @@ config = Config(
     negative_prompt="blurry, noise, jpeg artifacts, low quality, lowres, over-smooth, dirty",
     ema=0.995,
     log_every=20,
-    save_every=100,
+    save_every=250,
 )

@@ -52,6 +52,8 @@ class Stage:
     csd: float = 0.0
     # Squared error of the restored latents: not in the paper; cheap, as nothing is decoded for it alone.
     latent: float = 0.0
+    # Side of the windows over which that error is averaged before it is squared: above 1 it leaves fine detail free.
+    latent_window: int = 1
     # Peak learning rate of AdamW.
     learning_rate: float = 5e-5
     # "constant", or "cosine" down to 0 at the last step.
@@ -67,6 +69,10 @@ class Stage:
         weights = (self.l2, self.perceptual, self.csd, self.latent)
         _check(min(weights) >= 0, f"stage {self.adapter}: loss weights are not negative")
         _check(max(weights) > 0, f"stage {self.adapter}: all loss weights are 0")
+        _check(
+            self.latent_window >= 1,
+            f"stage {self.adapter}: latent_window is a positive integer, not {self.latent_window}",
+        )
         known = ("constant", "cosine")
         _check(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"

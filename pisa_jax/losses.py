@@ -6,6 +6,7 @@ Everything is computed in float32 whatever the inputs are. The perceptual loss i
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
@@ -62,6 +63,12 @@ def predict_x0(
 def l2(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, ""]:
     """mean (x - y)^2 over all elements."""
     return jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
+
+
+def smooth_l2(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"], window: int) -> Float[Array, ""]:
+    """mean m^2, m the means of x - y over every window x window positions: l2 where the window is 1."""
+    error = x.astype(jnp.float32) - y.astype(jnp.float32)
+    return jnp.mean(nn.avg_pool(error, (window, window)) ** 2)
 
 
 def csd_direction(

@@ -108,7 +108,7 @@ def loss(
 
     z_L = encode(x_L) sampled; z_H = z_L - eps(z_L, 1, c; W + dW); x_H = clip(decode(z_H), -1, 1);
     L = w_l2 l2(x_H, x_GT) + w_p perceptual(x_H, x_GT) + w_csd CSD(z_H) (PiSA-SR, eq. 4-7)
-    + w_latent l2(z_H, encode(x_GT)), our own.
+    + w_latent smooth_l2(z_H, encode(x_GT)), our own.
     """
     prompt = frozen.null_prompt
     if frozen.text is not None:
@@ -143,7 +143,7 @@ def loss(
         alphas, guidance = frozen.alphas_cumprod, config.guidance
         parts["csd"] = losses.csd(teacher, restored, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
     if stage.latent:
-        parts["latent"] = losses.l2(restored, bb.encode(backbone, frozen.vae, batch.gt))
+        parts["latent"] = losses.smooth_l2(restored, bb.encode(backbone, frozen.vae, batch.gt), stage.latent_window)
     return sum(getattr(stage, name) * value for name, value in parts.items()), parts
 
 

@@ -327,11 +327,17 @@ def make_loader(config: Config) -> data.Loader:
 
 
 def check(config: Config, backbone: bb.Backbone, mesh: jax.sharding.Mesh) -> None:
-    """ValueError unless adapters are known, crops fit the VAE and batches can be cut over the devices."""
-    for stage in config.stages:
-        lora.decomposition(stage.spec)
+    """ValueError unless adapters are known, crops fit VAE and losses, and batches can be cut over the devices."""
     if config.data.crop % backbone.factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {backbone.factor}, the VAE's factor")
+    latents = config.data.crop // backbone.factor
+    for stage in config.stages:
+        lora.decomposition(stage.spec)
+        if stage.latent_window > latents:
+            raise ValueError(
+                f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "
+                f"a crop of {config.data.crop} pixels"
+            )
     parts = mesh.size * config.accumulate
     if config.batch_size % parts:
         raise ValueError(

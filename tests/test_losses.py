@@ -54,6 +54,17 @@ def test_add_noise_and_predict_x0_at_first_middle_and_last_step(recorded):
     np.testing.assert_allclose(losses.predict_x0(noisy, eps, t, SCHEDULE.alphas_cumprod), sample, atol=1e-4)
 
 
+def test_smooth_l2_sees_smooth_errors_alone():
+    y = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    checkers = jnp.indices((6, 7)).sum(0)[None, :, :, None] % 2 * 2.0 - 1
+    assert float(losses.smooth_l2(y + 0.5, y, 3)) == pytest.approx(0.25, rel=1e-5)
+    assert float(losses.smooth_l2(y + checkers, y, 2)) == pytest.approx(0, abs=1e-12)
+    assert float(losses.smooth_l2(y + checkers, y, 3)) == pytest.approx(
+        1 / 81, rel=1e-5
+    )  # 5 of one sign, 4 of the other
+    assert float(losses.smooth_l2(2 * y, y, 1)) == pytest.approx(float(jnp.mean(y**2)), rel=1e-6)
+
+
 @pytest.mark.parametrize(("name", "guidance"), [("cfg7p5", 7.5), ("cfg1", 1.0)])
 @pytest.mark.parametrize("i", [0, 1])
 def test_csd_equals_the_original(recorded, i, name, guidance):

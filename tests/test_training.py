@@ -123,6 +123,8 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
     assert training.run(dataclasses.replace(run, log_every=5), resume=True).read_bytes() == before
     with pytest.raises(ValueError, match="crop 34 is not a multiple of 4"):
         training.run(config(tmp_path / "crop", "--data.crop", 34))
+    with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
+        training.run(config(tmp_path / "window", "--stages.0.latent-window", 9))
     with pytest.raises(ValueError, match="batch_size 4 cannot be cut over 8 devices"):
         training.run(config(tmp_path / "batch", "--mesh-data", -1))
 
