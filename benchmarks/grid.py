@@ -1,9 +1,10 @@
-"""How much of a grid of four pixels is in pictures: a decoder that enlarges 4 times leaves one where latents are off.
+"""How much of a grid or weave is in pictures: a decoder leaves one where latents are off.
 
     python benchmarks/grid.py results ground_truth
 
-The mean power of luma at periods of 3.3 to 4.8 pixels along the axes over that in oblique directions, in overlapping
-Hann windows of 64 x 64 pixels. Pictures have more along the axes by themselves: compare with ground truth.
+The mean power of luma along the axes over that in oblique directions, in overlapping Hann windows of 64 x 64 pixels, at
+the periods of one latent (3.3 to 4.8 pixels where the VAE's factor is 4) and of two (4.8 to 10). Pictures have more
+along the axes by themselves: compare with ground truth.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pisa_jax.metrics import rgb_to_y
 from pisa_jax.pairing import list_pictures
 
 WINDOW = 64
+PERIODS = ((3.3, 4.8), (4.8, 10))
 
 
-def grid(y: np.ndarray) -> float:
-    """The measure for one picture's luma; ValueError for one smaller than a window."""
+def grid(y: np.ndarray) -> list[float]:
+    """The measure for one picture's luma at each of PERIODS; ValueError for one smaller than a window."""
     if min(y.shape) < WINDOW:
         raise ValueError(f"{y.shape[1]}x{y.shape[0]} pixels; it takes {WINDOW}x{WINDOW}")
     windows = np.lib.stride_tricks.sliding_window_view(y, (WINDOW, WINDOW))[:: WINDOW // 2, :: WINDOW // 2]
@@ -27,10 +29,14 @@ def grid(y: np.ndarray) -> float:
     power = np.abs(np.fft.fft2((windows - windows.mean((2, 3), keepdims=True)) * taper)) ** 2
     frequencies = np.abs(np.fft.fftfreq(WINDOW))
     small, large = (f(*np.meshgrid(frequencies, frequencies)) for f in (np.minimum, np.maximum))
-    band = (np.hypot(small, large) > 1 / 4.8) & (np.hypot(small, large) < 1 / 3.3)
-    # Within 6 degrees of an axis, and beyond 18.
-    spectrum, near, far = power.mean((0, 1)), band & (small < 0.1 * large), band & (small > 0.33 * large)
-    return float(spectrum[near].mean() / spectrum[far].mean())
+    radius, spectrum = np.hypot(small, large), power.mean((0, 1))
+    found = []
+    for shortest, longest in PERIODS:
+        band = (radius > 1 / longest) & (radius < 1 / shortest)
+        # Within 6 degrees of an axis, and beyond 18.
+        along, oblique = band & (small < 0.1 * large), band & (small > 0.33 * large)
+        found.append(float(spectrum[along].mean() / spectrum[oblique].mean()))
+    return found
 
 
 def main() -> None:
@@ -39,7 +45,9 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="of pictures at their final size")
     for folder in parser.parse_args().folders:
         found = [grid(rgb_to_y(np.asarray(Image.open(path).convert("RGB")))) for path in list_pictures(folder)]
-        print(f"{folder}: {np.mean(found):.2f} (mean of {len(found)}, median {np.median(found):.2f})", flush=True)
+        means, medians = np.mean(found, axis=0), np.median(found, axis=0)
+        figures = (f"{mean:.1f} (median {median:.1f})" for mean, median in zip(means, medians, strict=True))
+        print(f"{folder}: {', '.join(figures)} in {len(found)} pictures", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Put the trained demo model into the package: float16 weights and sample inputs in pisa_jax/assets/demo.
 
-    python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN
+    python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN --sem 0.6
 
 The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
-What they were made from goes to tests/data/demo.
+What they were made from goes to tests/data/demo. `--sem` is the strength of the trained adapter that becomes 1.
 """
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -44,11 +45,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="--model of prior.py")
     parser.add_argument("--adapters", type=Path, required=True, help="what train.py configs/demo.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder with photos/")
+    parser.add_argument("--sem", type=float, default=1.0, help="what is multiplied into the alpha of sem")
     args = parser.parse_args()
     shutil.rmtree(DEMO, ignore_errors=True)
     shutil.copytree(args.model, DEMO)
     adapters = convert.load_adapters(args.adapters)
-    convert.save_adapters(DEMO / "adapters.safetensors", adapters._replace(base_model="demo"), "float16")
+    sem = adapters.specs["sem"]
+    specs = adapters.specs | {"sem": dataclasses.replace(sem, alpha=sem.alpha * args.sem)}
+    shipped = convert.Adapters(adapters.trees, specs, base_model="demo")
+    convert.save_adapters(DEMO / "adapters.safetensors", shipped, "float16")
     write_samples(args.data / "photos", DEMO / "samples", TRUTHS)
     size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {DEMO}")
