@@ -167,7 +167,7 @@ def test_flags_in_the_text_exist(name, monkeypatch, capsys):
     required = {"convert": "a b", "degrade": "--gt a --out b", "evaluate": "", "prepare": "a --out b"}
     for program, arguments in (required | {"infer.py": "-i a -o b"}).items():
         known |= set(parse(program, arguments.split())._option_string_actions)
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "demo").glob("*.py")):
         known |= set(re.findall(r'"(--[\w-]+)"', script.read_text()))
     read_training(["configs/debug.py", "--help"])
     known |= set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
