@@ -52,11 +52,8 @@ def main() -> None:
         rows.append((psnr(source, target), psnr(filtered, target)))
         print(f"{item.name}: bicubic {rows[-1][0]:.2f} dB, filtered {rows[-1][1]:.2f}", flush=True)
     bicubic, filtered = np.mean(rows, axis=0)
-    print(
-        f"{len(rows)} pictures, {args.taps} x {args.taps} taps {args.step} pixels apart: bicubic {bicubic:.3f} dB, ",
-        end="",
-    )
-    print(f"the best filter of each {filtered:.3f} (+{filtered - bicubic:.3f})")
+    print(f"{len(rows)} pictures, {args.taps} x {args.taps} taps {args.step} pixels apart:")
+    print(f"bicubic {bicubic:.3f} dB, the best filter of each {filtered:.3f} (+{filtered - bicubic:.3f})")
     for name, problem in problems.items():
         print(f"left out {name}: {problem}")
 

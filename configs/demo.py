@@ -11,7 +11,7 @@ Hardware: 2 cores of an AMD EPYC, 2026-11-25 and 26 (jax 0.10.2): VAE 1 300 + 50
 Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.57 and
 4.93, scales 1,1 24.51 and 4.79; Kodak24: 24.43 and 6.43, 24.73 and 5.88, 24.70 and 5.63. Expected: 1 dB over bicubic,
 not reached.
-Tried: the gain of pix grows less and less with its steps, to that of the best linear filter of each picture. Without
+Tried: the gain of pix grows less and less with its steps, to near that of each picture's best linear filter. Without
 latent_window, sem makes a grid; as trained, it weaves, so it ships with 0.6 of its alpha. CSD without `latent`
 collapses with 1 after 60 steps, with 0.05 after 180 of 600: the adapter then makes latents for which the prior's two
 predictions agree, and a grid. docs/results.md has other losses of both stages, and where the error lies.

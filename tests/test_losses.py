@@ -59,9 +59,8 @@ def test_smooth_l2_sees_smooth_errors_alone():
     checkers = jnp.indices((6, 7)).sum(0)[None, :, :, None] % 2 * 2.0 - 1
     assert float(losses.smooth_l2(y + 0.5, y, 3)) == pytest.approx(0.25, rel=1e-5)
     assert float(losses.smooth_l2(y + checkers, y, 2)) == pytest.approx(0, abs=1e-12)
-    assert float(losses.smooth_l2(y + checkers, y, 3)) == pytest.approx(
-        1 / 81, rel=1e-5
-    )  # 5 of one sign, 4 of the other
+    # Five of one sign and four of the other.
+    assert float(losses.smooth_l2(y + checkers, y, 3)) == pytest.approx(1 / 81, rel=1e-5)
     assert float(losses.smooth_l2(2 * y, y, 1)) == pytest.approx(float(jnp.mean(y**2)), rel=1e-6)
 
 
