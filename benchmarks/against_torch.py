@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate, seconds
 
-from pisa_jax import backbone as bb
-from pisa_jax import model, pretrained
+from pisa_jax import model
 from pisa_jax.inference import on_device
-from pisa_jax.ops import compiler_options
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import pretrained
 
 LAYOUTS = ("contiguous_format", "channels_last")
 

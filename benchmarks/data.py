@@ -18,8 +18,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from pisa_jax import data, sources
-from pisa_jax.degradation import degrade
+from pisa_jax.data import sources
+from pisa_jax.data.degradation import degrade
+from pisa_jax.data.loader import crop_pair, make_loader, to_float
 
 
 def make_pictures(folder: str, count: int = 32, size: int = 1200) -> None:
@@ -45,16 +46,16 @@ def time_stages(source: sources.Source, crop: int, count: int) -> dict[str, floa
         if index == 0:
             seconds.clear()  # the first ones warm up
         record = timed("read + decode", source.__getitem__, index % len(source))
-        gt, _ = timed("crop + flip", data.crop_pair, record, crop, True, rng)
+        gt, _ = timed("crop + flip", crop_pair, record, crop, True, rng)
         lq = timed("degrade", shrink_and_degrade, gt)
         pair = timed("batch", np.stack, [gt, lq])
-        timed("to float", data.to_float, pair)
+        timed("to float", to_float, pair)
     return seconds
 
 
 def time_loader(source: sources.Source, crop: int, batch_size: int, workers: int, batches: int) -> float:
     """Pictures per second over `batches` batches, after those that were read ahead while the workers started."""
-    loader = data.make_loader(source, batch_size=batch_size, crop=crop, seed=0, degrade=degrade, workers=workers)
+    loader = make_loader(source, batch_size=batch_size, crop=crop, seed=0, degrade=degrade, workers=workers)
     for _ in range(1 + 4 * workers):
         next(loader)
     start = time.perf_counter()

@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 import scipy
 
-from pisa_jax import degradation
+from pisa_jax.data import degradation
 
-PICTURE = Path(__file__).resolve().parents[1] / "tests/data/fixtures/degr/stats_gt.png"
+PICTURE = Path(__file__).resolve().parents[1] / "tests/assets/fixtures/degr/stats_gt.png"
 OPERATIONS = ("filter2d", "resize", "jpeg", "gaussian_noise", "poisson_noise")
 
 

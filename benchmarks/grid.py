@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pisa_jax.metrics import rgb_to_y
-from pisa_jax.pairing import list_pictures
+from pisa_jax.metrics.pairing import list_pictures
+from pisa_jax.metrics.psnr_ssim import rgb_to_y
 
 WINDOW = 64
 PERIODS = ((3.3, 4.8), (4.8, 10))

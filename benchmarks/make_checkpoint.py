@@ -9,7 +9,7 @@ Also writes adapters.safetensors (rank 4 + 4) in it: everything `infer.py` and `
 import argparse
 from pathlib import Path
 
-from pisa_jax import random_model
+from pisa_jax.sd import random_model
 
 
 def main() -> None:

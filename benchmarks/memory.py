@@ -23,8 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pisa_jax import Upscaler, backbone, memory, ops, random_model, sharding, vae_flow, vae_tiles
+from pisa_jax import Upscaler
 from pisa_jax.inference import Residuals, Weights
+from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.sd import backbone, random_model, vae_tiling
+from pisa_jax.tiling import memory, vae_tiles
 
 GIB = 2**30
 
@@ -33,11 +37,11 @@ def plan(pixels: int) -> list[dict]:
     """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
     modules = backbone.build(*random_model.configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
-    weights, mesh = Weights(None, None, params, None), sharding.first_devices(1)
+    weights, mesh = Weights(None, None, params, None), distributed.first_devices(1)
     tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of a picture of 8192 pixels
 
     def temporaries(function, *arrays):
-        jitted = jax.jit(function, compiler_options=ops.compiler_options())
+        jitted = jax.jit(function, compiler_options=compiler_options())
         return jitted.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     latents = array(1, tile, tile, modules.latent_channels)
@@ -45,13 +49,13 @@ def plan(pixels: int) -> list[dict]:
     head = array(vae_tiles.MOST_KEYS, 1, modules.vae.block_out_channels[-1])
     keys, place = vae_tiles.Keys(head, head, integers()), vae_tiles.Place(*[integers(1, 2)] * 4)
     for name, direction, part in (
-        ("tile of the decoder", vae_flow.decoder, vae_flow.decode_part),
-        ("tile of the encoder", vae_flow.encoder, vae_flow.encode_part),
+        ("tile of the decoder", vae_tiling.decoder, vae_tiling.decode_part),
+        ("tile of the encoder", vae_tiling.encoder, vae_tiling.encode_part),
     ):
         d = direction(modules, params, mesh, None)
         window = vae_tiles.seen(tile, side, d.margin) * d.source
         windows = array(1, window, window, modules.latent_channels if d.source == 1 else 3)
-        stage = functools.partial(vae_flow.tiles, modules, part, mesh, (tile, tile))
+        stage = functools.partial(vae_tiling.tiles, modules, part, mesh, (tile, tile))
         found[name] = temporaries(stage, weights, windows, place, array(*d.stats), keys)
     return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate, model_parser, seconds
 
-from pisa_jax import Upscaler, convert, lora, model
-from pisa_jax import backbone as bb
+from pisa_jax import Upscaler, model
+from pisa_jax.adapters import files, lora
 from pisa_jax.inference import predict
-from pisa_jax.ops import compiler_options
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.sd import backbone as bb
 
 
 def report(title: str, programs: dict, repeats: int) -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     pair = compiled(functools.partial(predict, modules, spec, (0.0, 1.0)))
     alone = compiled(lambda unet: bb.eps(modules, unet, latents, model.TIMESTEP, weights.prompt))
     low_rank = compiled(functools.partial(predict, modules, spec, (1.0,)))
-    trained = convert.load_adapters(adapters)
+    trained = files.load_adapters(adapters)
     full = lora.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
 
     def two(second):

@@ -24,21 +24,24 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate, seconds
 
-from pisa_jax import backbone as bb
-from pisa_jax import lora, losses, lpips, objective, random_model
+from pisa_jax import losses, train_step
+from pisa_jax.adapters import lora
 from pisa_jax.config import Config, Data, Stage
-from pisa_jax.ops import compiler_options
+from pisa_jax.metrics import lpips
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import random_model
 
 STAGES = {
     "pix": Stage("pix", steps=4000),
     "sem": Stage("sem", steps=8500, frozen=("pix",), perceptual=2.0, csd=1.0),
 }
 PROMPT_TOKENS = 77
-ADDITIVE = objective.loss
+ADDITIVE = train_step.loss
 
 
 def merged_loss(adapter, frozen, batch, draws, backbone, config, stage):
-    """`objective.loss` with W + dW in every adapted kernel instead of the low-rank path."""
+    """`train_step.loss` with W + dW in every adapted kernel instead of the low-rank path."""
     name = stage.adapter
     unet = lora.merge(frozen.unet, {name: adapter}, {name: stage.spec}, {name: 1.0})
     return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, backbone, config, stage)
@@ -57,7 +60,7 @@ def vgg_shapes() -> dict[str, Any]:
 
 
 def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Shapes of what `objective.train_step` takes: frozen weights, state, batch, key."""
+    """Shapes of what `train_step.train_step` takes: frozen weights, state, batch, key."""
     of, shapes = jax.ShapeDtypeStruct, bb.param_shapes(modules)
 
     def cast(tree, dtype):
@@ -65,7 +68,7 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
 
     prompt = of((1, PROMPT_TOKENS, modules.unet.cross_attention_dim), jnp.float32)
     unet = cast(shapes["unet"], config.dtype)
-    frozen = objective.Frozen(
+    frozen = train_step.Frozen(
         unet=unet,
         teacher=unet if stage.csd else None,
         vae=cast(shapes["vae"], config.vae_dtype),
@@ -77,10 +80,12 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     float_unet = cast(shapes["unet"], jnp.float32)
-    state = jax.eval_shape(lambda key: objective.init_state(lora.init(key, float_unet, stage.spec), config, stage), key)
+    state = jax.eval_shape(
+        lambda key: train_step.init_state(lora.init(key, float_unet, stage.spec), config, stage), key
+    )
     images = of((config.batch_size, config.data.crop, config.data.crop, 3), jnp.float32)
     ids = of((config.batch_size, PROMPT_TOKENS), jnp.int32)
-    batch = objective.Batch(images, images, ids, of((config.batch_size,), jnp.bool_))
+    batch = train_step.Batch(images, images, ids, of((config.batch_size,), jnp.bool_))
     return frozen, state, batch, key
 
 
@@ -107,15 +112,15 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
         perceptual=weights(frozen.perceptual) if stage.perceptual else None,
         alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
     )
-    state = objective.init_state(lora.init(key, frozen.unet, stage.spec), config, stage)
+    state = train_step.init_state(lora.init(key, frozen.unet, stage.spec), config, stage)
     pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
-    return frozen, state, objective.Batch(*pictures, ids, seen), key
+    return frozen, state, train_step.Batch(*pictures, ids, seen), key
 
 
 def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
     """The compiled step and the seconds that took."""
-    step = functools.partial(objective.train_step, backbone=modules, config=config, stage=stage)
+    step = functools.partial(train_step.train_step, backbone=modules, config=config, stage=stage)
     on_cpu = device.platform == "cpu"
     options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not config.remat}
     start = time.perf_counter()
@@ -123,7 +128,7 @@ def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, 
     backend = (
         contextlib.nullcontext() if on_cpu else mock.patch.object(jax, "default_backend", return_value=device.platform)
     )
-    with mock.patch.object(objective, "loss", PATHS[path]), backend:
+    with mock.patch.object(train_step, "loss", PATHS[path]), backend:
         jitted = jax.jit(
             lambda *arrays: step(*arrays),
             in_shardings=jax.sharding.SingleDeviceSharding(device),

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pisa_jax.checkpoint import Checkpoints, Progress
-from pisa_jax.data import make_loader
-from pisa_jax.degradation import degrade
-from pisa_jax.ops import compiler_options
-from pisa_jax.sources import FileSource, Record
+from pisa_jax.data.degradation import degrade
+from pisa_jax.data.loader import make_loader
+from pisa_jax.data.sources import FileSource, Record
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress
+from pisa_jax.runtime.compilation import compiler_options
 
 # A half-life of 350 steps smooths the last part of a short training.
 AVERAGE_DECAY = 0.998

@@ -21,11 +21,12 @@ from fit import Phase, fit
 from safetensors.numpy import load_file
 from shapes import TEXT, UNET, VAE
 
-from pisa_jax import backbone as bb
-from pisa_jax import losses, pretrained, random_model
-from pisa_jax.data import read_prompts
-from pisa_jax.sources import folder_source
-from pisa_jax.trees import flatten, unflatten
+from pisa_jax import losses
+from pisa_jax.data.loader import read_prompts
+from pisa_jax.data.sources import folder_source
+from pisa_jax.runtime.trees import flatten, unflatten
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import pretrained, random_model
 
 PHASES = (Phase(1000, 64, 16), Phase(150, 128, 4))
 # Once more, from a high learning rate.

@@ -4,7 +4,7 @@ The VAE reduces by 4 instead of 8 and keeps 16 channels: so small a network need
 a picture of 512 pixels has 64 x 64 latents or fewer.
 """
 
-from pisa_jax import random_model
+from pisa_jax.sd import random_model
 
 UNET = random_model.UNET | {
     "in_channels": 16,

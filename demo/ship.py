@@ -3,7 +3,7 @@
     python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN --sem 0.6
 
 The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
-What they were made from goes to tests/data/demo. `--sem` is the strength of the trained adapter that becomes 1.
+What they were made from goes to tests/assets/demo. `--sem` is the strength of the trained adapter that becomes 1.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import numpy as np
 from pictures import HELD_OUT
 from PIL import Image
 
-from pisa_jax import convert
-from pisa_jax.degradation import degrade_and_reduce
-from pisa_jax.images import read_rgb8
-from pisa_jax.pretrained import DEMO
+from pisa_jax.adapters import files
+from pisa_jax.data.degradation import degrade_and_reduce
+from pisa_jax.imaging.image_io import read_rgb8
+from pisa_jax.sd.pretrained import DEMO
 
 SAMPLE_SEED = 3
-TRUTHS = Path(__file__).parents[1] / "tests" / "data" / "demo"
+TRUTHS = Path(__file__).parents[1] / "tests" / "assets" / "demo"
 
 
 def write_samples(photos: Path, out: Path, truths: Path) -> None:
@@ -49,11 +49,11 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(DEMO, ignore_errors=True)
     shutil.copytree(args.model, DEMO)
-    adapters = convert.load_adapters(args.adapters)
+    adapters = files.load_adapters(args.adapters)
     sem = adapters.specs["sem"]
     specs = adapters.specs | {"sem": dataclasses.replace(sem, alpha=sem.alpha * args.sem)}
-    shipped = convert.Adapters(adapters.trees, specs, base_model="demo")
-    convert.save_adapters(DEMO / "adapters.safetensors", shipped, "float16")
+    shipped = files.Adapters(adapters.trees, specs, base_model="demo")
+    files.save_adapters(DEMO / "adapters.safetensors", shipped, "float16")
     write_samples(args.data / "photos", DEMO / "samples", TRUTHS)
     size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {DEMO}")

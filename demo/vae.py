@@ -18,14 +18,15 @@ import numpy as np
 from fit import Phase, fit
 from shapes import TEXT, UNET, VAE
 
-from pisa_jax import backbone as bb
-from pisa_jax import lpips, random_model
-from pisa_jax.data import make_loader
-from pisa_jax.degradation import degrade
-from pisa_jax.pretrained import to_torch
-from pisa_jax.sources import folder_source
-from pisa_jax.trees import flatten, unflatten
-from pisa_jax.weights import write_safetensors
+from pisa_jax.data.degradation import degrade
+from pisa_jax.data.loader import make_loader
+from pisa_jax.data.sources import folder_source
+from pisa_jax.metrics import lpips
+from pisa_jax.runtime.tensor_files import write_safetensors
+from pisa_jax.runtime.trees import flatten, unflatten
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import random_model
+from pisa_jax.sd.pretrained import to_torch
 
 PHASES = (Phase(1000, 64, 8), Phase(250, 128, 2), Phase(50, 256, 1))
 DECODER_PHASES = (Phase(400, 64, 8), Phase(100, 128, 2))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pisa_jax.random_model import write_tokenizer
+from pisa_jax.sd.random_model import write_tokenizer
 
 POSITIVE = ("photograph", "sharp focus", "high quality", "highly detailed")
 GRAPHICS = ("illustration", "drawing")

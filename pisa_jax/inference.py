@@ -12,15 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pisa_jax import backbone as bb
-from pisa_jax import convert, images, lora, memory, model, pretrained, sharding, vae_flow, vae_tiles
-from pisa_jax.backbone import Backbone
-from pisa_jax.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
+from pisa_jax import model
+from pisa_jax.adapters import files, lora
 from pisa_jax.config import AdapterSpec
-from pisa_jax.ops import compiler_options
-from pisa_jax.tiling import blend_windows
-from pisa_jax.trees import suggest
-from pisa_jax.weights import release
+from pisa_jax.imaging import image_io, network_input
+from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
+from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.tensor_files import release
+from pisa_jax.runtime.trees import suggest
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import pretrained, vae_tiling
+from pisa_jax.sd.backbone import Backbone
+from pisa_jax.tiling import memory, vae_tiles
+from pisa_jax.tiling.windows import blend_windows
 
 Pair = Sequence[float | int]
 """(pix, sem)."""
@@ -139,8 +144,8 @@ class Upscaler:
     ):
         self.backbone, self.sem_spec, self.settings = backbone, sem_spec, settings
         self.on_compile, self.notice = on_compile, notice
-        self.mesh = sharding.first_devices(settings.devices)
-        everywhere = sharding.replicated(self.mesh)
+        self.mesh = distributed.first_devices(settings.devices)
+        everywhere = distributed.replicated(self.mesh)
         self.weights = jax.device_put(weights, everywhere) if settings.devices > 1 else weights
         self.compiled: dict[Any, Any] = {}
         self.memory = memory.Memory(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
@@ -175,9 +180,9 @@ class Upscaler:
         if adapters is None:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
         checked = Settings(**settings)
-        trained = convert.load_adapters(adapters)
+        trained = files.load_adapters(adapters)
         loaded = pretrained.load(model, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
-        convert.check_adapters(trained.trees, lora.target_shapes(loaded.params["unet"], "."))
+        files.check_adapters(trained.trees, lora.target_shapes(loaded.params["unet"], "."))
         if "pix" not in trained.trees:
             raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
         # The text encoder first, as it is dropped again; then one weight after the other.
@@ -216,27 +221,29 @@ class Upscaler:
     ) -> list[Any]:
         """`image` at every pair of scales; the encoder and the UNet run once."""
         if isinstance(image, np.ndarray):
-            picture, back = images.from_array(image), functools.partial(images.to_array, dtype=image.dtype.type)
+            picture, back = image_io.from_array(image), functools.partial(image_io.to_array, dtype=image.dtype.type)
         else:
-            picture, back = images.from_pil(image), images.to_pil
+            picture, back = image_io.from_pil(image), image_io.to_pil
         return [back(results[0]) for results in self.upscale([picture], scale, pairs, seed)]
 
     def upscale(
         self,
-        pictures: Sequence[images.Picture],
+        pictures: Sequence[image_io.Picture],
         scale: float | int,
         pairs: Sequence[Pair],
         seed: int | None = None,
-    ) -> list[list[images.Picture]]:
+    ) -> list[list[image_io.Picture]]:
         """For every pair of scales, the results of `pictures`, which have equal sizes, as one batch."""
-        prepared = [images.prepare(p, scale, self.settings.min_size, self.backbone.factor) for p in pictures]
+        prepared = [network_input.prepare(p, scale, self.settings.min_size, self.backbone.factor) for p in pictures]
         batch = np.stack([array for array, _ in prepared])
         both = any(tuple(pair) != (1.0, 1.0) for pair in pairs)
         residuals = self.residuals(batch, both, None if seed is None else self._noise(batch.shape, seed))
         results = []
         for pair in pairs:
             out = self.render(residuals, pair, batch, prepared[0][1].working)
-            results.append([images.finish(o, plan, p) for o, (_, plan), p in zip(out, prepared, pictures, strict=True)])
+            results.append(
+                [network_input.finish(o, plan, p) for o, (_, plan), p in zip(out, prepared, pictures, strict=True)]
+            )
         return results
 
     def residuals(
@@ -276,7 +283,7 @@ class Upscaler:
         def tiled(tile):
             results = []
             for latents, source in zip(np.asarray(model.combine(*residuals, jnp.asarray(scales))), style, strict=True):
-                decoded = self._walked(vae_flow.decoder, latents, tile)[: size[0], : size[1]]
+                decoded = self._walked(vae_tiling.decoder, latents, tile)[: size[0], : size[1]]
                 results.append(self._recolored(decoded, source[: size[0], : size[1]], tile))
             return _stacked(results)
 
@@ -287,7 +294,7 @@ class Upscaler:
             return jax.block_until_ready(self._run(encode, (), self._spread(batch), noise))
 
         def tiled(tile):
-            mean, std = np.split(_stacked([self._walked(vae_flow.encoder, one, tile) for one in batch]), 2, axis=-1)
+            mean, std = np.split(_stacked([self._walked(vae_tiling.encoder, one, tile) for one in batch]), 2, axis=-1)
             latents = mean if noise is None else mean + std * np.asarray(noise)
             return jnp.asarray(latents * self.backbone.latent_scale)
 
@@ -310,14 +317,14 @@ class Upscaler:
         return vae_tiles.over_windows(stage, (decoded, style), tile, WAVELET_REACH)
 
     def _within_memory(self, batch: np.ndarray, whole: Callable, tiled: Callable) -> Any:
-        return self.memory.run(vae_flow.footprint(self.backbone, batch.shape), max(batch.shape[1:3]), whole, tiled)
+        return self.memory.run(vae_tiling.footprint(self.backbone, batch.shape), max(batch.shape[1:3]), whole, tiled)
 
     def _spread(self, arrays: Any) -> Any:
         """Batches cut over the devices, where they can be."""
         count = self.settings.devices
         if count == 1 or any(len(leaf) % count for leaf in jax.tree.leaves(arrays)):
             return arrays
-        return jax.device_put(arrays, sharding.over_batch(self.mesh))
+        return jax.device_put(arrays, distributed.over_batch(self.mesh))
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> jax.Array:
         # The same for every picture of a size: results do not depend on which files share a batch.

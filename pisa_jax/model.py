@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pisa_jax import lora
-from pisa_jax.backbone import Backbone, Params, eps
+from pisa_jax.adapters import lora
 from pisa_jax.config import AdapterSpec
+from pisa_jax.sd.backbone import Backbone, Params, eps
 
 # The UNet is always asked at this timestep, and what it predicts is used as a residual (PiSA-SR, sec. 3.2).
 TIMESTEP = 1

@@ -14,14 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pisa_jax import backbone as bb
-from pisa_jax import convert, data, lora, losses, lpips, objective, pretrained, random_model, sharding, sources, watch
-from pisa_jax.checkpoint import Checkpoints, Progress, claim_folder
+from pisa_jax import losses, train_step, validation
+from pisa_jax.adapters import files, lora
 from pisa_jax.config import Config, Data, Stage
-from pisa_jax.degradation import degrade
-from pisa_jax.objective import Batch, Frozen, State
-from pisa_jax.ops import compiler_options
-from pisa_jax.tfds_files import tfds_source
+from pisa_jax.data import loader, sources
+from pisa_jax.data.degradation import degrade
+from pisa_jax.data.tfds import tfds_source
+from pisa_jax.metrics import lpips
+from pisa_jax.runtime import distributed, run_log
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_folder
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import pretrained, random_model
+from pisa_jax.train_step import Batch, Frozen, State
 
 ADAPTERS_FILE = "adapters.safetensors"
 # What `model="random"` makes.
@@ -41,11 +46,11 @@ class Run(NamedTuple):
     model: pretrained.Pretrained
     # Weights of the perceptual distance, on the devices; None if no stage uses it.
     perceptual: Any
-    loader: data.Loader
+    loader: loader.Loader
     checkpoints: Checkpoints
-    validation: list[watch.Pair]
+    validation: list[validation.Pair]
     # None in all processes but the first.
-    watcher: watch.Watch | None
+    watcher: run_log.RunLog | None
     terminated: threading.Event
 
     @property
@@ -67,8 +72,8 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
     """
     terminated = _on_sigterm()
     # What can be wrong is looked at before the folder is touched.
-    mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp)
-    loader, pairs = make_loader(config), watch.validation_pairs(config.validation, config.data.crop)
+    mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
+    loader, pairs = make_loader(config), validation.validation_pairs(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     model = None if config.model == "random" else load_model(config, config.model)
     check(config, model.backbone if model else bb.build(*random_model.configs(RANDOM_SIZE)), mesh)
@@ -77,7 +82,7 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
     checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)
-    watcher = watch.Watch(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
+    watcher = run_log.RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
     this = Run(config, folder, mesh, model, perceptual, loader, checkpoints, pairs, watcher, terminated)
     with contextlib.ExitStack() as closing:  # each, whatever the others raise
         for opened in (watcher, checkpoints, loader) if watcher else (checkpoints, loader):
@@ -99,8 +104,8 @@ def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: Stat
     frozen = place_frozen(run, stage, trained)
     step_function = compile_step(run, stage, frozen)
     view = jax.jit(
-        functools.partial(watch.restore, backbone=run.model.backbone, stage=stage),
-        out_shardings=sharding.replicated(run.mesh),
+        functools.partial(validation.restore, backbone=run.model.backbone, stage=stage),
+        out_shardings=distributed.replicated(run.mesh),
         compiler_options=compiler_options(),
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
@@ -148,7 +153,7 @@ def report(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> None:
 
 def validate(run: Run, stage: Stage, step: int, restore: Any) -> None:
     """Measure the validation pictures and log figures and pictures."""
-    found, sheet = watch.validate(restore, run.validation, run.perceptual, stage)
+    found, sheet = validation.validate(restore, run.validation, run.perceptual, stage)
     if run.watcher:
         run.watcher.scalars(step, {f"validation/{name}": value for name, value in found.items()})
         run.watcher.sheet(step, sheet)
@@ -178,27 +183,27 @@ def exported(state: State) -> lora.Tree:
 def export(run: Run, trained: dict[str, lora.Tree]) -> None:
     """Write the adapters for `infer.py`."""
     specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
-    convert.save_adapters(run.folder / ADAPTERS_FILE, convert.Adapters(trained, specs, run.config.model))
+    files.save_adapters(run.folder / ADAPTERS_FILE, files.Adapters(trained, specs, run.config.model))
 
 
 def new_state(run: Run, index: int) -> State:
     """The state before a stage's first step, on every device."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
     state = _state_maker(run, index)()
-    return sharding.place(jax.device_get(state), jax.tree.map(lambda _: sharding.replicated(run.mesh), state))
+    return distributed.place(jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state))
 
 
 def _state_maker(run: Run, index: int) -> Any:
     stage, key = run.config.stages[index], jax.random.fold_in(jax.random.key(run.config.seed + 1), index)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), run.model.params["unet"])
-    return lambda: objective.init_state(lora.init(key, shapes, stage.spec), run.config, stage)
+    return lambda: train_step.init_state(lora.init(key, shapes, stage.spec), run.config, stage)
 
 
 def restore(run: Run) -> tuple[int, dict[str, lora.Tree], State]:
     """The stage that the newest checkpoint is in, the adapters finished before it, and its state."""
     progress = run.checkpoints.progress()
     run.loader.set_state(progress.loader)
-    everywhere = sharding.replicated(run.mesh)
+    everywhere = distributed.replicated(run.mesh)
 
     def abstract(index):
         shapes = jax.eval_shape(_state_maker(run, index))
@@ -218,7 +223,7 @@ def place_frozen(run: Run, stage: Stage, trained: dict[str, lora.Tree]) -> Froze
 
     def place(part, dtype):
         host = run.model.params[part]
-        return sharding.place(host, sharding.weight_shardings(run.mesh, host), dtype)
+        return distributed.place(host, distributed.weight_shardings(run.mesh, host), dtype)
 
     base, text = place("unet", config.dtype), place("text", "float32")
     encode = jax.jit(functools.partial(bb.encode_text, backbone))
@@ -245,15 +250,15 @@ def _schedule(described: dict[str, Any]) -> losses.Schedule:
 
 
 def compile_step(run: Run, stage: Stage, frozen: Frozen) -> Any:
-    """`objective.train_step` for this stage: weights as they lie, the batch over all devices, the state donated."""
-    everywhere = sharding.replicated(run.mesh)
-    step = functools.partial(objective.train_step, backbone=run.model.backbone, config=run.config, stage=stage)
+    """`train_step.train_step` for this stage: weights as they lie, the batch over all devices, the state donated."""
+    everywhere = distributed.replicated(run.mesh)
+    step = functools.partial(train_step.train_step, backbone=run.model.backbone, config=run.config, stage=stage)
     return jax.jit(
         step,
         in_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, frozen),
             everywhere,
-            sharding.over_batch(run.mesh),
+            distributed.over_batch(run.mesh),
             None,
         ),
         out_shardings=(everywhere, everywhere),
@@ -266,7 +271,7 @@ def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     """This process's pictures as its part of the global batch."""
     prompts = list(batch["prompt"])
     ids = run.model.tokenize(prompts) if run.config.data.prompts else np.zeros((len(prompts), 1), np.int32)
-    layout = sharding.over_batch(run.mesh)
+    layout = distributed.over_batch(run.mesh)
     arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
 
@@ -295,7 +300,7 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
     weights = lpips.load_weights(config.perceptual_weights, config.perceptual)
     if jax.process_index() == 0:
         print(f"perceptual loss: {lpips.describe(weights)}")
-    return jax.tree.map(lambda leaf: sharding.place(leaf, sharding.replicated(mesh)), weights)
+    return jax.tree.map(lambda leaf: distributed.place(leaf, distributed.replicated(mesh)), weights)
 
 
 def make_source(config: Data) -> sources.Source:
@@ -309,9 +314,9 @@ def make_source(config: Data) -> sources.Source:
     return {"folder": sources.folder_source, "pairs": sources.pair_source}[config.source](config.path)
 
 
-def make_loader(config: Config) -> data.Loader:
+def make_loader(config: Config) -> loader.Loader:
     """This process's share of the training batches."""
-    return data.make_loader(
+    return loader.make_loader(
         make_source(config.data),
         batch_size=config.batch_size // jax.process_count(),
         crop=config.data.crop,
@@ -320,7 +325,7 @@ def make_loader(config: Config) -> data.Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
-        prompts=data.read_prompts(config.data.prompts) if config.data.prompts else None,
+        prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,
         max_bad_share=config.data.max_bad_share,
     )

@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "assets"
 SHARED = Path(os.environ.get("PISA_JAX_SHARED", ROOT.parent / "shared"))
 
 
@@ -33,7 +33,7 @@ def _find(relative: str, committed: Path, shared: Path) -> Path:
 
 
 def golden(relative: str) -> Path:
-    """Path of a file recorded from the original program (see tests/data/README.md)."""
+    """Path of a file recorded from the original program (see tests/assets/README.md)."""
     return _find(relative, DATA / "fixtures", SHARED / "fixtures")
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from pisa_jax.adapters.files import Adapters, export_original
 from pisa_jax.config import AdapterSpec
-from pisa_jax.convert import Adapters, export_original
-from pisa_jax.trees import flatten
-from pisa_jax.weights import read_tensors
+from pisa_jax.runtime.tensor_files import read_tensors
+from pisa_jax.runtime.trees import flatten
 
 CONV, DENSE = "down_blocks_0/resnets_0/conv1", "up_blocks_1/attentions_0/transformer_blocks_0/attn1/to_out_0"
 KERNELS = {CONV: (3, 3, 5, 7), DENSE: (5, 6), "mid_block/resnets_0/conv_shortcut": (1, 1, 5, 7)}

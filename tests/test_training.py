@@ -23,9 +23,10 @@ from conftest import ROOT, shared_data
 from event_files import events
 from safetensors.numpy import load_file
 
-import train
-from pisa_jax import sharding, training
-from pisa_jax.objective import Frozen
+from pisa_jax import training
+from pisa_jax.cli import train
+from pisa_jax.runtime import distributed
+from pisa_jax.train_step import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
 # eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on whatever mesh.
@@ -174,11 +175,11 @@ def test_eight_devices_change_nothing_but_rounding(tmp_path, data, fsdp):
 
 
 def test_meshes():
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1}
-    assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
-    assert sharding.make_mesh(data=2, fsdp=2).size == 4
+    assert dict(distributed.make_mesh().shape) == {"data": 8, "fsdp": 1}
+    assert dict(distributed.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
+    assert distributed.make_mesh(data=2, fsdp=2).size == 4
     with pytest.raises(ValueError, match="a mesh of data 3 x fsdp 4 has 12 devices, and there are 8"):
-        sharding.make_mesh(data=3, fsdp=4)
+        distributed.make_mesh(data=3, fsdp=4)
 
 
 LONGEST_WAIT = 300  # seconds; what takes longer hangs

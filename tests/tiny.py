@@ -11,8 +11,10 @@ import numpy as np
 from conftest import golden
 from safetensors.numpy import save_file
 
-from pisa_jax import backbone, convert, lpips, pretrained, random_model
+from pisa_jax.adapters import files
 from pisa_jax.inference import on_device
+from pisa_jax.metrics import lpips
+from pisa_jax.sd import backbone, pretrained, random_model
 
 TOLERANCE = 1e-4  # float32 against the original program, from fixtures/README.md
 
@@ -30,9 +32,9 @@ def recorded_model() -> pretrained.Pretrained:
 
 
 @functools.cache
-def recorded_adapters() -> convert.Adapters:
+def recorded_adapters() -> files.Adapters:
     """The published file format, as written by the original program."""
-    return convert.load_adapters(golden("pisa_sr.pkl"))
+    return files.load_adapters(golden("pisa_sr.pkl"))
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""LoRA and its variants as functional parameter trees, and the files that adapters come in."""

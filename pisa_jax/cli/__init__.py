@@ -1,0 +1,1 @@
+"""The commands of `pisa-sr`, one module each."""

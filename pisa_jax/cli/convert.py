@@ -1,0 +1,34 @@
+"""`pisa-sr convert`: adapter files between this project's format and the original PiSA-SR's key names."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pisa_jax.adapters.files import export_original, load_adapters, save_adapters, summary
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Convert adapters between this project's format and the original PiSA-SR's key names.",
+    )
+    parser.add_argument("source", metavar="IN", help="pisa_sr.pkl, or a safetensors file of either kind")
+    parser.add_argument("target", metavar="OUT", help="safetensors file to write")
+    parser.add_argument("--to", choices=["adapters", "original"], default="adapters", help="kind of OUT (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    args = parser.parse_args(argv)
+    if Path(args.target).suffix != ".safetensors":
+        parser.error(f"OUT is a safetensors file, expected a name such as adapters.safetensors, not {args.target}")
+    try:
+        if Path(args.target).exists() and not args.overwrite:
+            raise FileExistsError(f"{args.target} exists; give another name, or --overwrite")
+        adapters = load_adapters(args.source)
+        (save_adapters if args.to == "adapters" else export_original)(args.target, adapters)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"{args.target}: {os.path.getsize(args.target):,} bytes, {args.to}\n{summary(adapters)}")
+    return 0

@@ -1,0 +1,113 @@
+"""Train adapters: `python train.py configs/sd21.py --data.source folder --data.path DIR`; `--help` lists all fields."""
+
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+import pisa_jax
+from pisa_jax.config import Config
+from pisa_jax.runtime.trees import suggest
+
+USAGE = """usage: {prog} CONFIG [--resume | --overwrite] [--FIELD VALUE ...]
+
+CONFIG is a Python file that defines `config`, or the name of one that ships with the package: {names}.
+--config CONFIG is the same. --resume continues the run in --out; --overwrite deletes it and starts again."""
+
+
+def config_folder() -> Path:
+    """The folder of the configs that ship with the package: inside it in a wheel, beside it in a checkout."""
+    package = Path(pisa_jax.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def usage(prog: str) -> str:
+    """Usage text with the names of the shipped configs."""
+    names = sorted(path.stem for path in config_folder().glob("*.py") if path.stem != "__init__")
+    return USAGE.format(prog=prog, names=", ".join(names))
+
+
+def find_config(name: str) -> Path:
+    """The file that `name` stands for: a path, or the name of a shipped config.
+
+    Raises:
+        ValueError: there is neither such a file nor such a config.
+    """
+    shipped = config_folder() / f"{name}.py"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    names = [path.stem for path in config_folder().glob("*.py")]
+    known = ", ".join(sorted(names))
+    raise ValueError(f"no config file {name!r}; give a file, or one of {known}{suggest(Path(name).stem, names)}")
+
+
+def read(arguments: Sequence[str], prog: str = "train.py") -> tuple[Config, set[str]]:
+    """The config that a command line describes, and which of --resume and --overwrite it has.
+
+    Raises:
+        ValueError: no config, an unknown one, or a config file that fails; tyro reports wrong fields and exits itself.
+    """
+    arguments = list(arguments)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage(prog))
+        raise SystemExit(0)
+    if arguments[:1] == ["--config"]:
+        arguments.pop(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"no config given\n{usage(prog)}")
+    path = find_config(arguments[0])
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever the code in the file raises
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} must define `config`, a pisa_jax.config.Config")
+    switches = {"--resume", "--overwrite"}
+    fields = [argument for argument in arguments[1:] if argument not in switches]
+    changed = tyro.cli(Config, default=config, args=fields, prog=f"{prog} {path}", description=usage(prog))
+    return changed, switches.intersection(arguments)
+
+
+def _all_but_abandoned_writes(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # When a checkpoint cannot be written, orbax logs, with its traceback, what it raises anyway, asyncio each of the
+    # hundreds of writes that orbax then abandons, and tensorstore's threads that nobody waits for them any more.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _all_but_abandoned_writes
+    try:
+        config, switches = read(sys.argv[1:] if argv is None else argv, prog)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from pisa_jax.runtime import distributed
+
+    distributed.start_processes()
+    from pisa_jax import training
+
+    try:
+        adapters = training.run(config, "--resume" in switches, "--overwrite" in switches)
+        print(f"adapters in {adapters}")
+    except training.Stop as stop:
+        print(f"{prog}: {stop}", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; go on from the newest checkpoint with --resume", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    return 0

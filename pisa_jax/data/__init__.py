@@ -1,0 +1,1 @@
+"""Training data: sources of images, synthetic degradation, and the batch loader."""

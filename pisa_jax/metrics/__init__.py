@@ -1,0 +1,1 @@
+"""Image quality metrics, the pairing of result files with ground truths, and reports."""

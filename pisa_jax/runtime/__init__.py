@@ -1,0 +1,1 @@
+"""Infrastructure without knowledge of the method: files, parameter trees, devices, checkpoints, logs."""

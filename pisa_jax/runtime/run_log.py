@@ -1,0 +1,79 @@
+"""Run log: scalars and images for TensorBoard, and a progress bar."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
+from tqdm import tqdm
+
+# Measurements that are shown on the terminal only where they are not 0.
+COUNTERS = ("skipped", "bad_streak")
+
+
+class RunLog:
+    """Scalars and pictures to TensorBoard, and a line on the terminal; only one process of a run has one."""
+
+    def __init__(self, folder: Path, batch_size: int, total: int, first: int):
+        self._folder = folder / "tensorboard"
+        self._folder.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
+        now = time.time()
+        self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"))
+        self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
+        self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Count time spent on waiting for data."""
+        self._waited += seconds
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write measurements, with pictures per second and the step's time, in all and of it for data."""
+        now, steps = time.perf_counter(), max(step - self._step, 1)
+        seconds = (now - self._since) / steps
+        data = self._waited / steps
+        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
+        speed |= {"data": data, "compute": seconds - data}
+        self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
+        told = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
+        told += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
+        self._bar.update(step - self._step)
+        self._bar.set_postfix_str(", ".join(told))
+        if self._bar.disable:  # no terminal: a log file gets lines
+            print(f"step {step}/{self._bar.total}: {', '.join(told)}", flush=True)
+        self._since, self._step, self._waited = now, step, 0.0
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write measurements as they are."""
+        self._write(step, [summary.scalar(name, value) for name, value in values.items()])
+
+    def sheet(self, step: int, image: Image.Image) -> None:
+        """Write a picture."""
+        self._write(step, [summary.image("validation", np.asarray(image), dataformats="HWC")])
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        try:
+            for content in summaries:
+                self._file.write(Event(wall_time=time.time(), step=step, summary=content).SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._folder} cannot be written; free space and go on with --resume: {error}") from error
+
+    def say(self, text: str) -> None:
+        """A line of its own on the terminal."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        """End the bar; the files are complete after every write."""
+        self._bar.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._file.close()

@@ -1,0 +1,298 @@
+"""The frozen Stable Diffusion parts: diffusers' Flax UNet and VAE and transformers' Flax CLIP text encoder.
+
+The only file that imports diffusers or transformers. Their modules are used as released; where they differ from the
+PyTorch modules that the published weights were trained with, linen interceptors correct them from outside: see
+`_CORRECTED`. Everything outside this file is NHWC, and latents here are scaled (times `latent_scale`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers.utils import logging as diffusers_logging
+
+# diffusers says on import, and in every constructor, that its Flax classes are deprecated: known, and answered by the
+# exact pins in setup.cfg. It must be told before its models are imported.
+diffusers_logging.set_verbosity_error()
+
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from diffusers.models import attention_flax, resnet_flax, vae_flax  # noqa: E402
+from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
+from jax.ad_checkpoint import checkpoint_name  # noqa: E402
+from jaxtyping import Array, Float, Int  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTokenizerFast  # noqa: E402
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule  # noqa: E402
+
+from pisa_jax.sd import layers  # noqa: E402
+
+Params = Mapping[str, Any]
+
+# What `jax.checkpoint` policies call the outputs of the residual and transformer blocks.
+BLOCK_OUTPUT = "block_output"
+_BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxTransformer2DModel, vae_flax.FlaxResnetBlock2D)
+
+# PyTorch config keys that the Flax modules ignore, with the values they act as if they had read. None, False and ()
+# are accepted for every other key they do not know; anything else is refused.
+_UNET_IGNORED = {
+    "act_fn": ("silu",),
+    "norm_eps": (1e-5,),
+    "norm_num_groups": (32,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+}
+_VAE_IGNORED = {
+    "force_upcast": (True, False),
+    "mid_block_add_attention": (True,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+}
+# Keys the Flax classes do have a field for, but do not act on, or act on in a way PyTorch does not.
+_UNET_READ = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "addition_embed_type": (None,),
+    "only_cross_attention": (False,),
+    "dropout": (0.0,),
+}
+# Keys that only have a meaning together with another key that is refused.
+_INERT = {"addition_embed_type_num_heads"}
+_UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+_VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+
+
+class VaeHooks(NamedTuple):
+    """What is done at the places of the VAE where a position sees more than its neighbours, or the resolution changes.
+
+    The defaults are those of a whole picture; tiles need others (`vae_flow`).
+    """
+
+    # (x, scale, bias, groups, epsilon) -> the normalised x
+    norm: Callable = layers.group_norm
+    # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
+    attention: Callable = lambda query, key, value, size: layers.attention(query, key, value)
+    # What is upsampled, and what was downsampled, on its way to the next layer.
+    before_up: Callable = lambda x: x
+    after_down: Callable = lambda x: x
+
+
+WHOLE = VaeHooks()
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """The modules of one model, without weights. Hashed by identity: a static argument of jitted functions."""
+
+    unet: FlaxUNet2DConditionModel
+    vae: vae_flax.FlaxAutoencoderKL
+    text: FlaxCLIPTextModule
+
+    @property
+    def latent_scale(self) -> float:
+        """What encoded latents are multiplied with before the UNet sees them (0.18215 for SD 2.1)."""
+        return self.vae.scaling_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent (4 for SD 2.1)."""
+        return self.vae.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each axis (8 for SD 2.1)."""
+        return 2 ** (len(self.vae.block_out_channels) - 1)
+
+
+def build(
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    text: Mapping[str, Any],
+    dtype: Any = jnp.float32,
+    vae_dtype: Any = jnp.float32,
+) -> Backbone:
+    """The modules that three diffusers `config.json` describe.
+
+    Raises:
+        ValueError: a config asks for something that the Flax modules would silently ignore.
+    """
+    return Backbone(
+        unet=_construct(FlaxUNet2DConditionModel, unet, _UNET_IGNORED, _UNET_READ, _UNET_BLOCKS, dtype),
+        vae=_construct(vae_flax.FlaxAutoencoderKL, vae, _VAE_IGNORED, {"act_fn": ("silu",)}, _VAE_BLOCKS, vae_dtype),
+        text=FlaxCLIPTextModule(CLIPTextConfig(**{k: v for k, v in text.items() if k != "torch_dtype"})),
+    )
+
+
+def _construct(cls, config, ignored, read, blocks, dtype):
+    known = {field.name for field in fields(cls)} - {"parent", "name", "dtype"}
+    for key, value in config.items():
+        allowed = (ignored | read).get(key)
+        if key.startswith("_") or (key in known and allowed is None):
+            continue
+        if not (value in allowed if allowed else not value or key in _INERT):
+            instead = " or ".join(map(repr, allowed)) if allowed else "None or False"
+            raise ValueError(
+                f"{cls.__name__} cannot honour {key} = {value!r} of this checkpoint's config.json: it would act as if "
+                f"{key} were {instead}, and the result would be wrong. Use a checkpoint shaped like SD 2.1-base."
+            )
+    for key in ("down_block_types", "up_block_types"):
+        if unknown := set(config.get(key, ())) - blocks:
+            raise ValueError(f"{key} has {sorted(unknown)}; {cls.__name__} knows {sorted(blocks)}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known}
+    return cls(**values, dtype=dtype)
+
+
+def param_shapes(backbone: Backbone) -> dict[str, Any]:
+    """Trees of ShapeDtypeStruct for "unet", "vae" and "text", without computing anything."""
+    key = jax.random.key(0)
+    side = 8 * backbone.factor
+    latents = jnp.zeros((1, backbone.latent_channels, 64, 64))
+    prompt = jnp.zeros((1, 1, backbone.unet.cross_attention_dim))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    init = {
+        "unet": lambda: backbone.unet.init(key, latents, jnp.ones((1,), jnp.int32), prompt),
+        "vae": lambda: backbone.vae.init(key, jnp.zeros((1, backbone.vae.in_channels, side, side))),
+        "text": lambda: backbone.text.init(key, ids, jnp.ones_like(ids), ids),
+    }
+    return {name: jax.eval_shape(function)["params"] for name, function in init.items()}
+
+
+def eps(
+    backbone: Backbone,
+    params: Params,
+    latents: Float[Array, "b h w c"],
+    timesteps: Int[Array, "b"] | Int[Array, ""] | int,
+    prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
+) -> Float[Array, "b h w c"]:
+    """The UNet's noise prediction for scaled latents of any size; float32."""
+    batch = latents.shape[0]
+    timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
+    prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[1:]))
+    with nn.intercept_methods(_corrections()):
+        out = backbone.unet.apply({"params": params}, latents.transpose(0, 3, 1, 2), timesteps, prompt).sample
+    return out.transpose(0, 2, 3, 1).astype(jnp.float32)
+
+
+def posterior(
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = WHOLE
+) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
+    """Mean and deviation of the latents, not scaled, of images in [-1, 1]; sides are multiples of `factor`; float32."""
+    with nn.intercept_methods(_corrections(hooks)):
+        found = backbone.vae.apply(
+            {"params": params}, images.transpose(0, 3, 1, 2), method=backbone.vae.encode
+        ).latent_dist
+    return found.mean.astype(jnp.float32), found.std.astype(jnp.float32)
+
+
+def encode(
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
+) -> Float[Array, "b y x c"]:
+    """Scaled latents, mean or mean + std noise, of images in [-1, 1] whose sides are multiples of `factor`; float32."""
+    mean, std = posterior(backbone, params, images)
+    return (mean if noise is None else mean + std * noise) * backbone.latent_scale
+
+
+def decode(
+    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = WHOLE
+) -> Float[Array, "b h w 3"]:
+    """Images, nominally in [-1, 1] and not clipped, of scaled latents; float32."""
+    with nn.intercept_methods(_corrections(hooks)):
+        images = backbone.vae.apply(
+            {"params": params}, latents / backbone.latent_scale, method=backbone.vae.decode
+        ).sample
+    return images.transpose(0, 2, 3, 1).astype(jnp.float32)
+
+
+def encode_text(backbone: Backbone, params: Params, token_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+    """Last hidden state after the final layer norm, no token masked (as SD 2.1 is used); float32."""
+    positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+    out = backbone.text.apply({"params": params}, token_ids, jnp.ones_like(token_ids), positions)
+    return out.last_hidden_state.astype(jnp.float32)
+
+
+def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]]:
+    """A function from prompts to CLIP token ids, padded with the checkpoint's own pad token and cut to its length."""
+    # The fast tokenizer: the slow one splits CJK text otherwise unless ftfy is installed.
+    tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
+
+    def tokenize(prompts: list[str]) -> np.ndarray:
+        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+        return np.asarray(ids["input_ids"], np.int32)
+
+    return tokenize
+
+
+def _corrections(hooks: VaeHooks = WHOLE) -> Callable:
+    """One call's interceptor: it remembers the sizes that the UNet's upsamplers must return to."""
+    sizes: list[tuple[int, int]] = []
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or module.scope.is_mutable_collection("params"):
+            return next_fun(*args, **kwargs)
+        if isinstance(module, _BLOCKS):
+            return checkpoint_name(next_fun(*args, **kwargs), BLOCK_OUTPUT)
+        if isinstance(module, resnet_flax.FlaxDownsample2D):
+            sizes.append(args[0].shape[1:3])
+        if isinstance(module, resnet_flax.FlaxUpsample2D):
+            height, width = sizes.pop()
+            return module.conv(layers.double(args[0])[:, :height, :width])
+        if isinstance(module, vae_flax.FlaxDownsample2D):
+            return hooks.after_down(next_fun(*args, **kwargs))
+        corrected = _CORRECTED.get(type(module))
+        return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)
+
+    return intercept
+
+
+def _group_norm(hooks: VaeHooks, module: nn.GroupNorm, x):
+    # FlaxTransformer2DModel's norm is the one made with 1e-5 where PyTorch has 1e-6.
+    transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
+    weights = module.variables["params"]
+    return hooks.norm(x, weights["scale"], weights["bias"], module.num_groups, 1e-6 if transformer else module.epsilon)
+
+
+def _geglu(_, module: attention_flax.FlaxGEGLU, x, *__):
+    linear, gate = jnp.split(module.proj(x), 2, axis=-1)
+    return linear * nn.gelu(gate, approximate=False)
+
+
+def _attention(_, module: attention_flax.FlaxAttention, x, context=None, *__):
+    context = x if context is None else context
+
+    def heads(projected):
+        return projected.reshape(*projected.shape[:2], module.heads, module.dim_head)
+
+    out = layers.attention(heads(module.query(x)), heads(module.key(context)), heads(module.value(context)))
+    return module.proj_attn(out.reshape(*out.shape[:2], -1))
+
+
+def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
+    tokens = module.group_norm(x).reshape(x.shape[0], -1, module.num_heads, x.shape[-1] // module.num_heads)
+    flat = tokens.reshape(*tokens.shape[:2], -1)
+    projected = (layer(flat).reshape(tokens.shape) for layer in (module.query, module.key, module.value))
+    out = hooks.attention(*projected, x.shape[1:3])
+    return module.proj_attn(out.reshape(flat.shape)).reshape(x.shape) + x
+
+
+def _vae_upsample(hooks: VaeHooks, module: vae_flax.FlaxUpsample2D, x):
+    weights = module.conv.variables["params"]
+    kernel, bias = (weights[name].astype(module.dtype) for name in ("kernel", "bias"))
+    return layers.double_conv(hooks.before_up(x).astype(module.dtype), kernel, bias)
+
+
+_CORRECTED = {
+    nn.GroupNorm: _group_norm,
+    attention_flax.FlaxGEGLU: _geglu,
+    attention_flax.FlaxAttention: _attention,
+    vae_flax.FlaxAttentionBlock: _vae_attention,
+    vae_flax.FlaxUpsample2D: _vae_upsample,
+}

@@ -1,0 +1,164 @@
+"""The few array operations whose plain formulation is slow or inexact: GroupNorm, attention, upsampling.
+
+All take and return NHWC (or batch, position, head, channel) arrays and change nothing but rounding.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Measured on 2 CPU cores: a map over heads and chunks of 256 queries keeps the scores in cache (87 GFLOP/s against
+# 21-29 for one batched product) once there are more positions than that; below, one product is faster.
+QUERY_CHUNK = 256
+
+
+def group_norm(
+    x: Float[Array, "b *space c"],
+    scale: Float[Array, "c"],
+    bias: Float[Array, "c"],
+    groups: int,
+    epsilon: float,
+) -> Float[Array, "b *space c"]:
+    """GroupNorm with float32 statistics per channel, combined per group, applied as one scale and one shift.
+
+    y = (x - mean_g) / sqrt(var_g + epsilon) * scale + bias. The variance is taken around the mean in a second pass:
+    E[x^2] - E[x]^2 loses all digits where the mean is large. (Wu and He 2018, eq. 1-2.)
+    """
+    space = tuple(range(1, x.ndim - 1))
+    wide = x.astype(jnp.float32)
+
+    def over_group(per_channel):
+        grouped = per_channel.reshape(per_channel.shape[0], groups, -1).mean(axis=-1, keepdims=True)
+        spread = jnp.broadcast_to(grouped, (*grouped.shape[:2], x.shape[-1] // groups))
+        return spread.reshape(per_channel.shape[0], *[1] * len(space), x.shape[-1])
+
+    mean = over_group(wide.mean(axis=space))
+    variance = over_group(jnp.square(wide - mean).mean(axis=space))
+    gain = jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)
+    return (wide * gain + (bias.astype(jnp.float32) - mean * gain)).astype(x.dtype)
+
+
+def attention(
+    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
+) -> Float[Array, "b n h d"]:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+
+    With more than QUERY_CHUNK queries and keys no score matrix is kept by a CPU, nor by cuDNN where it can compute.
+    """
+    if min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
+        return jax.nn.dot_product_attention(query, key, value)
+    if jax.default_backend() == "cpu":
+        return _chunked_attention(query, key, value)
+    even = query.shape[1] % 2 == key.shape[1] % 2 == 0  # cuDNN has no gradient for odd lengths
+    kernel = "cudnn" if even and cudnn_computes(query.dtype, query.shape[-1]) else None
+    return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
+
+
+@functools.cache
+def cudnn_computes(dtype: Any, channels: int) -> bool:
+    """Whether cuDNN compiles attention and its gradient here: not for float32, large heads, cards before Ampere."""
+    if jax.default_backend() != "gpu":
+        return False
+    heads = jax.ShapeDtypeStruct((1, 64, 1, channels), dtype)
+
+    def loss(*heads):
+        return jax.nn.dot_product_attention(*heads, implementation="cudnn").sum()
+
+    try:
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(heads, heads, heads).compile()
+    except Exception:  # by what is missing: RuntimeError, NotImplementedError, XlaRuntimeError
+        return False
+    return True
+
+
+def _chunked_attention(query, key, value):
+    positions, heads, channels = query.shape[1:]
+    chunks = -(-positions // QUERY_CHUNK)
+
+    @jax.checkpoint  # the gradient recomputes the scores of a chunk instead of keeping those of all chunks
+    def of_chunk(queries, keys, values):
+        scores = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * channels**-0.5
+        return jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
+
+    def of_head(arrays):
+        queries, keys, values = arrays
+        return jax.lax.map(lambda chunk: of_chunk(chunk, keys, values), queries)
+
+    def of_sample(query, key, value):
+        padded = jnp.pad(query, ((0, chunks * QUERY_CHUNK - positions), (0, 0), (0, 0)))
+        queries = padded.reshape(chunks, QUERY_CHUNK, heads, channels).transpose(2, 0, 1, 3)
+        out = jax.lax.map(of_head, (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
+        return out.reshape(heads, -1, channels)[:, :positions].swapaxes(0, 1)
+
+    return jax.vmap(of_sample)(query, key, value)  # vmap, not a map: a batch may be cut over devices
+
+
+# Keys per step of `attention_over`: a chunk's scores, 4 MB, stay in a CPU's cache and keep a GPU busy.
+KEY_CHUNK = 4096
+
+
+def attention_over(
+    query: Float[Array, "n h d"], key: Float[Array, "m h d"], value: Float[Array, "m h d"], count: Int[Array, ""]
+) -> Float[Array, "n h d"]:
+    """softmax(q k^T / sqrt(d)) v over the first `count` keys, chunk by chunk with a running maximum; m is any bound.
+
+    `count` is traced: what it costs depends on it, what is compiled does not. (Milakov and Gimelshein 2018, alg. 3.)
+    """
+    positions, heads, channels = query.shape
+    step = min(KEY_CHUNK, key.shape[0])
+    key, value = (jnp.pad(array, ((0, -len(array) % step), (0, 0), (0, 0))) for array in (key, value))
+
+    def of_chunk(queries):
+        def further(index, carry):
+            top, total, out = carry
+            keys, values = (jax.lax.dynamic_slice_in_dim(array, index * step, step) for array in (key, value))
+            scores = jnp.einsum("nhd,mhd->hnm", queries, keys, preferred_element_type=jnp.float32) * channels**-0.5
+            scores = jnp.where(index * step + jnp.arange(step) < count, scores, -jnp.inf)
+            higher = jnp.maximum(top, scores.max(-1))
+            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            added = jnp.einsum("hnm,mhd->hnd", weights.astype(values.dtype), values)
+            return higher, total * fade + weights.sum(-1), out * fade[..., None] + added
+
+        shape = (heads, QUERY_CHUNK)
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, channels))
+        _, total, out = jax.lax.fori_loop(0, -(-count // step), further, start)
+        return (out / total[..., None]).swapaxes(0, 1).astype(value.dtype)
+
+    chunks = jnp.pad(query, ((0, -positions % QUERY_CHUNK), (0, 0), (0, 0))).reshape(-1, QUERY_CHUNK, heads, channels)
+    return jax.lax.map(of_chunk, chunks).reshape(-1, heads, channels)[:positions]
+
+
+def double(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Nearest-neighbour upsampling by 2."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def double_conv(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], bias: Float[Array, "o"]
+) -> Float[Array, "b h2 w2 o"]:
+    """`conv3x3(double(x))` as four 2x2 convolutions on the small image, one per output phase: 4/9 of the products.
+
+    An even output row sees the input rows (i - 1, i, i) and an odd one (i, i, i + 1), so two of the three taps add up;
+    the same along the width.
+    """
+    rows = (((1, 0), (kernel[0], kernel[1] + kernel[2])), ((0, 1), (kernel[0] + kernel[1], kernel[2])))
+    phases = []
+    for row_pad, row_taps in rows:
+        taps = jnp.stack(row_taps)
+        columns = (
+            ((1, 0), (taps[:, 0], taps[:, 1] + taps[:, 2])),
+            ((0, 1), (taps[:, 0] + taps[:, 1], taps[:, 2])),
+        )
+        for column_pad, column_taps in columns:
+            small = jnp.stack(column_taps, axis=1)
+            phases.append(
+                jax.lax.conv_general_dilated(
+                    x, small, (1, 1), (row_pad, column_pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+            )
+    batch, height, width, out = phases[0].shape
+    even_odd = jnp.stack(phases, axis=3).reshape(batch, height, width, 2, 2, out)
+    return even_odd.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, out) + bias

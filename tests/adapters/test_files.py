@@ -1,0 +1,250 @@
+"""Adapter files of both kinds: names and layouts, bit-exact round trips, refusals, the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden
+from small_adapters import CONV, DENSE, KERNELS, assert_same, made, original_state
+
+from pisa_jax.adapters import files
+from pisa_jax.adapters.files import Adapters, check_adapters, export_original, load_adapters, save_adapters
+from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.tensor_files import read_tensors, read_torch, write_safetensors
+from pisa_jax.runtime.trees import flatten
+
+
+def read_json(relative):
+    return json.loads(golden(relative).read_text())
+
+
+# ------------------------------------------------------------------ names and layouts
+
+
+def test_module_names_map_one_to_one():
+    lists = read_json("sd21_lora_modules.json")
+    names = [*lists["encoder"], *lists["decoder"], *lists["others"], *lists["not_adapted_matrices"]]
+    paths = [files.flax_path(name) for name in names]
+    assert len(set(paths)) == len(names) == 258 + 24
+    assert [files.torch_name(path) for path in paths] == names
+    assert not any("." in path or "/0" in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("conv_in", "conv_in"),
+        ("time_embedding.linear_1", "time_embedding/linear_1"),
+        ("mid_block.resnets.1.conv2", "mid_block/resnets_1/conv2"),
+        (
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0",
+            "up_blocks_3/attentions_2/transformer_blocks_0/attn2/to_out_0",
+        ),
+        (
+            "down_blocks.0.attentions.10.transformer_blocks.0.ff.net.0.proj",
+            "down_blocks_0/attentions_10/transformer_blocks_0/ff/net_0/proj",
+        ),
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
+            "down_blocks_0/attentions_0/transformer_blocks_0/ff/net_2",
+        ),
+    ],
+)
+def test_named_modules(name, path):
+    assert files.flax_path(name) == path
+    assert files.torch_name(path) == name
+
+
+def test_each_module_is_in_the_part_that_the_original_lists_it_in():
+    lists = read_json("sd21_lora_modules.json")
+    for group in ("encoder", "decoder", "others"):
+        assert {files._group(name) for name in lists[group]} == {group}
+
+
+def test_difference_of_a_layer_is_that_of_the_original():
+    # dW = (alpha / r) B A, in the layouts of both sides.
+    state = read_torch(golden("pisa_sr.pkl"))["state_dict_unet"]
+    trees = load_adapters(golden("pisa_sr.pkl")).trees
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    a, b = (state[f"{name}.lora_{side}.default_encoder_sem.weight"] for side in "AB")
+    factors = trees["sem"][files.flax_path(name)]
+    np.testing.assert_allclose(factors["a"] @ factors["b"], (b @ a).T, rtol=0, atol=1e-6)
+    a, b = (state[f"mid_block.resnets.0.conv1.lora_{side}.default_others_pix.weight"] for side in "AB")
+    factors = trees["pix"]["mid_block/resnets_0/conv1"]
+    expected = np.einsum("or,rihw->hwio", b[:, :, 0, 0], a)
+    np.testing.assert_allclose(factors["a"] @ factors["b"][0, 0], expected, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def test_published_checkpoint():
+    meta = read_json("pisa_sr_meta.json")
+    adapters = load_adapters(golden("pisa_sr.pkl"))
+    assert adapters.specs == {"pix": AdapterSpec("lora", 4, 8.0), "sem": AdapterSpec("lora", 6, 8.0)}
+    assert adapters.base_model is None
+    for name, tree in adapters.trees.items():
+        spec = adapters.specs[name]
+        assert spec.alpha / spec.rank == meta["observed"]["scaling"][f"default_encoder_{name}"]
+        lists = [meta[f"unet_lora_{group}_modules_{name}"] for group in ("encoder", "decoder", "others")]
+        assert sorted(tree) == sorted(files.flax_path(module) for modules in lists for module in modules)
+    assert len(flatten(adapters.trees)) == meta["n_tensors"]
+
+
+def test_pickle_and_safetensors_of_the_original_agree():
+    assert_same(load_adapters(golden("pisa_sr_state_dict.safetensors")), load_adapters(golden("pisa_sr.pkl")))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+def test_factors_are_float32_whatever_the_file_holds(dtype, tmp_path):
+    expected = made()
+    state = original_state(expected, tmp_path)
+    lower = {key: np.asarray(jnp.asarray(value, dtype)) for key, value in state.items()}
+    write_safetensors(tmp_path / "low.safetensors", lower, {})
+    found = flatten(load_adapters(tmp_path / "low.safetensors").trees)
+    for path, array in flatten(expected.trees).items():
+        np.testing.assert_array_equal(found[path], np.asarray(jnp.asarray(array, dtype), np.float32), strict=True)
+
+
+# ------------------------------------------------------------------ round trips
+
+
+def test_pickle_to_ours_to_original_and_back(tmp_path):
+    first = load_adapters(golden("pisa_sr.pkl"))
+    save_adapters(tmp_path / "a.safetensors", first)
+    second = load_adapters(tmp_path / "a.safetensors")
+    assert_same(second, first)
+    state = original_state(second, tmp_path)
+    recorded = read_torch(golden("pisa_sr.pkl"))["state_dict_unet"]
+    assert set(state) == set(recorded)
+    for key, tensor in recorded.items():
+        np.testing.assert_array_equal(state[key], tensor, strict=True)
+    third = load_adapters(tmp_path / "original.safetensors")
+    assert_same(third, first)
+    save_adapters(tmp_path / "b.safetensors", third)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_ours_keeps_specs_base_model_and_special_values(tmp_path):
+    adapters = made(rank=3, alpha=5.5, names=("pix", "my-style", "sem"))
+    adapters.trees["pix"][DENSE]["a"][0] = [np.nan, -0.0, np.inf]
+    adapters.specs["sem"] = AdapterSpec("lora", 3, 1.0, targets="to_q$")
+    adapters = adapters._replace(trees={name: adapters.trees[name] for name in sorted(adapters.trees)})
+    save_adapters(tmp_path / "a.safetensors", adapters)
+    found = load_adapters(tmp_path / "a.safetensors")
+    assert_same(found, adapters)
+    assert np.signbit(found.trees["pix"][DENSE]["a"][0, 1])
+
+
+def test_ours_is_the_same_whatever_the_order_and_kind_of_array(tmp_path):
+    adapters = made()
+    turned = {
+        name: {path: {k: jnp.asarray(v) for k, v in reversed(layer.items())} for path, layer in reversed(tree.items())}
+        for name, tree in reversed(adapters.trees.items())
+    }
+    save_adapters(tmp_path / "a", adapters)
+    save_adapters(tmp_path / "b", adapters._replace(trees=turned))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert set(read_tensors(tmp_path / "a")) == set(flatten(adapters.trees))
+
+
+def test_an_adapter_without_layers_survives(tmp_path):
+    adapters = made()
+    adapters.trees["sem"] = {}
+    save_adapters(tmp_path / "a", adapters)
+    assert_same(load_adapters(tmp_path / "a"), adapters)
+
+
+def test_other_decompositions_round_trip_but_have_no_original_form(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"a1": (3, 3, 5, 2), "b1": (2, 7), "a2": (3, 3, 5, 2), "b2": (2, 7)}
+    tree = {CONV: {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}}
+    adapters = Adapters({"pix": tree}, {"pix": AdapterSpec("loha", 2)}, None)
+    save_adapters(tmp_path / "a", adapters)
+    assert_same(load_adapters(tmp_path / "a"), adapters)
+    check_adapters(adapters.trees, KERNELS)
+    with pytest.raises(ValueError, match="'pix' is a loha; the original program knows only lora"):
+        export_original(tmp_path / "b", adapters)
+    del tree[CONV]["b2"]
+    save_adapters(tmp_path / "a", adapters)
+    with pytest.raises(ValueError, match=f"missing {CONV}/b2"):
+        load_adapters(tmp_path / "a")
+
+
+def test_export_gives_the_same_difference_under_the_originals_alpha(tmp_path):
+    adapters = made(alpha=3.0)
+    export_original(tmp_path / "a", adapters)
+    found = load_adapters(tmp_path / "a")
+    assert found.specs["pix"].alpha == 8.0
+    assert found.base_model == "owner/name"
+    for path, factors in adapters.trees["pix"].items():
+        ours, theirs = factors, found.trees["pix"][path]
+        np.testing.assert_array_equal(ours["a"], theirs["a"])
+        np.testing.assert_allclose(3.0 * ours["b"], 8.0 * theirs["b"], rtol=1e-6)
+
+
+# ------------------------------------------------------------------ command line
+
+
+def run(*args, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "pisa_jax", "convert", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_command_line_round_trip(tmp_path):
+    adapters, original = tmp_path / "a.safetensors", tmp_path / "o.safetensors"
+    done = run(golden("pisa_sr.pkl"), adapters)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"{adapters}: {adapters.stat().st_size:,} bytes, adapters",
+        "  pix: lora, rank 4, alpha 8, 165 layers, 172,448 parameters",
+        "  sem: lora, rank 6, alpha 8, 165 layers, 258,672 parameters",
+        "  base model: not recorded",
+    ]
+    assert run(adapters, original, "--to", "original").returncode == 0
+    recorded = read_torch(golden("pisa_sr.pkl"))["state_dict_unet"]
+    assert set(read_tensors(original)) == set(recorded)
+    before = adapters.read_bytes()
+    done = run(original, adapters)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {adapters} exists; give another name, or --overwrite\n"
+    assert run(original, adapters, "--overwrite").returncode == 0
+    assert adapters.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "o.safetensors"]
+
+
+def test_command_line_refusals_are_one_line(tmp_path):
+    (tmp_path / "text.pkl").write_text("hello")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "hostile.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    write_safetensors(tmp_path / "other.safetensors", {"w": np.ones(2)}, {})
+    for name in ("none.pkl", "text.pkl", "empty.safetensors", "hostile.pkl", "other.safetensors", "."):
+        done = run(tmp_path / name, tmp_path / "out.safetensors")
+        assert (done.returncode, done.stdout) == (1, ""), name
+        assert done.stderr.startswith("error: "), name
+        assert done.stderr.count("\n") == 1, name
+        assert name.strip(".") in done.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+    assert run(golden("pisa_sr.pkl"), tmp_path / "none" / "out.safetensors").returncode == 1
+
+
+def test_command_line_usage():
+    assert run("--help").returncode == 0
+    for args in ([], ["in.pkl"], ["in.pkl", "out.pkl"], ["in.pkl", "out.safetensors", "--to", "torch"]):
+        done = run(*args)
+        assert done.returncode == 2, args
+        assert done.stderr.startswith("usage: pisa-sr convert")
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, pisa_jax.cli.convert; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'diffusers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

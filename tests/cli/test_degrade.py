@@ -1,0 +1,135 @@
+"""Fixed degraded evaluation sets: what is written, what it depends on, what goes wrong."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pisa_jax.cli import degrade, evaluate
+from pisa_jax.data.sources import fake_source, pair_source
+from pisa_jax.imaging.image_io import read_rgb8
+
+
+def run(*arguments):
+    return degrade.main([str(argument) for argument in arguments])
+
+
+def write(folder, sizes):
+    """Drawn pictures {name: (width, height)} as PNG files."""
+    folder.mkdir(exist_ok=True)
+    for index, (name, (width, height)) in enumerate(sizes.items()):
+        Image.fromarray(fake_source(9, 96)[index].image[:height, :width]).save(folder / f"{name}.png")
+    return folder
+
+
+def contents(out):
+    """{path below out: bytes} of a set."""
+    return {file.relative_to(out).as_posix(): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write(tmp_path / "photos", {"a": (96, 64), "b": (67, 41), "c": (9, 8)})
+
+
+def test_lq_is_a_quarter_of_the_cropped_gt(photos, tmp_path, capsys):
+    assert run("--gt", photos, "--out", tmp_path / "set") == 0
+    assert "3 pairs, 0 left out; seed 0" in capsys.readouterr().out
+    sizes = {"a": (64, 96), "b": (40, 64), "c": (8, 8)}
+    for name, (height, width) in sizes.items():
+        source, gt = (read_rgb8(folder / f"{name}.png") for folder in (photos, tmp_path / "set" / "gt"))
+        np.testing.assert_array_equal(gt, source[:height, :width])
+        with Image.open(tmp_path / "set" / "lq" / f"{name}.png") as lq:
+            assert (lq.mode, lq.size) == ("RGB", (width // 4, height // 4))
+    # It shows the same picture, degraded.
+    lq, gt = (read_rgb8(tmp_path / "set" / side / "a.png").astype(float) for side in ("lq", "gt"))
+    assert 1 < np.abs(gt.reshape(16, 4, 24, 4, 3).mean((1, 3)) - lq).mean() < 30
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["gt", "lq"]
+
+
+def test_evaluation_and_training_take_the_set(photos, tmp_path, capsys):
+    (photos / "c.png").unlink()
+    run("--gt", photos, "--out", tmp_path / "set")
+    lq, gt = (str(tmp_path / "set" / side) for side in ("lq", "gt"))
+    assert evaluate.main(["--lq", lq, "--gt", gt, "--metrics", "psnr,ssim"]) == 0
+    assert "| bicubic | 2 |" in capsys.readouterr().out
+    assert [record.lq.shape for record in pair_source(tmp_path / "set")] == [(64, 96, 3), (40, 64, 3)]
+
+
+def test_a_picture_depends_on_its_name_and_the_seed_alone(photos, tmp_path):
+    for out in ("one", "again"):
+        assert run("--gt", photos, "--out", tmp_path / out, "--seed", 3) == 0
+    first = contents(tmp_path / "one")
+    assert contents(tmp_path / "again") == first
+
+    Image.open(photos / "a.png").save(photos / "0.png")  # sorts before all others
+    assert run("--gt", photos, "--out", tmp_path / "more", "--seed", 3) == 0
+    more = contents(tmp_path / "more")
+    assert {path: more[path] for path in first} == first
+    assert more["gt/0.png"] == more["gt/a.png"]
+    assert more["lq/0.png"] != more["lq/a.png"]
+
+    assert run("--gt", photos, "--out", tmp_path / "other", "--seed", 4) == 0
+    assert contents(tmp_path / "other")["lq/a.png"] != first["lq/a.png"]
+
+
+def test_bad_pictures_are_named_and_left_out(photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes(b"no picture")
+    write(photos, {"small": (96, 7)})
+    assert run("--gt", photos, "--out", tmp_path / "set") == 1
+    output = capsys.readouterr()
+    assert "broken.png is not a picture" in output.err
+    assert "small.png: cannot degrade float32 (4, 96, 3)" in output.err
+    assert "3 pairs, 2 left out" in output.out
+    assert {path.name for path in (tmp_path / "set" / "lq").iterdir()} == {"a.png", "b.png", "c.png"}
+
+
+def test_a_set_is_replaced_as_a_whole_and_only_on_request(photos, tmp_path, capsys):
+    assert run("--gt", photos, "--out", tmp_path / "set") == 0
+    before = contents(tmp_path / "set")
+    (photos / "a.png").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        run("--gt", photos, "--out", tmp_path / "set")
+    assert stopped.value.code == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert contents(tmp_path / "set") == before
+    assert run("--gt", photos, "--out", tmp_path / "set", "--overwrite") == 0
+    assert contents(tmp_path / "set") == {path: data for path, data in before.items() if "/a." not in path}
+
+
+@pytest.mark.parametrize("failure", ["nothing to degrade", "full disk"])
+def test_a_failure_leaves_the_old_set_and_no_rest(photos, tmp_path, monkeypatch, capsys, failure):
+    run("--gt", photos, "--out", tmp_path / "set")
+    before = contents(tmp_path / "set")
+    write_picture = degrade.write_picture
+
+    def full_disk(path, picture):
+        if path.name == "b.png":
+            raise OSError(28, "No space left on device")
+        return write_picture(path, picture)
+
+    if failure == "full disk":
+        monkeypatch.setattr(degrade, "write_picture", full_disk)
+    else:
+        photos = write(tmp_path / "tiny", {"dot": (1, 1)})
+    assert run("--gt", photos, "--out", tmp_path / "set", "--overwrite") == 1
+    assert {"full disk": "No space left", "nothing to degrade": "none of the 1"}[failure] in capsys.readouterr().err
+    assert contents(tmp_path / "set") == before
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["gt", "lq"]
+
+
+def test_wrong_usage_is_explained(photos, tmp_path, capsys):
+    run("--gt", photos, "--out", tmp_path / "set")
+    for arguments, message in (
+        (("--gt", tmp_path / "set" / "gt", "--out", tmp_path / "set", "--overwrite"), "lies in"),
+        (("--gt", photos, "--out", tmp_path / "other", "--seed", -1), "--seed -1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert run("--gt", tmp_path / "nowhere", "--out", tmp_path / "other") == 1
+    assert "neither a folder nor a file" in capsys.readouterr().err
+    Image.open(photos / "a.png").save(photos / "a.jpg")
+    assert run("--gt", photos, "--out", tmp_path / "other") == 1
+    assert "differ in the ending only would overwrite each other: a" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

