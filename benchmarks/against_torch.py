@@ -23,7 +23,6 @@ from timing import alternate, seconds
 from pisa_jax import model
 from pisa_jax.inference import on_device
 from pisa_jax.runtime.compilation import compiler_options
-from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained
 
 LAYOUTS = ("contiguous_format", "channels_last")
@@ -50,22 +49,22 @@ class Torch:
 def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
     """For every stage: side of the picture -> the same stage here, as a function without arguments."""
     loaded = pretrained.load(folder)
-    modules = loaded.backbone
+    base = loaded.base
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
-    encode = compiled(functools.partial(bb.encode, modules))
-    eps = compiled(lambda unet, latents, prompt: bb.eps(modules, unet, latents, model.TIMESTEP, prompt))
-    decode = compiled(functools.partial(bb.decode, modules))
+    encode = compiled(base.encode)
+    eps = compiled(lambda unet, latents, prompt: base.predict_noise(unet, latents, model.TIMESTEP, prompt))
+    decode = compiled(base.decode)
 
     def normal(*shape):
         return jax.random.normal(jax.random.key(0), shape)
 
     def latents(side):
-        return normal(1, side // modules.factor, side // modules.factor, modules.latent_channels)
+        return normal(1, side // base.factor, side // base.factor, base.latent_channels)
 
-    prompt = normal(1, 77, modules.unet.cross_attention_dim)
+    prompt = normal(1, 77, pretrained.load_backbone(Path(folder)).unet.cross_attention_dim)
     return {
-        "encode": lambda side: functools.partial(encode, vae, jnp.tanh(normal(1, side, side, 3))),
+        "encode": lambda side: functools.partial(encode, vae, jnp.tanh(normal(1, side, side, 3)), None),
         "unet": lambda side: functools.partial(eps, unet, latents(side), prompt),
         "decode": lambda side: functools.partial(decode, vae, latents(side)),
     }

@@ -38,15 +38,20 @@ def main() -> None:
 
     side = 4 * args.size
     batch = np.random.default_rng(0).uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
-    both, one = (upscaler.residuals(batch, both=both) for both in (True, False))
-    upscaler.render(both, (1.0, 0.7), batch, (side, side))
+    pipeline = upscaler.pipeline
+
+    def predict(adjustable):
+        return pipeline.predict(pipeline.encode(batch, None), adjustable)
+
+    both, one = predict(True), predict(False)
+    pipeline.render(both, (1.0, 0.7), batch, (side, side))
     for what, taken in compiled.items():
         print(f"compile {what}: {taken:.1f} s")
 
     timed = {
-        "encode + UNet, default": lambda: upscaler.residuals(batch, both=False).eps_full,
-        "encode + UNet, adjustable": lambda: upscaler.residuals(batch, both=True).eps_full,
-        "decode and colours": lambda: upscaler.render(one, (1.0, 1.0), batch, (side, side)),
+        "encode + UNet, default": lambda: predict(False).eps_full,
+        "encode + UNet, adjustable": lambda: predict(True).eps_full,
+        "decode and colours": lambda: pipeline.render(one, (1.0, 1.0), batch, (side, side)),
     }
     found = alternate({name: functools.partial(seconds, function) for name, function in timed.items()}, args.repeats)
     medians = {name: statistics.median(values) for name, values in found.items()}

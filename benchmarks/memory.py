@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pisa_jax import Upscaler
-from pisa_jax.inference import Residuals, Weights
+from pisa_jax.inference import Predictions, Weights
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone, random_model, vae_tiling
@@ -78,9 +78,9 @@ def one_run(model: str, pixels: int, tile: int) -> dict:
     before, start = _peak(), time.perf_counter()
     rng = np.random.default_rng(0)
     batch = np.repeat(np.repeat(rng.uniform(-1, 1, (1, pixels // 8, pixels // 8, 3)).astype(np.float32), 8, 1), 8, 2)
-    latents = np.asarray(upscaler._encoded(batch, None))
+    latents = np.asarray(upscaler.pipeline.encode(batch, None))
     nothing = np.zeros_like(latents)
-    upscaler.render(Residuals(latents, nothing, nothing), (1.0, 1.0), batch, (pixels, pixels))
+    upscaler.pipeline.render(Predictions(latents, nothing, nothing), (1.0, 1.0), batch, (pixels, pixels))
     seconds = round(time.perf_counter() - start, 1)
     what = f"tiles of {tile}" if tile else "whole"
     return {"kind": "run", "what": what, "pixels": pixels, "bytes": _peak() - before, "seconds": seconds}

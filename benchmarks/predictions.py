@@ -19,7 +19,6 @@ from pisa_jax import Upscaler, model
 from pisa_jax.adapters import files, lora
 from pisa_jax.inference import predict
 from pisa_jax.runtime.compilation import compiler_options
-from pisa_jax.sd import backbone as bb
 
 
 def report(title: str, programs: dict, repeats: int) -> None:
@@ -40,14 +39,15 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, VAE {args.vae_dtype}")
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"
     upscaler = Upscaler.load(args.model, adapters, dtype=args.dtype, vae_dtype=args.vae_dtype)
-    modules, weights, spec = upscaler.backbone, upscaler.weights, upscaler.sem_spec
-    side = 4 * args.size // modules.factor
-    latents = jax.random.normal(jax.random.key(0), (1, side, side, modules.latent_channels))
+    pipeline = upscaler.pipeline
+    base, weights, spec = pipeline.base, pipeline.runner.weights, pipeline.sem_spec
+    side = 4 * args.size // base.factor
+    latents = jax.random.normal(jax.random.key(0), (1, side, side, base.latent_channels))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
 
-    pair = compiled(functools.partial(predict, modules, spec, (0.0, 1.0)))
-    alone = compiled(lambda unet: bb.eps(modules, unet, latents, model.TIMESTEP, weights.prompt))
-    low_rank = compiled(functools.partial(predict, modules, spec, (1.0,)))
+    pair = compiled(functools.partial(predict, base, spec, (0.0, 1.0)))
+    alone = compiled(lambda unet: base.predict_noise(unet, latents, model.TIMESTEP, weights.prompt))
+    low_rank = compiled(functools.partial(predict, base, spec, (1.0,)))
     trained = files.load_adapters(adapters)
     full = lora.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
 
@@ -61,7 +61,7 @@ def main() -> None:
     }
     report("UNet", programs, args.repeats)
 
-    decode = compiled(functools.partial(bb.decode, modules))
+    decode = compiled(base.decode)
     twice = jnp.concatenate([latents, -latents])
     programs = {
         "two decodes": lambda: jnp.concatenate([decode(weights.vae, latents), decode(weights.vae, -latents)]),

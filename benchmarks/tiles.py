@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pisa_jax import Upscaler
-from pisa_jax.inference import Residuals
+from pisa_jax.inference import Predictions
 
 
 def read(path: Path, side: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def read(path: Path, side: int) -> np.ndarray:
 def decoded(upscaler: Upscaler, latents: np.ndarray, style: np.ndarray) -> np.ndarray:
     """Grey levels of what the decoder makes of latents."""
     nothing = np.zeros_like(latents)
-    images = upscaler.render(Residuals(latents, nothing, nothing), (1.0, 1.0), style, style.shape[1:3])
+    images = upscaler.pipeline.render(Predictions(latents, nothing, nothing), (1.0, 1.0), style, style.shape[1:3])
     return 127.5 * (images + 1)
 
 
@@ -64,11 +64,11 @@ def main() -> None:
         print(f"{what}: {time.perf_counter() - start:.1f} s with compilation", flush=True)
         return result
 
-    latents = timed("encoder, whole", whole._encoded, batch, None)
+    latents = timed("encoder, whole", whole.pipeline.encode, batch, None)
     expected = timed("decoder, whole", decoded, whole, latents, batch)
     found = timed("decoder, tiles", decoded, tiled, latents, batch)
     print(f"decoder: {compare(found, expected, args.tile)}", flush=True)
-    latents = timed("encoder, tiles", tiled._encoded, batch, None)
+    latents = timed("encoder, tiles", tiled.pipeline.encode, batch, None)
     print(f"encoder: {compare(decoded(whole, latents, batch), expected, args.tile)}")
 
 

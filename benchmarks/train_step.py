@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from timing import alternate, seconds
 
-from pisa_jax import losses, train_step
+from pisa_jax import losses, train_step, training
 from pisa_jax.adapters import lora
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.metrics import lpips
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
+from pisa_jax.sd.base_model import base_model
 
 STAGES = {
     "pix": Stage("pix", steps=4000),
@@ -40,11 +41,10 @@ PROMPT_TOKENS = 77
 ADDITIVE = train_step.loss
 
 
-def merged_loss(adapter, frozen, batch, draws, backbone, config, stage):
+def merged_loss(adapter, frozen, batch, draws, base, objective):
     """`train_step.loss` with W + dW in every adapted kernel instead of the low-rank path."""
-    name = stage.adapter
-    unet = lora.merge(frozen.unet, {name: adapter}, {name: stage.spec}, {name: 1.0})
-    return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, backbone, config, stage)
+    unet = lora.merge(frozen.unet, {"": adapter}, {"": objective.spec}, {"": 1.0})
+    return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, base, objective)
 
 
 PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
@@ -78,10 +78,10 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
         perceptual=vgg_shapes() if stage.perceptual else None,
         alphas_cumprod=of((1000,), jnp.float32),
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key, optimizer = jax.eval_shape(lambda: jax.random.key(0)), training.make_optimizer(config, stage)
     float_unet = cast(shapes["unet"], jnp.float32)
     state = jax.eval_shape(
-        lambda key: train_step.init_state(lora.init(key, float_unet, stage.spec), config, stage), key
+        lambda key: train_step.init_state(lora.init(key, float_unet, stage.spec), optimizer, False), key
     )
     images = of((config.batch_size, config.data.crop, config.data.crop, 3), jnp.float32)
     ids = of((config.batch_size, PROMPT_TOKENS), jnp.int32)
@@ -112,7 +112,9 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
         perceptual=weights(frozen.perceptual) if stage.perceptual else None,
         alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
     )
-    state = train_step.init_state(lora.init(key, frozen.unet, stage.spec), config, stage)
+    state = train_step.init_state(
+        lora.init(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
+    )
     pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
     return frozen, state, train_step.Batch(*pictures, ids, seen), key
@@ -120,7 +122,12 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
 
 def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
     """The compiled step and the seconds that took."""
-    step = functools.partial(train_step.train_step, backbone=modules, config=config, stage=stage)
+    step = functools.partial(
+        train_step.train_step,
+        base=base_model(modules),
+        objective=training.make_objective(config, stage),
+        optimizer=training.make_optimizer(config, stage),
+    )
     on_cpu = device.platform == "cpu"
     options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not config.remat}
     start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Training losses as functions of arrays: l2 and classifier score distillation (CSD), and the DDPM schedule they use.
+"""Training losses as functions of arrays: l2 and classifier score distillation (CSD), and the DDPM noise schedule.
 
-Everything is computed in float32 whatever the inputs are. The perceptual loss is `pisa_jax.lpips.distance`.
+All losses are computed in float32 for any input dtype. The perceptual loss is `pisa_jax.metrics.lpips.distance`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ class Schedule(NamedTuple):
 
 
 def ddpm_schedule(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> Schedule:
-    """The "scaled linear" schedule of Stable Diffusion: sqrt(beta) runs linearly from start to end.
+    """Return the "scaled linear" schedule of Stable Diffusion: sqrt(beta) is linear from start to end.
+
+    Raises:
+        ValueError: the betas do not satisfy 0 < start <= end < 1, or there is no step.
 
     Reference: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, section 2; Rombach et al. 2022.
     """
@@ -29,6 +32,19 @@ def ddpm_schedule(beta_start: float = 0.00085, beta_end: float = 0.012, steps: i
         raise ValueError(f"betas must satisfy 0 < start <= end < 1 over >= 1 steps, got {beta_start, beta_end, steps}")
     betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
     return Schedule(jnp.asarray(betas, jnp.float32), jnp.asarray(np.cumprod(1 - betas), jnp.float32))
+
+
+def schedule_of(scheduler_config: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that a diffusers `scheduler_config.json` describes.
+
+    Raises:
+        ValueError: another beta schedule than "scaled_linear".
+    """
+    kind = scheduler_config.get("beta_schedule", "scaled_linear")
+    if kind != "scaled_linear":
+        raise ValueError(f"the model's scheduler has beta_schedule {kind!r}; only 'scaled_linear' is supported")
+    names = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "steps"}
+    return ddpm_schedule(**{ours: scheduler_config[name] for name, ours in names.items() if name in scheduler_config})
 
 
 def _signal_and_noise(
@@ -44,7 +60,7 @@ def add_noise(
     t: Int[Array, " b"],
     alphas_cumprod: Float[Array, " steps"],
 ) -> Float[Array, "b h w c"]:
-    """z_t = sqrt(a_t) z + sqrt(1 - a_t) n (Ho et al. 2020, equation 4)."""
+    """Compute z_t = sqrt(a_t) z + sqrt(1 - a_t) n (Ho et al. 2020, equation 4)."""
     signal, sigma = _signal_and_noise(t, alphas_cumprod)
     return signal * latents + sigma * noise
 
@@ -55,18 +71,18 @@ def predict_x0(
     t: Int[Array, " b"],
     alphas_cumprod: Float[Array, " steps"],
 ) -> Float[Array, "b h w c"]:
-    """x0(e) = (z_t - sqrt(1 - a_t) e) / sqrt(a_t), the inverse of `add_noise` (Ho et al. 2020, equation 15)."""
+    """Invert `add_noise`: x0(e) = (z_t - sqrt(1 - a_t) e) / sqrt(a_t) (Ho et al. 2020, equation 15)."""
     signal, sigma = _signal_and_noise(t, alphas_cumprod)
     return (noisy - sigma * eps) / signal
 
 
 def l2(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """mean (x - y)^2 over all elements."""
+    """Compute mean (x - y)^2 over all elements."""
     return jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
 
 
 def smooth_l2(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"], window: int) -> Float[Array, ""]:
-    """mean m^2, m the means of x - y over every window x window positions: l2 where the window is 1."""
+    """Compute mean m^2, m the average of x - y over every window x window positions; with window 1 this is l2."""
     error = x.astype(jnp.float32) - y.astype(jnp.float32)
     return jnp.mean(nn.avg_pool(error, (window, window)) ** 2)
 
@@ -79,9 +95,9 @@ def csd_direction(
     alphas_cumprod: Float[Array, " steps"],
     guidance: float | Float[Array, ""],
 ) -> Float[Array, "b h w c"]:
-    """g = (x0(e_neg) - x0(e_cfg)) / mean|z - x0(e_cfg)|, e_cfg = e_neg + guidance (e_pos - e_neg), float32.
+    """Compute g = (x0(e_neg) - x0(e_cfg)) / mean|z - x0(e_cfg)| with e_cfg = e_neg + guidance (e_pos - e_neg).
 
-    The mean is per sample; the result carries no gradient. Arguments as for `csd`.
+    The mean is taken per sample. The result is float32 and carries no gradient. Arguments as for `csd`.
     """
     z, n = (stop_gradient(v).astype(jnp.float32) for v in (latents, noise))
     noisy = add_noise(z, n, t, alphas_cumprod)
@@ -99,13 +115,18 @@ def csd(
     alphas_cumprod: Float[Array, " steps"],
     guidance: float | Float[Array, ""] = 7.5,
 ) -> Float[Array, ""]:
-    """Classifier score distillation: mean g^2, whose gradient in the latents is exactly 2 g / numel.
+    """Compute the classifier score distillation loss mean g^2; its gradient in the latents is exactly 2 g / numel.
 
-    eps_fn(z_t, t) -> (eps_neg, eps_pos) is the frozen UNet without adapters under the negative prompt and the prompt.
-    It is called once, on noisy latents of the latents' dtype, and receives no gradient.
-    latents are scaled (VAE * 0.18215) and carry the gradient; noise ~ N(0, 1); t in [0, steps).
+    Args:
+        eps_fn: (z_t, t) -> (eps_neg, eps_pos), the frozen UNet without adapters under the negative prompt and the
+            prompt. It is called once, with noisy latents in the dtype of `latents`, and receives no gradient.
+        latents: scaled latents (VAE latents * 0.18215); the gradient flows into them.
+        noise: standard normal.
+        t: timesteps in [0, steps).
+
     Reference: Sun et al., PiSA-SR, arXiv 2412.03017, section 3.3; Yu et al., "Text-to-3D with Classifier Score
-    Distillation", 2023. `z - stop_gradient(z)` is an exact zero, so unlike z - stop_gradient(z - g) nothing is rounded.
+    Distillation", 2023. The paper writes (z - stop_gradient(z - g))^2; g + (z - stop_gradient(z)) has the same value
+    and gradient, and no rounding error, because z - stop_gradient(z) is exactly zero.
     """
     g = csd_direction(eps_fn, latents, noise, t, alphas_cumprod, guidance)
     z = latents.astype(jnp.float32)

@@ -1,34 +1,90 @@
-"""The method of PiSA-SR (Sun et al. 2025): residual predictions on one latent, combined with two scales."""
+"""The method of PiSA-SR (Sun et al. 2025): noise predictions used as residuals, combined with two scales.
+
+A base model is a record of functions, so this module, the training step and inference work with any latent diffusion
+model whose layers are `flax.linen` modules; `pisa_jax.sd` makes the record for Stable Diffusion 2.1.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pisa_jax.adapters import lora
 from pisa_jax.config import AdapterSpec
-from pisa_jax.sd.backbone import Backbone, Params, eps
 
-# The UNet is always asked at this timestep, and what it predicts is used as a residual (PiSA-SR, sec. 3.2).
+Params = Mapping[str, Any]
+
+# The UNet always runs at this timestep, and its noise prediction is used as a residual (PiSA-SR, sec. 3.2).
 TIMESTEP = 1
 
 
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """The functions of a latent diffusion model, without weights. Hashed by identity: static under `jax.jit`.
+
+    Images are NHWC in [-1, 1], latents NHWC and scaled for the UNet; all results are float32.
+    """
+
+    # (vae params, images (b, h, w, 3), noise (b, y, x, c) or None) -> latents; None: the mean of the posterior.
+    encode: Callable[..., Array]
+    # (vae params, latents) -> images, not clipped.
+    decode: Callable[..., Array]
+    # (unet params, latents, timesteps, prompt (b or 1, n, d)) -> noise prediction.
+    predict_noise: Callable[..., Array]
+    # (text params, token ids (b, n)) -> prompt embedding (b, n, d).
+    encode_text: Callable[..., Array]
+    # Pixels per latent along each axis.
+    factor: int
+    latent_channels: int
+    # Encoder outputs are multiplied by this before the UNet receives them (0.18215 for SD 2.1).
+    latent_scale: float
+    # Dtypes in which the weights of the UNet and of the VAE are placed on devices.
+    unet_dtype: Any = jnp.float32
+    vae_dtype: Any = jnp.float32
+    # Names that `jax.ad_checkpoint.checkpoint_name` gives to block outputs: all that rematerialization keeps.
+    block_outputs: tuple[str, ...] = ()
+    # Functions that run the VAE in tiles (`tiling.vae_tiles.TiledVae`); None: large images are not tiled.
+    tiled_vae: Any = None
+
+
+class LoadedModel(NamedTuple):
+    """A base model with its weights by part ("unet", "vae", "text") and what its checkpoint says beside them.
+
+    The weights are host arrays in the dtype of the file, mapped from it: nothing is read before it is needed.
+    """
+
+    base: BaseModel
+    params: dict[str, Any]
+    # Prompts -> token ids.
+    tokenize: Callable[[list[str]], np.ndarray]
+    # scheduler_config.json.
+    schedule: dict[str, Any]
+
+
 def predict(
-    backbone: Backbone,
-    unet_pix: Params,
-    sem: lora.Tree,
+    base: BaseModel,
+    unet: Params,
+    adapter: lora.Tree,
     spec: AdapterSpec,
     latents: Float[Array, "b h w c"],
-    prompt: Float[Array, "1 n d"],
-    sem_scales: tuple[float, ...] = (0.0, 1.0),
+    prompt: Float[Array, "#b n d"],
+    adapter_scales: tuple[float, ...] = (1.0,),
 ) -> Float[Array, "k b h w c"]:
-    """eps(l) = UNet(z_L, 1, c; W + dW_pix + l dW_sem) for every l of `sem_scales`: eps_pix at 0 and eps_full at 1.
+    """Predict the residual eps(l) = UNet(z_L, 1, c; W + l dW) for every l of `adapter_scales`.
 
-    One UNet call on a batch repeated for each of them; `unet_pix` are the weights W + dW_pix.
+    With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
+    runs once, on the batch repeated for each scale.
     """
-    count, batch = len(sem_scales), latents.shape[0]
-    scale = jnp.repeat(jnp.array(sem_scales), batch)
-    with nn.intercept_methods(lora.interceptor({"sem": sem}, {"sem": spec}, {"sem": scale})):
-        out = eps(backbone, unet_pix, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
+    count, batch = len(adapter_scales), latents.shape[0]
+    scale = jnp.repeat(jnp.array(adapter_scales), batch)
+    prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
+    name = "adapter"
+    with nn.intercept_methods(lora.interceptor({name: adapter}, {name: spec}, {name: scale})):
+        out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 
 
@@ -38,5 +94,5 @@ def combine(
     eps_full: Float[Array, "b h w c"],
     scales: Float[Array, "2"],
 ) -> Float[Array, "b h w c"]:
-    """z_H = z_L - [l_pix eps_pix + l_sem (eps_full - eps_pix)] for scales (l_pix, l_sem) (PiSA-SR, eq. 8)."""
+    """Compute z_H = z_L - [l_pix eps_pix + l_sem (eps_full - eps_pix)] for scales (l_pix, l_sem) (PiSA-SR, eq. 8)."""
     return latents - (scales[0] * eps_pix + scales[1] * (eps_full - eps_pix))

@@ -1,42 +1,74 @@
-"""What is minimised, and one step of doing so: pure functions of weights, a batch and random draws."""
+"""One training step: loss terms, gradient, optimizer update, and the jitted function with its shardings.
 
+Nothing here knows about a run or its configuration: the functions take arrays, a `BaseModel`, an optimizer and one
+small `Objective`. `examples/own_loop.py` uses them in a loop of its own.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_policies
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pisa_jax import losses
 from pisa_jax.adapters import lora
-from pisa_jax.config import Config, Stage
+from pisa_jax.config import AdapterSpec
 from pisa_jax.metrics import lpips
-from pisa_jax.model import TIMESTEP
-from pisa_jax.sd import backbone as bb
+from pisa_jax.model import BaseModel, LoadedModel, Params, predict
+from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss that one adapter is trained with, and how its gradient is computed."""
+
+    # How the factors of the adapter become weight differences.
+    spec: AdapterSpec
+    # Loss weights; a loss of weight 0 is not computed.
+    l2: float = 1.0
+    perceptual: float = 0.0
+    csd: float = 0.0
+    # Squared error of the latents, averaged over windows of this side first.
+    latent: float = 0.0
+    latent_window: int = 1
+    # CSD: guidance scale, and the range of t ~ U{first..last}.
+    guidance: float = 7.5
+    csd_timesteps: tuple[int, int] = (20, 499)
+    # Parts that a batch is split into, one after the other, their gradients averaged.
+    accumulate: int = 1
+    # Keep only block outputs for the gradient and recompute the rest.
+    remat: bool = False
+    # Decay of the moving average of the adapter; 0: none.
+    ema: float = 0.0
 
 
 class Frozen(NamedTuple):
-    """All arrays that no gradient reaches."""
+    """All arrays that receive no gradient."""
 
     # With the adapters of earlier stages merged in.
-    unet: bb.Params
+    unet: Params
     # Without any adapter: the teacher of CSD; None without that loss.
-    teacher: bb.Params | None
-    vae: bb.Params
-    # None where no picture has a prompt.
-    text: bb.Params | None
+    teacher: Params | None
+    vae: Params
+    # None where no image has a prompt.
+    text: Params | None
     # Embeddings of "" and of the negative prompt.
     null_prompt: Float[Array, "1 n d"]
     negative_prompt: Float[Array, "1 n d"]
-    # Weights of the perceptual distance; None without that loss.
+    # Weights of the perceptual loss; None without that loss.
     perceptual: Any
     alphas_cumprod: Float[Array, "steps"]
 
 
 class Batch(NamedTuple):
-    """Pairs of pictures in [-1, 1], their prompts as token ids, and whether the trained UNet may see them."""
+    """LQ/GT pairs in [-1, 1], their prompts as token ids, and the samples whose prompt the trained UNet receives."""
 
     lq: Float[Array, "b h w 3"]
     gt: Float[Array, "b h w 3"]
@@ -53,49 +85,69 @@ class Draws(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """Everything that a step updates."""
 
     step: Int[Array, ""]
     adapter: lora.Tree
     optimizer: Any
     # Exponential moving average of the adapter; None without one.
     ema: lora.Tree | None
-    # Steps left out because a loss or a gradient was not finite: in all, and since the last good one.
+    # Steps skipped because a loss or a gradient was not finite: in total, and since the last finite one.
     skipped: Int[Array, ""]
     bad_streak: Int[Array, ""]
 
 
-def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
-    """AdamW behind a clipped global norm, with the stage's learning-rate schedule."""
-    b1, b2 = config.betas
-    adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
-
-
-def learning_rate(stage: Stage) -> optax.Schedule:
-    """Step -> learning rate: a linear rise from 0 over `warmup` steps, then constant or half a cosine down to 0."""
-    peak = stage.learning_rate
-    after = optax.constant_schedule(peak)
-    if stage.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, stage.steps - stage.warmup)
-    if stage.warmup == 0:  # optax's rise over 0 steps would stay at 0
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, stage.warmup), after], [stage.warmup])
-
-
-def init_state(adapter: lora.Tree, config: Config, stage: Stage) -> State:
-    """The state before the first step of a stage."""
+def init_state(adapter: lora.Tree, optimizer: optax.GradientTransformation, ema: bool) -> State:
+    """Return the state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, adapter) if config.ema else None
-    return State(zero, adapter, make_optimizer(config, stage).init(adapter), ema, zero, zero)
+    return State(zero, adapter, optimizer.init(adapter), jax.tree.map(jnp.copy, adapter) if ema else None, zero, zero)
 
 
-def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, ...]) -> Draws:
-    """The draws of a step for a batch of image shape (b, h, w, 3): n ~ N(0, 1), t ~ U{first..last}."""
+def make_frozen(
+    model: LoadedModel,
+    mesh: Mesh,
+    adapters: Mapping[str, lora.Tree] | None = None,
+    specs: Mapping[str, AdapterSpec] | None = None,
+    *,
+    negative_prompt: str = "",
+    perceptual: Any = None,
+    teacher: bool = False,
+    prompts: bool = False,
+) -> Frozen:
+    """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1, into its UNet.
+
+    Args:
+        perceptual: weights of the perceptual loss on the devices, where that loss is used.
+        teacher: keep the UNet without adapters, for CSD.
+        prompts: keep the text encoder; without it every sample is trained with the empty prompt.
+    """
+    base = model.base
+
+    def shard(part, dtype):
+        host = model.params[part]
+        return distributed.place(host, distributed.weight_shardings(mesh, host), dtype)
+
+    unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
+    encode = jax.jit(base.encode_text)
+    null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
+    return Frozen(
+        unet=lora.merge(unet, adapters, specs or {}, dict.fromkeys(adapters, 1.0)) if adapters else unet,
+        teacher=unet if teacher else None,
+        vae=shard("vae", base.vae_dtype),
+        text=text if prompts else None,
+        null_prompt=null,
+        negative_prompt=negative,
+        perceptual=perceptual,
+        alphas_cumprod=losses.schedule_of(model.schedule).alphas_cumprod,
+    )
+
+
+def draw(key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tuple[int, ...]) -> Draws:
+    """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images of shape (b, h, w, 3)."""
     posterior, noise, timesteps = jax.random.split(key, 3)
     batch, height, width, _ = images
-    shape = (batch, height // backbone.factor, width // backbone.factor, backbone.latent_channels)
-    first, last = config.csd_timesteps
+    shape = (batch, height // base.factor, width // base.factor, base.latent_channels)
+    first, last = csd_timesteps
     return Draws(
         jax.random.normal(posterior, shape),
         jax.random.normal(noise, shape),
@@ -104,100 +156,120 @@ def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, .
 
 
 def loss(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, backbone: bb.Backbone, config: Config, stage: Stage
+    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The weighted sum of the stage's losses, and each of them.
+    """Compute the weighted sum of the losses, and each of them.
 
-    z_L = encode(x_L) sampled; z_H = z_L - eps(z_L, 1, c; W + dW); x_H = clip(decode(z_H), -1, 1);
+    z_L = encode(x_L), sampled; z_H = z_L - eps(z_L, 1, c; W + dW); x_H = clip(decode(z_H), -1, 1);
     L = w_l2 l2(x_H, x_GT) + w_p perceptual(x_H, x_GT) + w_csd CSD(z_H) (PiSA-SR, eq. 4-7)
-    + w_latent smooth_l2(z_H, encode(x_GT)), our own.
+    + w_latent smooth_l2(z_H, encode(x_GT)), which the paper does not have.
     """
-    prompt = frozen.null_prompt
-    if frozen.text is not None:
-        prompt = bb.encode_text(backbone, frozen.text, batch.token_ids)
+    prompt = frozen.null_prompt if frozen.text is None else base.encode_text(frozen.text, batch.token_ids)
     seen = jnp.where(batch.use_prompt[:, None, None], prompt, frozen.null_prompt)
-    latents = bb.encode(backbone, frozen.vae, batch.lq, draws.posterior)
+    latents = base.encode(frozen.vae, batch.lq, draws.posterior)
 
-    def restore(adapter):
-        trained = {stage.adapter: adapter}
-        with nn.intercept_methods(
-            lora.interceptor(trained, {stage.adapter: stage.spec}, {stage.adapter: jnp.ones(())})
-        ):
-            restored = latents - bb.eps(backbone, frozen.unet, latents, TIMESTEP, seen)
-        return restored, jnp.clip(bb.decode(backbone, frozen.vae, restored), -1, 1)
+    def upscale(adapter):
+        upscaled = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
+        return upscaled, jnp.clip(base.decode(frozen.vae, upscaled), -1, 1)
 
-    if config.remat:
-        restore = jax.checkpoint(restore, policy=checkpoint_policies.save_only_these_names(bb.BLOCK_OUTPUT))
-    restored, images = restore(adapter)
+    if objective.remat:
+        upscale = jax.checkpoint(upscale, policy=checkpoint_policies.save_only_these_names(*base.block_outputs))
+    upscaled, images = upscale(adapter)
 
     def teacher(noisy, timesteps):
         negative = jnp.broadcast_to(frozen.negative_prompt, (noisy.shape[0], *frozen.negative_prompt.shape[1:]))
         prompts = jnp.concatenate([negative, jnp.broadcast_to(prompt, negative.shape)])
         twice = jnp.concatenate([noisy, noisy])
-        return jnp.split(bb.eps(backbone, frozen.teacher, twice, jnp.tile(timesteps, 2), prompts), 2)
+        return jnp.split(base.predict_noise(frozen.teacher, twice, jnp.tile(timesteps, 2), prompts), 2)
 
     parts = {}
-    if stage.l2:
+    if objective.l2:
         parts["l2"] = losses.l2(images, batch.gt)
-    if stage.perceptual:
+    if objective.perceptual:
         parts["perceptual"] = lpips.distance(frozen.perceptual, images, batch.gt).mean()
-    if stage.csd:
-        alphas, guidance = frozen.alphas_cumprod, config.guidance
-        parts["csd"] = losses.csd(teacher, restored, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
-    if stage.latent:
-        parts["latent"] = losses.smooth_l2(restored, bb.encode(backbone, frozen.vae, batch.gt), stage.latent_window)
-    return sum(getattr(stage, name) * value for name, value in parts.items()), parts
+    if objective.csd:
+        alphas, guidance = frozen.alphas_cumprod, objective.guidance
+        parts["csd"] = losses.csd(teacher, upscaled, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
+    if objective.latent:
+        parts["latent"] = losses.smooth_l2(upscaled, base.encode(frozen.vae, batch.gt, None), objective.latent_window)
+    return sum(getattr(objective, name) * value for name, value in parts.items()), parts
 
 
 def gradient(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, backbone: bb.Backbone, config: Config, stage: Stage
+    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
 ) -> tuple[dict[str, Float[Array, ""]], lora.Tree]:
-    """Losses ("total" and each part) and their gradient, averaged over `config.accumulate` parts of the batch."""
+    """Compute the losses ("total" and each part) and their gradient, averaged over `accumulate` parts of the batch."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def of_part(part):
-        (total, parts), grads = value_and_grad(adapter, frozen, *part, backbone, config, stage)
+        (total, parts), grads = value_and_grad(adapter, frozen, *part, base, objective)
         return {"total": total, **parts}, grads
 
-    if config.accumulate == 1:
+    if objective.accumulate == 1:
         return of_part((batch, draws))
     # Strided parts: every device keeps its share of the batch in each of them.
-    split = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
+    split = jax.tree.map(lambda x: x.reshape(-1, objective.accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
     first = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], split)))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
     summed, _ = jax.lax.scan(add, first, split)
-    return jax.tree.map(lambda x: x / config.accumulate, summed)
+    return jax.tree.map(lambda x: x / objective.accumulate, summed)
 
 
 def train_step(
-    frozen: Frozen, state: State, batch: Batch, key: Array, *, backbone: bb.Backbone, config: Config, stage: Stage
+    frozen: Frozen,
+    state: State,
+    batch: Batch,
+    key: Array,
+    *,
+    base: BaseModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
-    """One step of the optimiser: the next state and what was measured.
+    """Run one optimizer step; returns the next state and the measurements.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite changes the counters only.
     """
-    draws = draw(jax.random.fold_in(key, state.step), backbone, config, batch.lq.shape)
-    measured, grads = gradient(state.adapter, frozen, batch, draws, backbone, config, stage)
+    draws = draw(jax.random.fold_in(key, state.step), base, objective.csd_timesteps, batch.lq.shape)
+    measured, grads = gradient(state.adapter, frozen, batch, draws, base, objective)
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(norm) & jnp.isfinite(measured["total"])
+    finite = jnp.isfinite(norm) & jnp.isfinite(measured["total"])
 
-    updates, optimizer = make_optimizer(config, stage).update(grads, state.optimizer, state.adapter)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
     adapter = optax.apply_updates(state.adapter, updates)
-    ema = optax.incremental_update(adapter, state.ema, 1 - config.ema) if config.ema else None
+    ema = optax.incremental_update(adapter, state.ema, 1 - objective.ema) if objective.ema else None
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    bad = (~good).astype(jnp.int32)
+    bad = (~finite).astype(jnp.int32)
     after = State(
         step=state.step + 1,
         adapter=keep(adapter, state.adapter),
-        optimizer=keep(optimizer, state.optimizer),
+        optimizer=keep(optimizer_state, state.optimizer),
         ema=keep(ema, state.ema),
         skipped=state.skipped + bad,
         bad_streak=(state.bad_streak + 1) * bad,
     )
     return after, {**measured, "grad_norm": norm, "skipped": after.skipped, "bad_streak": after.bad_streak}
+
+
+def jit_train_step(
+    base: BaseModel, objective: Objective, optimizer: optax.GradientTransformation, frozen: Frozen, mesh: Mesh
+) -> Callable[[Frozen, State, Batch, Array], tuple[State, dict[str, Array]]]:
+    """Jit `train_step`: weights sharded as they are, the batch over all devices, the state replicated and donated."""
+    replicated = distributed.replicated(mesh)
+    return jax.jit(
+        functools.partial(train_step, base=base, objective=objective, optimizer=optimizer),
+        in_shardings=(
+            jax.tree.map(lambda leaf: leaf.sharding, frozen),
+            replicated,
+            distributed.over_batch(mesh),
+            None,
+        ),
+        out_shardings=(replicated, replicated),
+        donate_argnums=1,
+        compiler_options=compiler_options(),
+    )

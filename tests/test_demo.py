@@ -1,6 +1,5 @@
 """The model that ships with the package: what a first user sees, and that it does what it is for."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pisa_jax import losses
 from pisa_jax.cli.train import read
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics import psnr_ssim, registry
-from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained
 from pisa_jax.sd.pretrained import DEMO
 
@@ -68,14 +66,13 @@ def test_the_prior_knows_what_its_words_mean():
     prior = pretrained.load("demo")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
     prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
-    encode, encode_text = (jax.jit(function, static_argnums=0) for function in (bb.encode, bb.encode_text))
-    words = encode_text(prior.backbone, params["text"], jnp.asarray(prior.tokenize(prompts)))
+    words = prior.base.encode_text(params["text"], jnp.asarray(prior.tokenize(prompts)))
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
     pictures = {
         "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
         "degraded": [matlab_bicubic(np.asarray(Image.open(path)), 4)[middle] for path in SAMPLES],
     }
-    eps = jax.jit(functools.partial(bb.eps, prior.backbone))
+    encode, eps = jax.jit(prior.base.encode), jax.jit(prior.base.predict_noise)
 
     def error(latents, prompt):
         noise, timesteps = jax.random.normal(jax.random.key(0), latents.shape), jnp.full(len(latents), 300)
@@ -84,7 +81,7 @@ def test_the_prior_knows_what_its_words_mean():
 
     negative_for_positive = {}
     for name, images in pictures.items():
-        latents = encode(prior.backbone, params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32))
+        latents = encode(params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32), None)
         positive, negative = (error(latents, prompt) for prompt in words)
         negative_for_positive[name] = negative / positive
     assert negative_for_positive["clean"] > 1.1

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from conftest import SHARED, golden
 from PIL import Image
-from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model, relative
+from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorded_model, relative
 
 from pisa_jax import Settings, Upscaler, model
 from pisa_jax.adapters import lora
 from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import image_io, network_input
 from pisa_jax.inference import Weights
-from pisa_jax.sd import backbone as bb
+from pisa_jax.runtime.compilation import CompiledCache
 
 INDEX = SHARED / "fixtures" / "infer" / "index.json"
 RUNS = read_json(INDEX)["runs"] if INDEX.exists() else []
@@ -27,31 +27,35 @@ WHOLE_RUNS = [
     )
     for run in UNTILED_VAE
 ]
-decode = jax.jit(bb.decode, static_argnums=0)
+decode = jax.jit(lambda base, *arrays: base.decode(*arrays), static_argnums=0)
 PAIRS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.4, 1.3))
-PROGRAMS = {}  # of all recorded runs: they differ with the shapes and not with the settings
+COMPILED = CompiledCache(1000)  # of all recorded runs: they differ in shapes and not in settings
 
 
 @functools.cache
 def recorded_upscaler(**settings) -> Upscaler:
     loaded, adapters = recorded_model(), recorded_adapters()
     merged = lora.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
-    prompt = bb.encode_text(loaded.backbone, loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
+    prompt = loaded.base.encode_text(loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
     weights = Weights(merged, adapters.trees["sem"], loaded.params["vae"], prompt)
-    upscaler = Upscaler(loaded.backbone, weights, adapters.specs["sem"], Settings(**settings))
-    upscaler.compiled = PROGRAMS
+    upscaler = Upscaler(loaded.base, weights, adapters.specs["sem"], Settings(**settings))
+    upscaler.pipeline.runner.compiled = COMPILED
     return upscaler
 
 
 def random_upscaler(
     on_compile=lambda what, seconds: None, notice=lambda line: None, parts=None, **settings
 ) -> Upscaler:
-    modules, params = parts or random_backbone("nano")
+    base, params = parts or random_base("nano")
     spec = AdapterSpec(rank=2)
     sem = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(jax.random.key(1), params["unet"], spec))
     prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
     weights = Weights(params["unet"], sem, params["vae"], prompt)
-    return Upscaler(modules, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile, notice)
+    return Upscaler(base, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile, notice)
+
+
+def render_all(session, pairs):
+    return [session.render(*pair) for pair in pairs]
 
 
 def picture(height, width, seed=0):
@@ -69,8 +73,8 @@ def test_whole_run_equals_the_original(run):
     scales = jnp.array((args["lambda_pix"], args["lambda_sem"]))
 
     # Both predictions at once serve the default setting too; A proves the single pass.
-    both = not args["default"] or run["image"] != "A"
-    found = upscaler.residuals(batch, both, noise)
+    adjustable = not args["default"] or run["image"] != "A"
+    found = upscaler.pipeline.predict(upscaler.pipeline.encode(batch, noise), adjustable)
     close(found.latents, nhwc(expected["encoded"]))
     close(scales[0] * found.eps_pix + scales[1] * (found.eps_full - found.eps_pix), nhwc(expected["model_pred"]))
     for name, array in (("model_pred_full", found.eps_full), ("model_pred_pix", found.eps_pix)):
@@ -82,7 +86,7 @@ def test_whole_run_equals_the_original(run):
         # Element by element from their latents: the decoder doubles what rounding leaves between ours and theirs, up to
         # 6e-5 on one machine and more on another.
         ours, from_theirs = (
-            decode(upscaler.backbone, upscaler.weights.vae, latents)
+            decode(upscaler.pipeline.base, upscaler.pipeline.runner.weights.vae, latents)
             for latents in (combined, nhwc(expected["x_denoised"]))
         )
         close(from_theirs, nhwc(expected["decoded"]))
@@ -109,7 +113,8 @@ def test_written_picture_is_the_original_one(run):
             tile=args["latent_tiled_size"],
             overlap=args["latent_tiled_overlap"],
         )
-        [[result]] = upscaler.upscale([source], args["upscale"], [(args["lambda_pix"], args["lambda_sem"])])
+        session = upscaler.open_all([source], args["upscale"], None, adjustable=not args["default"])
+        [result] = session.render_all(args["lambda_pix"], args["lambda_sem"])
         with Image.open(golden(f"infer/{run['name']}__mode__{align}.png")) as written:
             expected = np.asarray(written.convert("RGB"), int)
         difference = np.abs(
@@ -121,24 +126,24 @@ def test_written_picture_is_the_original_one(run):
 def test_default_pair_equals_adjustable_and_takes_one_unet_pass():
     upscaler = random_upscaler()
     batch = np.float32(picture(32, 40)[None]) / 127.5 - 1
-    one, two = upscaler.residuals(batch, both=False), upscaler.residuals(batch, both=True)
+    latents = upscaler.pipeline.encode(batch, None)
+    one, two = (upscaler.pipeline.predict(latents, adjustable) for adjustable in (False, True))
     close(one.eps_full, two.eps_full, 1e-5)
     assert np.abs(np.asarray(two.eps_full) - two.eps_pix).max() > 0.01
     assert one.eps_pix.shape == one.eps_full.shape
 
-    flops = {
-        key[1][1]: c.cost_analysis()["flops"] for key, c in upscaler.compiled.items() if key[0].__name__ == "predict"
-    }
+    compiled = upscaler.pipeline.runner.compiled.entries.items()
+    flops = {key[1][2]: c.cost_analysis()["flops"] for key, c in compiled if key[0].__name__ == "predict"}
     assert 0.4 < flops[(1.0,)] / flops[(0.0, 1.0)] < 0.6
 
 
 def test_new_scales_and_new_pictures_of_a_size_compile_nothing():
     compiled = []
     upscaler = random_upscaler(on_compile=lambda what, seconds: compiled.append(what))
-    upscaler.many(picture(8, 9), 4, PAIRS)
+    render_all(upscaler.open(picture(8, 9)), PAIRS)
     stages = len(compiled)
     assert stages == 3  # encoder, UNet, decoder
-    upscaler.many(picture(8, 9, seed=1), 4, [(0.123, -0.5), (0.9, 0.8)])
+    render_all(upscaler.open(picture(8, 9, seed=1)), [(0.123, -0.5), (0.9, 0.8)])
     upscaler(picture(8, 9, seed=2), scales=(0.3, 0.3))
     assert len(compiled) == stages
     upscaler(picture(9, 9))
@@ -148,9 +153,10 @@ def test_new_scales_and_new_pictures_of_a_size_compile_nothing():
 def test_another_pair_costs_one_decode():
     upscaler = random_upscaler()
     calls = []
-    run = upscaler._run
-    upscaler._run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    results = upscaler.many(picture(8, 8), 4, PAIRS)
+    runner = upscaler.pipeline.runner
+    run = runner.run
+    runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
+    results = render_all(upscaler.open(picture(8, 8)), PAIRS)
     assert calls == ["encode", "predict", *["render"] * len(PAIRS)]
     assert len({result.tobytes() for result in results}) == len(PAIRS)
 
@@ -159,8 +165,9 @@ def test_scales_zero_are_the_round_trip_through_the_vae():
     upscaler = random_upscaler(color_fix="none")
     source = picture(8, 8)
     prepared, _ = network_input.prepare(image_io.from_array(source), 4, 32, 8)
-    latents = bb.encode(upscaler.backbone, upscaler.weights.vae, jnp.asarray(prepared[None]))
-    expected = np.clip(bb.decode(upscaler.backbone, upscaler.weights.vae, latents)[0], -1, 1)
+    base, weights = upscaler.pipeline.base, upscaler.pipeline.runner.weights
+    latents = base.encode(weights.vae, jnp.asarray(prepared[None]), None)
+    expected = np.clip(base.decode(weights.vae, latents)[0], -1, 1)
     found = upscaler(np.float32(source) / 255, scales=(0.0, 0.0))
     close(found * 2 - 1, expected, 1e-4)
 
@@ -168,9 +175,9 @@ def test_scales_zero_are_the_round_trip_through_the_vae():
 def test_batches_equal_single_pictures():
     upscaler = random_upscaler(tile=4, overlap=1)
     sources = [image_io.from_array(picture(8, 10, seed)) for seed in range(3)]
-    [together] = upscaler.upscale(sources, 4, [(0.8, 0.6)], seed=5)
+    together = upscaler.open_all(sources, 4, 5, adjustable=True).render_all(0.8, 0.6)
     for source, result in zip(sources, together, strict=True):
-        [[alone]] = upscaler.upscale([source], 4, [(0.8, 0.6)], seed=5)
+        [alone] = upscaler.open_all([source], 4, 5, adjustable=True).render_all(0.8, 0.6)
         close(result.rgb, alone.rgb, 1e-5)
 
 
@@ -212,7 +219,7 @@ def test_exact_output_size_and_kind(scale):
 
 def test_wrong_settings_are_refused():
     with pytest.raises(
-        ValueError, match="unknown colour fix 'adian', known: adain, wavelet, none; did you mean 'adain'"
+        ValueError, match="unknown color fix 'adian'; use one of adain, wavelet, none; did you mean 'adain'"
     ):
         Settings(color_fix="adian")
     with pytest.raises(ValueError, match="not 96 with tile 96"):

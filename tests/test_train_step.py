@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
-from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model, recorded_vgg, relative
+from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorded_model, recorded_vgg, relative
 
-from pisa_jax import losses, train_step
+from pisa_jax import losses, train_step, training
 from pisa_jax.adapters import files, lora
 from pisa_jax.config import AdapterSpec, Config, Stage
 from pisa_jax.runtime import distributed
-from pisa_jax.sd import backbone
-from pisa_jax.train_step import Batch, Draws, Frozen
+from pisa_jax.train_step import Batch, Draws, Frozen, Objective
 
 STAGES = {
     "pix": Stage("pix", steps=10, learning_rate=1e-3),
@@ -24,13 +23,13 @@ STAGES = {
 
 
 def recorded_case(name):
-    """(adapter, frozen, batch, draws, backbone, config, stage) of the recorded step of a stage."""
+    """(adapter, frozen, batch, draws, base model, objective) of the recorded step of a stage."""
     model, adapters = recorded_model(), recorded_adapters()
     arrays, described = np.load(golden("train/batch.npz")), read_json(golden("train/train.json"))
     tokens = [
         jnp.asarray(model.tokenize(prompts)) for prompts in (described["prompts"], [described["neg_prompt"]], [""])
     ]
-    negative, null = (backbone.encode_text(model.backbone, model.params["text"], ids) for ids in tokens[1:])
+    negative, null = (model.base.encode_text(model.params["text"], ids) for ids in tokens[1:])
     stage = dataclasses.replace(STAGES[name], spec=adapters.specs[name])
     config = Config(out="", stages=(Stage("pix", 1), stage) if name == "sem" else (stage,))
     merged = {earlier: adapters.trees[earlier] for earlier in stage.frozen}
@@ -47,14 +46,14 @@ def recorded_case(name):
     batch = Batch(nhwc(arrays["x_src"]), nhwc(arrays["x_tgt"]), tokens[0], jnp.array([True, True]))
     draws = Draws(nhwc(arrays["enc_noise"]), nhwc(arrays["csd_noise"]), jnp.asarray(arrays["csd_t"]))
     tree = jax.tree.map(jnp.asarray, adapters.trees[name])
-    return tree, frozen, batch, draws, model.backbone, config, stage
+    return tree, frozen, batch, draws, model.base, training.make_objective(config, stage)
 
 
 def recorded_gradient(name, remat=False, accumulate=1, mesh=None):
     """Losses and gradient of the recorded step."""
-    tree, frozen, batch, draws, modules, config, stage = recorded_case(name)
-    config = dataclasses.replace(config, remat=remat, accumulate=accumulate, batch_size=2)
-    function = functools.partial(train_step.gradient, backbone=modules, config=config, stage=stage)
+    tree, frozen, batch, draws, base, objective = recorded_case(name)
+    objective = dataclasses.replace(objective, remat=remat, accumulate=accumulate)
+    function = functools.partial(train_step.gradient, base=base, objective=objective)
     if mesh is None:
         return jax.jit(function)(tree, frozen, batch, draws)
     layouts = distributed.weight_shardings(mesh, frozen)
@@ -124,36 +123,34 @@ def test_accumulation_changes_nothing():
 @functools.cache
 def random_case():
     """A compiled pixel step of a random model (8 latent channels, factor 4), its frozen weights, state and batch."""
-    modules, params = random_backbone("nano")
-    stage = Stage("pix", steps=10, learning_rate=1e-2, spec=AdapterSpec(rank=2))
-    config = Config(out="", stages=(stage,), batch_size=2, ema=0.5)
+    base, params = random_base("nano")
+    objective = Objective(AdapterSpec(rank=2), ema=0.5)
+    optimizer = training.make_optimizer(Config(out="", stages=(Stage("pix", 1),)), Stage("pix", 1, learning_rate=1e-2))
     prompt = jax.random.normal(jax.random.key(0), (1, 5, 32))
     alphas = losses.ddpm_schedule().alphas_cumprod
     frozen = Frozen(params["unet"], None, params["vae"], None, prompt, prompt, None, alphas)
     images = jnp.tanh(jax.random.normal(jax.random.key(1), (2, 2, 32, 32, 3)))
     batch = Batch(images[0], images[1], jnp.zeros((2, 1), jnp.int32), jnp.array([True, False]))
-    state = train_step.init_state(lora.init(jax.random.key(2), params["unet"], stage.spec), config, stage)
-    step = jax.jit(functools.partial(train_step.train_step, backbone=modules, config=config, stage=stage))
+    state = train_step.init_state(lora.init(jax.random.key(2), params["unet"], objective.spec), optimizer, ema=True)
+    step = jax.jit(functools.partial(train_step.train_step, base=base, objective=objective, optimizer=optimizer))
     return step, frozen, state, batch
 
 
 def test_the_error_of_latents_decodes_nothing():
-    modules, _ = random_backbone("nano")
+    base, _ = random_base("nano")
     _, frozen, state, batch = random_case()
-    stages = [
-        Stage("pix", 10, spec=AdapterSpec(rank=2), **weights)
-        for weights in ({}, {"l2": 0.0, "latent": 1.0, "latent_window": 2})
+    objectives = [
+        Objective(AdapterSpec(rank=2), **weights) for weights in ({}, {"l2": 0.0, "latent": 1.0, "latent_window": 2})
     ]
-    config = Config(out="", stages=(stages[0],), batch_size=2)
-    draws = train_step.draw(jax.random.key(0), modules, config, batch.lq.shape)
-    functions = (functools.partial(train_step.gradient, backbone=modules, config=config, stage=s) for s in stages)
+    draws = train_step.draw(jax.random.key(0), base, (20, 499), batch.lq.shape)
+    functions = (functools.partial(train_step.gradient, base=base, objective=each) for each in objectives)
     l2, latent = (jax.jit(function).lower(state.adapter, frozen, batch, draws).compile() for function in functions)
 
     @jax.jit
     def expected(noise):
-        z_lq = backbone.encode(modules, frozen.vae, batch.lq, noise)
-        eps = backbone.eps(modules, frozen.unet, z_lq, 1, frozen.null_prompt)
-        error = z_lq - eps - backbone.encode(modules, frozen.vae, batch.gt)
+        z_lq = base.encode(frozen.vae, batch.lq, noise)
+        eps = base.predict_noise(frozen.unet, z_lq, 1, frozen.null_prompt)
+        error = z_lq - eps - base.encode(frozen.vae, batch.gt, None)
         corners = [error[:, y : y + 7, x : x + 7] for y in (0, 1) for x in (0, 1)]
         return jnp.mean((sum(corners) / 4) ** 2)
 
@@ -172,7 +169,7 @@ def test_the_error_of_latents_decodes_nothing():
     ],
 )
 def test_learning_rates(stage, expected):
-    rate = train_step.learning_rate(stage)
+    rate = training.learning_rate(stage)
     assert [float(rate(step)) for step in (0, 2, stage.steps)] == pytest.approx(expected, abs=1e-6)
 
 
@@ -210,10 +207,10 @@ def test_every_step_draws_anew_and_the_same_again():
     _, later = step(frozen, state._replace(step=state.step + 1), batch, jax.random.key(0))
     assert float(a["l2"]) == float(again["l2"]) != float(later["l2"])
 
-    config, images = Config(out="", stages=(Stage("a", 1),)), (500, 8, 8, 3)
-    draws = train_step.draw(jax.random.key(3), random_backbone("nano")[0], config, images)
+    images = (500, 8, 8, 3)
+    draws = train_step.draw(jax.random.key(3), random_base("nano")[0], (20, 499), images)
     assert draws.posterior.shape == draws.csd_noise.shape == (500, 2, 2, 8)
-    draws = train_step.draw(jax.random.key(3), random_backbone()[0], config, images)
+    draws = train_step.draw(jax.random.key(3), random_base()[0], (20, 499), images)
     assert draws.posterior.shape == (500, 1, 1, 4)
     assert (int(draws.csd_timesteps.min()) >= 20, int(draws.csd_timesteps.max()) <= 499) == (True, True)
     close(first.step, 1, 0)

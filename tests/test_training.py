@@ -48,7 +48,7 @@ def config(out, *more):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The adapters of a run that nothing stopped."""
-    return training.run(config(tmp_path_factory.mktemp("runs") / "whole"))
+    return training.train(config(tmp_path_factory.mktemp("runs") / "whole"))
 
 
 def close_to(found, expected):
@@ -80,11 +80,11 @@ def interrupted(tmp_path_factory):
         patched.setattr(training, "place_frozen", lambda *a: frozen.append(place(*a)) or frozen[-1])
         patched.setattr(training, "compile_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
         for index, step in enumerate(stops):
-            with pytest.raises(training.Stop, match=f"saved at step {step} of 4; go on with --resume"):
-                training.run(run, resume=index > 0)
+            with pytest.raises(training.Stop, match=f"saved at step {step} of 4; continue with --resume"):
+                training.train(run, resume=index > 0)
             if step == 3:
                 after_pix = load_file(Path(run.out) / training.ADAPTERS_FILE)
-        adapters = training.run(run, resume=True)
+        adapters = training.train(run, resume=True)
     return Interrupted(adapters, after_pix, frozen, steps)
 
 
@@ -115,19 +115,19 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
     run = config(whole.parent)
     before = whole.read_bytes()
     with pytest.raises(FileExistsError, match="give --resume to go on with it, --overwrite"):
-        training.run(run)
+        training.train(run)
     changed = dataclasses.replace(run, seed=7, stages=(run.stages[0], dataclasses.replace(run.stages[1], csd=2.0)))
     with pytest.raises(ValueError, match=r"seed was 0 and is 7; stages/1/csd was 1.0 and is 2.0"):
-        training.run(changed, resume=True)
+        training.train(changed, resume=True)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        training.run(config(tmp_path / "none"), resume=True)
-    assert training.run(dataclasses.replace(run, log_every=5), resume=True).read_bytes() == before
+        training.train(config(tmp_path / "none"), resume=True)
+    assert training.train(dataclasses.replace(run, log_every=5), resume=True).read_bytes() == before
     with pytest.raises(ValueError, match="crop 34 is not a multiple of 4"):
-        training.run(config(tmp_path / "crop", "--data.crop", 34))
+        training.train(config(tmp_path / "crop", "--data.crop", 34))
     with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
-        training.run(config(tmp_path / "window", "--stages.0.latent-window", 9))
+        training.train(config(tmp_path / "window", "--stages.0.latent-window", 9))
     with pytest.raises(ValueError, match="batch_size 4 cannot be cut over 8 devices"):
-        training.run(config(tmp_path / "batch", "--mesh-data", -1))
+        training.train(config(tmp_path / "batch", "--mesh-data", -1))
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
@@ -137,7 +137,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
         (folder / name).write_text(content)
         for overwrite in (False, True):
             with pytest.raises(FileExistsError, match="holds other things than a run; give another folder with --out"):
-                training.run(config(folder), overwrite=overwrite)
+                training.train(config(folder), overwrite=overwrite)
         assert (folder / name).read_text() == content
     run = tmp_path / "run"
     run.mkdir()
@@ -155,7 +155,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"folder cannot be written, give another with --out: .*file/run"):
-        training.run(config(tmp_path / "file" / "run"))
+        training.train(config(tmp_path / "file" / "run"))
 
 
 def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch, whole):
@@ -163,15 +163,15 @@ def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch, whole):
     broken = lambda run, arrays: batch(run, {**arrays, "gt": arrays["gt"] * np.nan})  # noqa: E731
     monkeypatch.setattr(training, "place_batch", broken)
     with pytest.raises(FloatingPointError, match="2 steps in a row, up to step 2"):
-        training.run(config(tmp_path / "run", "--max-bad-steps", 2))
+        training.train(config(tmp_path / "run", "--max-bad-steps", 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2)])
 def test_eight_devices_change_nothing_but_rounding(tmp_path, data, fsdp):
-    alone = training.run(config(tmp_path / "alone", "--batch-size", 8, "--accumulate", 2))
+    alone = training.train(config(tmp_path / "alone", "--batch-size", 8, "--accumulate", 2))
     mesh = ["--mesh-data", data, "--mesh-fsdp", fsdp]
-    close_to(training.run(config(tmp_path / "together", "--batch-size", 8, *mesh)), alone)
+    close_to(training.train(config(tmp_path / "together", "--batch-size", 8, *mesh)), alone)
 
 
 def test_meshes():
@@ -253,7 +253,7 @@ def test_sigterm_saves_and_exits(whole, tmp_path):
     errors = ended(process, 143)
     (latest,) = complete(out)
     assert 2 <= latest < 500
-    assert f"stopped and saved at step {latest} of 502; go on with --resume" in errors
+    assert f"stopped and saved at step {latest} of 502; continue with --resume" in errors
 
 
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
@@ -267,8 +267,8 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
     assert process.returncode == 1, errors
     (said,) = (line for line in errors.splitlines() if line.startswith("train.py: "))
     assert "Traceback" not in errors  # of each of hundreds of abandoned writes
-    assert re.search(r"checkpoint [1-3] is intact\); free space and go on with --resume", said)
-    assert training.run(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
+    assert re.search(r"checkpoint [1-3] is intact\); free space and continue with --resume", said)
+    assert training.train(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
 
 @contextlib.contextmanager
@@ -295,7 +295,7 @@ def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whol
         while not complete(tmp_path / "run") and processes[0].poll() is None:
             time.sleep(0.05)  # the processes compile the next stage
     assert complete(tmp_path / "run") <= {1, 2}
-    close_to(training.run(config(tmp_path / "run"), resume=True), whole)
+    close_to(training.train(config(tmp_path / "run"), resume=True), whole)
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_two_processes_stop_at_one_step_when_one_is_told_to(tmp_path):
         processes[1].send_signal(signal.SIGTERM)
         told = {ended(process, 143).splitlines()[-1] for process in processes}
     assert len(told) == 1
-    assert "go on with --resume" in told.pop()
+    assert "continue with --resume" in told.pop()
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_it_learns(tmp_path):
     held_out = ["--validation.path", shared_data("eval/Kodak24"), "--out", tmp_path / "run"]
     line = [ROOT / "configs" / "learn.py", "--data.path", shared_data("train/photos"), *held_out]
     run, _ = train.read([str(part) for part in line])
-    training.run(run)
+    training.train(run)
     found = events(tmp_path / "run" / "tensorboard")
     pix, sem = (stage.steps for stage in run.stages)
     l2, psnr, distance = (

@@ -14,7 +14,9 @@ from safetensors.numpy import save_file
 from pisa_jax.adapters import files
 from pisa_jax.inference import on_device
 from pisa_jax.metrics import lpips
+from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.sd import backbone, pretrained, random_model
+from pisa_jax.sd.base_model import base_model
 
 TOLERANCE = 1e-4  # float32 against the original program, from fixtures/README.md
 
@@ -25,10 +27,16 @@ def nhwc(array: np.ndarray) -> jax.Array:
 
 
 @functools.cache
-def recorded_model() -> pretrained.Pretrained:
+def recorded_model() -> LoadedModel:
     """The SD-2.1-shaped checkpoint that the original program was run with."""
     loaded = pretrained.load(str(golden("sd_tiny")))
     return loaded._replace(params=on_device(loaded.params, np.float32))
+
+
+@functools.cache
+def recorded_backbone() -> backbone.Backbone:
+    """The modules of that checkpoint."""
+    return pretrained.load_backbone(golden("sd_tiny"))
 
 
 @functools.cache
@@ -45,6 +53,13 @@ def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
     rng = np.random.default_rng(0)
     params = {part: random_model.random_params(shapes[part], rng) for part in shapes}
     return modules, on_device(params, np.float32)
+
+
+@functools.cache
+def random_base(size: str = "tiny") -> tuple[BaseModel, dict]:
+    """`random_backbone` as a base model."""
+    modules, params = random_backbone(size)
+    return base_model(modules), params
 
 
 def close(found, expected, tolerance=TOLERANCE) -> None:

@@ -244,7 +244,13 @@ def load_upscale(args: argparse.Namespace) -> Upscale:
         tqdm.write(f"compiled {what} in {seconds:.1f} s", file=sys.stderr)
 
     upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile)
-    return lambda image, pairs: upscaler.many(image, scale=args.scale, pairs=pairs, seed=args.seed)
+
+    def upscale(image, pairs):
+        adjustable = any(pair != (1.0, 1.0) for pair in pairs)
+        session = upscaler.open(image, args.scale, args.seed, adjustable=adjustable)
+        return [session.render(*pair) for pair in pairs]
+
+    return upscale
 
 
 def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

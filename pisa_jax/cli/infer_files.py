@@ -138,7 +138,9 @@ def _prepare(path: Path, stem: str, record: Record, options: Options, protected:
 def _flush(jobs: list[_Job], upscaler: Upscaler, options: Options, done: Callable[[Record], None]) -> None:
     start = time.perf_counter()
     try:
-        results = upscaler.upscale([job.picture for job in jobs], options.scale, options.pairs, options.seed)
+        adjustable = any(tuple(pair) != (1.0, 1.0) for pair in options.pairs)
+        session = upscaler.open_all([job.picture for job in jobs], options.scale, options.seed, adjustable)
+        results = [session.render_all(*pair) for pair in options.pairs]
     except (ValueError, MemoryError, RuntimeError) as error:  # jax reports a full device as a RuntimeError
         for job in jobs:
             job.record.error = _explain(error)

@@ -99,13 +99,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     from pisa_jax import training
 
     try:
-        adapters = training.run(config, "--resume" in switches, "--overwrite" in switches)
+        adapters = training.train(config, "--resume" in switches, "--overwrite" in switches)
         print(f"adapters in {adapters}")
     except training.Stop as stop:
         print(f"{prog}: {stop}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; go on from the newest checkpoint with --resume", file=sys.stderr)
+        print(f"{prog}: interrupted; continue from the newest checkpoint with --resume", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ COUNTERS = ("skipped", "bad_streak")
 
 
 class RunLog:
-    """Scalars and pictures to TensorBoard, and a line on the terminal; only one process of a run has one."""
+    """Scalars and images for TensorBoard, and a progress bar; only the first process of a run has one."""
 
     def __init__(self, folder: Path, batch_size: int, total: int, first: int):
         self._folder = folder / "tensorboard"
@@ -32,11 +32,11 @@ class RunLog:
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
     def waited(self, seconds: float) -> None:
-        """Count time spent on waiting for data."""
+        """Add time spent waiting for data."""
         self._waited += seconds
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write measurements, with pictures per second and the step's time, in all and of it for data."""
+        """Write measurements, images per second, and the time per step: total, data wait and compute."""
         now, steps = time.perf_counter(), max(step - self._step, 1)
         seconds = (now - self._since) / steps
         data = self._waited / steps
@@ -44,21 +44,21 @@ class RunLog:
         speed |= {"data": data, "compute": seconds - data}
         self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
         end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
-        told = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
-        told += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
+        shown += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
         self._bar.update(step - self._step)
-        self._bar.set_postfix_str(", ".join(told))
+        self._bar.set_postfix_str(", ".join(shown))
         if self._bar.disable:  # no terminal: a log file gets lines
-            print(f"step {step}/{self._bar.total}: {', '.join(told)}", flush=True)
+            print(f"step {step}/{self._bar.total}: {', '.join(shown)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write measurements as they are."""
+        """Write scalars without the speed figures."""
         self._write(step, [summary.scalar(name, value) for name, value in values.items()])
 
-    def sheet(self, step: int, image: Image.Image) -> None:
-        """Write a picture."""
-        self._write(step, [summary.image("validation", np.asarray(image), dataformats="HWC")])
+    def image(self, step: int, tag: str, image: Image.Image) -> None:
+        """Write an image."""
+        self._write(step, [summary.image(tag, np.asarray(image), dataformats="HWC")])
 
     def _write(self, step: int, summaries: list[Any]) -> None:
         try:
@@ -66,14 +66,16 @@ class RunLog:
                 self._file.write(Event(wall_time=time.time(), step=step, summary=content).SerializeToString())
             self._file.flush()
         except OSError as error:
-            raise OSError(f"{self._folder} cannot be written; free space and go on with --resume: {error}") from error
+            raise OSError(
+                f"{self._folder} cannot be written; free space and continue with --resume: {error}"
+            ) from error
 
-    def say(self, text: str) -> None:
-        """A line of its own on the terminal."""
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar."""
         tqdm.write(text)
 
     def close(self) -> None:
-        """End the bar; the files are complete after every write."""
+        """Close the progress bar and the file; the file is complete after every write."""
         self._bar.close()
-        with contextlib.suppress(OSError):  # what could not be written has been told
+        with contextlib.suppress(OSError):  # the failed write was reported when it happened
             self._file.close()

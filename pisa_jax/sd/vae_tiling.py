@@ -81,8 +81,8 @@ def encoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> Di
 def _direction(backbone, params, mesh, run, part, margin, source, result, channels):
     norms = sum(path.endswith("/scale") for path in flatten(params))
     return Direction(
-        lambda size, *arrays: run(tiles, (part, mesh, size), *arrays),
-        lambda size, *arrays: run(sample, (part, size), *arrays),
+        lambda size, *arrays: run(tiles, (backbone, part, mesh, size), *arrays),
+        lambda size, *arrays: run(sample, (backbone, part, size), *arrays),
         functools.partial(jax.device_put, device=replicated(mesh)),
         margin, source, result, channels, (norms, 2, backbone.vae.norm_num_groups), mesh.size,
     )  # fmt: skip

@@ -81,6 +81,17 @@ class Direction(NamedTuple):
     together: int = 1  # tiles in one call
 
 
+class TiledVae(NamedTuple):
+    """The functions of a base model that run its VAE in tiles."""
+
+    # Shape (b, h, w, c) of network inputs -> estimated memory (`memory.Footprint`).
+    footprint: Callable
+    # (vae params, mesh, run) -> `Direction`: images to the mean and deviation of unscaled latents, and scaled latents
+    # to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
+    encoder: Callable
+    decoder: Callable
+
+
 def lay(sides: Sequence[int], size: Sequence[int], margin: int) -> list[Place]:
     """Tiles of `size` that cover `sides`, row by row; at the border they are moved inwards, none is smaller."""
     rows, columns = (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
-from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_model
+from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_backbone, recorded_model
 
 from pisa_jax.adapters import lora
 from pisa_jax.config import AdapterSpec
@@ -180,15 +180,15 @@ def eps(modules, params, trees, x, timestep, prompt):
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("names", [("pix",), ("pix", "sem")], ids="+".join)
 def test_unet_with_adapters_equals_the_original(names, index, timestep):
-    model, adapters = recorded_model(), recorded_adapters()
+    model, adapters = recorded_backbone, recorded_model(), recorded_adapters()
     arrays = np.load(golden("comp/unet.npz"))
     x, prompt = nhwc(arrays[f"x{index}"]), jnp.asarray(arrays[f"emb{index}"])
     expected = nhwc(arrays[f"{''.join(names)}{index}_t{timestep}"])
     trees = {name: adapters.trees[name] for name in names}
     scales = dict.fromkeys(names, jnp.ones(()))
     merged = lora.merge(model.params["unet"], trees, adapters.specs, scales)
-    close(eps(model.backbone, merged, {}, x, timestep, prompt), expected)
-    close(eps(model.backbone, model.params["unet"], trees, x, timestep, prompt), expected)
+    close(eps(recorded_backbone(), merged, {}, x, timestep, prompt), expected)
+    close(eps(recorded_backbone(), model.params["unet"], trees, x, timestep, prompt), expected)
 
 
 def test_unet_targets_exclude_the_time_embedding():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import golden
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from tiny import close, nhwc, random_backbone, read_json, recorded_model
+from tiny import close, nhwc, random_backbone, read_json, recorded_backbone, recorded_model
 
 from pisa_jax.sd import backbone, random_model
 
@@ -21,7 +21,7 @@ def test_text_embeddings():
     model, arrays = recorded_model(), np.load(golden("comp/text.npz"))
     ids = model.tokenize(read_json(golden("comp/text_prompts.json")))
     assert np.array_equal(ids, arrays["input_ids"])
-    close(encode_text(model.backbone, model.params["text"], jnp.asarray(ids)), arrays["prompt_embeds"])
+    close(encode_text(recorded_backbone(), model.params["text"], jnp.asarray(ids)), arrays["prompt_embeds"])
 
 
 @pytest.mark.parametrize("timestep", [1, 500])
@@ -29,7 +29,11 @@ def test_text_embeddings():
 def test_unet(index, timestep):
     model, arrays = recorded_model(), np.load(golden("comp/unet.npz"))
     found = eps(
-        model.backbone, model.params["unet"], nhwc(arrays[f"x{index}"]), timestep, jnp.asarray(arrays[f"emb{index}"])
+        recorded_backbone(),
+        model.params["unet"],
+        nhwc(arrays[f"x{index}"]),
+        timestep,
+        jnp.asarray(arrays[f"emb{index}"]),
     )
     close(found, nhwc(arrays[f"base{index}_t{timestep}"]))
 
@@ -37,7 +41,10 @@ def test_unet(index, timestep):
 def test_unet_with_a_timestep_per_sample():
     model, arrays = recorded_model(), np.load(golden("comp/unet.npz"))
     found = eps(
-        model.backbone, model.params["unet"], nhwc(arrays["x0"]), *(jnp.asarray(arrays[n]) for n in ("tvec", "emb0"))
+        recorded_backbone(),
+        model.params["unet"],
+        nhwc(arrays["x0"]),
+        *(jnp.asarray(arrays[n]) for n in ("tvec", "emb0")),
     )
     close(found, nhwc(arrays["base0_tvec"]))
 
@@ -45,7 +52,7 @@ def test_unet_with_a_timestep_per_sample():
 @pytest.mark.parametrize("index", [0, 1])
 def test_vae(index):
     model, arrays = recorded_model(), np.load(golden("comp/vae.npz"))
-    modules, params = model.backbone, model.params["vae"]
+    modules, params = recorded_backbone(), model.params["vae"]
     image, mean, std = (nhwc(arrays[f"{name}{index}"]) for name in ("img", "mean", "std"))
     close(encode(modules, params, image), mean * 0.18215)
     noise = jax.random.normal(jax.random.key(0), mean.shape)

@@ -17,6 +17,7 @@ from pisa_jax.inference import Settings, Weights, on_device
 from pisa_jax.runtime import distributed
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model, vae_tiling
+from pisa_jax.sd.base_model import base_model
 from pisa_jax.tiling import memory, vae_tiles
 
 # Bounds of the issue, in images of a range of 2: 2 grey levels, and 0.1 of one on average.
@@ -47,7 +48,8 @@ def two_levels():
 
 
 def small_upscaler(**settings):
-    return random_upscaler(parts=two_levels(), **settings)
+    modules, params = two_levels()
+    return random_upscaler(parts=(base_model(modules), params), **settings)
 
 
 @functools.cache
@@ -59,7 +61,7 @@ def directions():
     def run(stage, static, *arrays):
         key = (stage, static, tuple(np.shape(leaf) for leaf in jax.tree.leaves(arrays)))
         if key not in compiled:
-            compiled[key] = jax.jit(functools.partial(stage, modules, *static))
+            compiled[key] = jax.jit(functools.partial(stage, *static))
         return compiled[key](weights, *arrays)
 
     mesh = distributed.first_devices(1)
@@ -160,8 +162,8 @@ def test_an_upscaler_with_tiles_is_near_one_without():
     source = np.float32(half_flat(25, 37)) / 255
     for fix in ("adain", "wavelet"):
         for upscaler in (tiled, whole):
-            upscaler.settings = dataclasses.replace(upscaler.settings, color_fix=fix)
-        [found], [expected] = (u.many(source, 4, [(0.7, 0.4)], seed=3) for u in (tiled, whole))
+            upscaler.pipeline.settings = dataclasses.replace(upscaler.pipeline.settings, color_fix=fix)
+        found, expected = (u(source, 4, (0.7, 0.4), seed=3) for u in (tiled, whole))
         assert found.shape == (100, 148, 3)
         assert 0 < np.abs(found - expected).max() < WORST / 2
         assert np.abs(found - expected).mean() < MEAN / 2
@@ -174,12 +176,13 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
     upscaler(picture(28, 33))
     # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
     assert sorted(what.split()[0] for what in compiled) == ["predict", *["sample"] * 4, *["tiles"] * 2]
-    upscaler.many(picture(35, 30), 4, [(1.0, 1.0)])
+    upscaler(picture(35, 30))
     assert len(compiled) == 7
-    calls, run = [], upscaler._run
-    upscaler._run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    prepared = upscaler.many(picture(28, 33), 4, [(1.0, 1.0), (1.0, 1.0)])
-    assert np.array_equal(*prepared)
+    runner = upscaler.pipeline.runner
+    calls, run = [], runner.run
+    runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
+    session = upscaler.open(picture(28, 33), adjustable=False)
+    assert np.array_equal(session.render(), session.render())
     # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
     assert order == ["sample", "tiles"] * 2 + ["predict"] + ["sample", "tiles"] * 4
@@ -188,7 +191,8 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
 def test_out_of_memory_halves_the_tile_and_goes_on():
     said, asked = [], []
     upscaler = small_upscaler(vae_tile=256, notice=said.append)
-    run = upscaler._run
+    runner = upscaler.pipeline.runner
+    run = runner.run
 
     def short_of_memory(stage, static, *arrays):
         if stage.__name__ in ("encode", "tiles"):
@@ -197,7 +201,7 @@ def test_out_of_memory_halves_the_tile_and_goes_on():
                 raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
         return run(stage, static, *arrays)
 
-    upscaler._run = short_of_memory
+    runner.run = short_of_memory
     found = upscaler(picture(36, 32))
     assert said == ["out of memory with the whole picture: now tiles of 72 pixels"]
     assert asked[0] == (144, 128)

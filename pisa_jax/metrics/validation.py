@@ -1,0 +1,106 @@
+"""Validation of a training run on fixed images: metrics and a contact sheet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from pisa_jax.adapters import lora
+from pisa_jax.config import AdapterSpec, Stage, Validation
+from pisa_jax.data.degradation import degrade
+from pisa_jax.data.sources import folder_source, pair_source
+from pisa_jax.imaging.contact_sheet import contact_sheet
+from pisa_jax.metrics import lpips, psnr_ssim
+from pisa_jax.model import BaseModel, Params, predict
+
+
+class ValidationImage(NamedTuple):
+    """An LQ/GT pair, uint8 RGB."""
+
+    name: str
+    lq: np.ndarray
+    gt: np.ndarray
+
+
+def validation_images(config: Validation, crop: int) -> list[ValidationImage]:
+    """Read the validation images: the center `crop` x `crop` of each, degraded with its index as seed unless paired.
+
+    Raises:
+        ValueError: an image is smaller than the crop.
+        OSError: an image cannot be read.
+    """
+    if config.path is None:
+        return []
+    source = (pair_source if (Path(config.path) / "lq").is_dir() else folder_source)(config.path)
+    images = []
+    for index in range(min(config.count, len(source))):
+        record = source[index]
+        height, width, _ = record.image.shape
+        if min(height, width) < crop:
+            raise ValueError(f"validation image {record.path} is {width} x {height}, smaller than data.crop {crop}")
+        y, x = (height - crop) // 2, (width - crop) // 2
+        gt = record.image[y : y + crop, x : x + crop]
+        if record.lq is not None:
+            lq = record.lq[y : y + crop, x : x + crop]
+        else:
+            lq = np.rint(degrade(np.float32(gt) / np.float32(255), np.random.default_rng(index)) * 255).astype(np.uint8)
+        images.append(ValidationImage(record.path, lq, gt))
+    return images
+
+
+def upscale_image(
+    unet: Params,
+    vae: Params,
+    adapter: lora.Tree,
+    prompt: Float[Array, "1 n d"],
+    lq: Float[Array, "1 h w 3"],
+    *,
+    base: BaseModel,
+    spec: AdapterSpec,
+) -> Float[Array, "2 h w 3"]:
+    """Upscale an image in [-1, 1] without and with the adapter, at scales 0 and 1."""
+    latents = base.encode(vae, lq, None)
+    both = predict(base, unet, adapter, spec, latents, prompt, (0.0, 1.0))
+    return jnp.clip(jnp.concatenate([base.decode(vae, latents - eps) for eps in both]), -1, 1)
+
+
+def evaluate(
+    upscale: Callable[[Float[Array, "1 h w 3"]], Float[Array, "2 h w 3"]],
+    images: list[ValidationImage],
+    perceptual: Any,
+    stage: Stage,
+) -> tuple[dict[str, float], Image.Image]:
+    """Measure mean l2, PSNR and SSIM (of Y) and perceptual distance; also returns a contact sheet.
+
+    The columns of the sheet are LQ, without the adapter that trains (in the semantic stage: pix only), with it, GT.
+    """
+    rows, found = [], []
+    before, after = " + ".join(stage.frozen) or "no adapter", " + ".join([*stage.frozen, stage.adapter])
+    for image in images:
+        without, result = (to_uint8(array) for array in np.asarray(upscale(to_float(image.lq)[None])))
+        values = {"l2": float(np.mean(np.square((np.float32(result) - image.gt) / 127.5)))}
+        values |= {"psnr": psnr_ssim.psnr(result, image.gt), "ssim": psnr_ssim.ssim(result, image.gt)}
+        if perceptual is not None:
+            values["perceptual"] = float(_distance(perceptual, to_float(result)[None], to_float(image.gt)[None])[0])
+        found.append(values)
+        rows += [("LQ", image.lq), (before, without), (after, result), ("GT", image.gt)]
+    sheet = contact_sheet([(label, Image.fromarray(array)) for label, array in rows], columns=4, longest=256)
+    return {name: float(np.mean([values[name] for values in found])) for name in found[0]}, sheet
+
+
+_distance = jax.jit(lpips.distance)
+
+
+def to_float(image: np.ndarray) -> jax.Array:
+    """Convert uint8 to float32 in [-1, 1]."""
+    return jnp.asarray(np.float32(image) / 127.5 - 1)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Convert [-1, 1] to uint8, rounded."""
+    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -1,0 +1,29 @@
+"""Stable Diffusion as a `BaseModel`: the record of functions that the method, training and inference use."""
+
+import functools
+
+from pisa_jax.model import BaseModel
+from pisa_jax.sd import backbone as bb
+from pisa_jax.sd import vae_tiling
+from pisa_jax.tiling.vae_tiles import TiledVae
+
+
+def base_model(backbone: bb.Backbone) -> BaseModel:
+    """Return the functions of the modules in `backbone`."""
+
+    def bind(function):
+        return functools.partial(function, backbone)
+
+    return BaseModel(
+        encode=bind(bb.encode),
+        decode=bind(bb.decode),
+        predict_noise=bind(bb.eps),
+        encode_text=bind(bb.encode_text),
+        factor=backbone.factor,
+        latent_channels=backbone.latent_channels,
+        latent_scale=backbone.latent_scale,
+        unet_dtype=backbone.unet.dtype,
+        vae_dtype=backbone.vae.dtype,
+        block_outputs=(bb.BLOCK_OUTPUT,),
+        tiled_vae=TiledVae(bind(vae_tiling.footprint), bind(vae_tiling.encoder), bind(vae_tiling.decoder)),
+    )
