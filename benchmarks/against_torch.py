@@ -49,7 +49,7 @@ class Torch:
 
 def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
     """For every stage: side of the picture -> the same stage here, as a function without arguments."""
-    loaded = pretrained.load(folder)
+    loaded = pretrained.load_pretrained(folder)
     modules = loaded.backbone
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -61,7 +61,7 @@ def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.A
         return jax.random.normal(jax.random.key(0), shape)
 
     def latents(side):
-        return normal(1, side // modules.factor, side // modules.factor, modules.latent_channels)
+        return normal(1, side // modules.vae_scale_factor, side // modules.vae_scale_factor, modules.latent_channels)
 
     prompt = normal(1, 77, modules.unet.cross_attention_dim)
     return {

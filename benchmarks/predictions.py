@@ -16,7 +16,7 @@ import numpy as np
 from timing import alternate, model_parser, seconds
 
 from pisa_jax import Upscaler, model
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import files, injection
 from pisa_jax.inference import predict
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone as bb
@@ -41,7 +41,7 @@ def main() -> None:
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"
     upscaler = Upscaler.load(args.model, adapters, dtype=args.dtype, vae_dtype=args.vae_dtype)
     modules, weights, spec = upscaler.backbone, upscaler.weights, upscaler.sem_spec
-    side = 4 * args.size // modules.factor
+    side = 4 * args.size // modules.vae_scale_factor
     latents = jax.random.normal(jax.random.key(0), (1, side, side, modules.latent_channels))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
 
@@ -49,7 +49,7 @@ def main() -> None:
     alone = compiled(lambda unet: bb.eps(modules, unet, latents, model.TIMESTEP, weights.prompt))
     low_rank = compiled(functools.partial(predict, modules, spec, (1.0,)))
     trained = files.load_adapters(adapters)
-    full = lora.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
+    full = injection.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
 
     def two(second):
         return jnp.concatenate([alone(weights.unet_pix), second()], axis=-1)

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Float
 
 from pisa_jax import model
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import checks, files, injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import image_io, network_input
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
-from pisa_jax.runtime.tensor_files import release
+from pisa_jax.runtime.tensor_files import release_mapped_pages
 from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained, vae_tiling
@@ -67,7 +68,7 @@ class Weights(NamedTuple):
     """All arrays of a model: arguments of the jitted stages, never closed over."""
 
     unet_pix: Any
-    sem: lora.Tree
+    sem: AdapterTree
     vae: Any
     prompt: Float[jax.Array, "1 n d"]
 
@@ -118,7 +119,7 @@ def on_device(tree: Any, dtype: Any) -> Any:
 
     def place(leaf):
         placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))
-        release(leaf)
+        release_mapped_pages(leaf)
         return placed
 
     return jax.tree.map(place, tree)
@@ -144,11 +145,11 @@ class Upscaler:
     ):
         self.backbone, self.sem_spec, self.settings = backbone, sem_spec, settings
         self.on_compile, self.notice = on_compile, notice
-        self.mesh = distributed.first_devices(settings.devices)
+        self.mesh = distributed.local_mesh(settings.devices)
         everywhere = distributed.replicated(self.mesh)
         self.weights = jax.device_put(weights, everywhere) if settings.devices > 1 else weights
         self.compiled: dict[Any, Any] = {}
-        self.memory = memory.Memory(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
+        self.memory = memory.TileSizePolicy(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
 
     @classmethod
     def load(
@@ -181,8 +182,8 @@ class Upscaler:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
         checked = Settings(**settings)
         trained = files.load_adapters(adapters)
-        loaded = pretrained.load(model, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
-        files.check_adapters(trained.trees, lora.target_shapes(loaded.params["unet"], "."))
+        loaded = pretrained.load_pretrained(model, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
+        checks.check_adapters(trained.trees, injection.target_shapes(loaded.params["unet"], "."))
         if "pix" not in trained.trees:
             raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
         # The text encoder first, as it is dropped again; then one weight after the other.
@@ -190,7 +191,7 @@ class Upscaler:
         prompt = bb.encode_text(loaded.backbone, text, jnp.asarray(loaded.tokenize([prompt])))
         del text
         weights = Weights(
-            lora.merge(
+            injection.merge(
                 on_device(loaded.params["unet"], loaded.backbone.unet.dtype),
                 {"pix": trained.trees["pix"]},
                 trained.specs,
@@ -234,7 +235,9 @@ class Upscaler:
         seed: int | None = None,
     ) -> list[list[image_io.Picture]]:
         """For every pair of scales, the results of `pictures`, which have equal sizes, as one batch."""
-        prepared = [network_input.prepare(p, scale, self.settings.min_size, self.backbone.factor) for p in pictures]
+        prepared = [
+            network_input.prepare(p, scale, self.settings.min_size, self.backbone.vae_scale_factor) for p in pictures
+        ]
         batch = np.stack([array for array, _ in prepared])
         both = any(tuple(pair) != (1.0, 1.0) for pair in pairs)
         residuals = self.residuals(batch, both, None if seed is None else self._noise(batch.shape, seed))
@@ -283,7 +286,7 @@ class Upscaler:
         def tiled(tile):
             results = []
             for latents, source in zip(np.asarray(model.combine(*residuals, jnp.asarray(scales))), style, strict=True):
-                decoded = self._walked(vae_tiling.decoder, latents, tile)[: size[0], : size[1]]
+                decoded = self._walked(vae_tiling.tiled_decoder, latents, tile)[: size[0], : size[1]]
                 results.append(self._recolored(decoded, source[: size[0], : size[1]], tile))
             return _stacked(results)
 
@@ -294,7 +297,9 @@ class Upscaler:
             return jax.block_until_ready(self._run(encode, (), self._spread(batch), noise))
 
         def tiled(tile):
-            mean, std = np.split(_stacked([self._walked(vae_tiling.encoder, one, tile) for one in batch]), 2, axis=-1)
+            mean, std = np.split(
+                _stacked([self._walked(vae_tiling.tiled_encoder, one, tile) for one in batch]), 2, axis=-1
+            )
             latents = mean if noise is None else mean + std * np.asarray(noise)
             return jnp.asarray(latents * self.backbone.latent_scale)
 
@@ -303,7 +308,7 @@ class Upscaler:
     def _walked(self, direction: Callable, array: np.ndarray, tile: int) -> np.ndarray:
         """One picture, or its latents, through the VAE by tiles of `tile` pixels."""
         functions = direction(self.backbone, self.weights.vae, self.mesh, self._run)
-        out, off = vae_tiles.walk(functions, array, max(tile // self.backbone.factor, 1))
+        out, off = vae_tiles.process_in_tiles(functions, array, max(tile // self.backbone.vae_scale_factor, 1))
         if off > vae_tiles.TOLERANCE:
             self.notice(f"the tiles of the VAE's {direction.__name__} agree to {off:.1g} only: seams may show")
         return out
@@ -314,21 +319,23 @@ class Upscaler:
             adain_in_place(np.clip(decoded, -1, 1, out=decoded), style)
             return decoded
         stage = functools.partial(self._run, recolor, (self.settings.color_fix,))
-        return vae_tiles.over_windows(stage, (decoded, style), tile, WAVELET_REACH)
+        return vae_tiles.map_tiles(stage, (decoded, style), tile, WAVELET_REACH)
 
     def _within_memory(self, batch: np.ndarray, whole: Callable, tiled: Callable) -> Any:
-        return self.memory.run(vae_tiling.footprint(self.backbone, batch.shape), max(batch.shape[1:3]), whole, tiled)
+        return self.memory.execute(
+            vae_tiling.footprint(self.backbone, batch.shape), max(batch.shape[1:3]), whole, tiled
+        )
 
     def _spread(self, arrays: Any) -> Any:
         """Batches cut over the devices, where they can be."""
         count = self.settings.devices
         if count == 1 or any(len(leaf) % count for leaf in jax.tree.leaves(arrays)):
             return arrays
-        return jax.device_put(arrays, distributed.over_batch(self.mesh))
+        return jax.device_put(arrays, distributed.batch_sharding(self.mesh))
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> jax.Array:
         # The same for every picture of a size: results do not depend on which files share a batch.
-        spatial = (side // self.backbone.factor for side in shape[1:3])
+        spatial = (side // self.backbone.vae_scale_factor for side in shape[1:3])
         return jax.random.normal(jax.random.key(seed), (1, *spatial, self.backbone.latent_channels))
 
     def _run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:

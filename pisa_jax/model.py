@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 from pisa_jax.sd.backbone import Backbone, Params, eps
 
@@ -15,7 +16,7 @@ TIMESTEP = 1
 def predict(
     backbone: Backbone,
     unet_pix: Params,
-    sem: lora.Tree,
+    sem: AdapterTree,
     spec: AdapterSpec,
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "1 n d"],
@@ -27,7 +28,7 @@ def predict(
     """
     count, batch = len(sem_scales), latents.shape[0]
     scale = jnp.repeat(jnp.array(sem_scales), batch)
-    with nn.intercept_methods(lora.interceptor({"sem": sem}, {"sem": spec}, {"sem": scale})):
+    with nn.intercept_methods(injection.interceptor({"sem": sem}, {"sem": spec}, {"sem": scale})):
         out = eps(backbone, unet_pix, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 

@@ -10,7 +10,8 @@ from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Bool, Float, Int
 
 from pisa_jax import losses
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import Config, Stage
 from pisa_jax.metrics import lpips
 from pisa_jax.model import TIMESTEP
@@ -56,10 +57,10 @@ class State(NamedTuple):
     """What a step changes."""
 
     step: Int[Array, ""]
-    adapter: lora.Tree
+    adapter: AdapterTree
     optimizer: Any
     # Exponential moving average of the adapter; None without one.
-    ema: lora.Tree | None
+    ema: AdapterTree | None
     # Steps left out because a loss or a gradient was not finite: in all, and since the last good one.
     skipped: Int[Array, ""]
     bad_streak: Int[Array, ""]
@@ -83,7 +84,7 @@ def learning_rate(stage: Stage) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, stage.warmup), after], [stage.warmup])
 
 
-def init_state(adapter: lora.Tree, config: Config, stage: Stage) -> State:
+def init_state(adapter: AdapterTree, config: Config, stage: Stage) -> State:
     """The state before the first step of a stage."""
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, adapter) if config.ema else None
@@ -94,7 +95,7 @@ def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, .
     """The draws of a step for a batch of image shape (b, h, w, 3): n ~ N(0, 1), t ~ U{first..last}."""
     posterior, noise, timesteps = jax.random.split(key, 3)
     batch, height, width, _ = images
-    shape = (batch, height // backbone.factor, width // backbone.factor, backbone.latent_channels)
+    shape = (batch, height // backbone.vae_scale_factor, width // backbone.vae_scale_factor, backbone.latent_channels)
     first, last = config.csd_timesteps
     return Draws(
         jax.random.normal(posterior, shape),
@@ -104,7 +105,13 @@ def draw(key: Array, backbone: bb.Backbone, config: Config, images: tuple[int, .
 
 
 def loss(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, backbone: bb.Backbone, config: Config, stage: Stage
+    adapter: AdapterTree,
+    frozen: Frozen,
+    batch: Batch,
+    draws: Draws,
+    backbone: bb.Backbone,
+    config: Config,
+    stage: Stage,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted sum of the stage's losses, and each of them.
 
@@ -121,7 +128,7 @@ def loss(
     def restore(adapter):
         trained = {stage.adapter: adapter}
         with nn.intercept_methods(
-            lora.interceptor(trained, {stage.adapter: stage.spec}, {stage.adapter: jnp.ones(())})
+            injection.interceptor(trained, {stage.adapter: stage.spec}, {stage.adapter: jnp.ones(())})
         ):
             restored = latents - bb.eps(backbone, frozen.unet, latents, TIMESTEP, seen)
         return restored, jnp.clip(bb.decode(backbone, frozen.vae, restored), -1, 1)
@@ -150,8 +157,14 @@ def loss(
 
 
 def gradient(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, backbone: bb.Backbone, config: Config, stage: Stage
-) -> tuple[dict[str, Float[Array, ""]], lora.Tree]:
+    adapter: AdapterTree,
+    frozen: Frozen,
+    batch: Batch,
+    draws: Draws,
+    backbone: bb.Backbone,
+    config: Config,
+    stage: Stage,
+) -> tuple[dict[str, Float[Array, ""]], AdapterTree]:
     """Losses ("total" and each part) and their gradient, averaged over `config.accumulate` parts of the batch."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 

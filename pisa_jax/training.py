@@ -15,14 +15,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pisa_jax import losses, train_step, validation
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import files, injection, registry
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import lpips
 from pisa_jax.runtime import distributed, run_log
-from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_folder
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_run_directory
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained, random_model
@@ -76,8 +77,8 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
     loader, pairs = make_loader(config), validation.validation_pairs(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     model = None if config.model == "random" else load_model(config, config.model)
-    check(config, model.backbone if model else bb.build(*random_model.configs(RANDOM_SIZE)), mesh)
-    folder = claim_folder(config, resume, overwrite)
+    check(config, model.backbone if model else bb.build_modules(*random_model.model_configs(RANDOM_SIZE)), mesh)
+    folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
     checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
@@ -97,7 +98,7 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
     return folder / ADAPTERS_FILE
 
 
-def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: State | None) -> State:
+def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage from `state`, or from its start, on top of the adapters `trained`; the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     state = new_state(run, index) if state is None else state
@@ -116,7 +117,7 @@ def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: Stat
         start = time.perf_counter()
         batch = place_batch(run, next(run.loader))
         if run.watcher:
-            run.watcher.waited(time.perf_counter() - start)
+            run.watcher.add_data_wait(time.perf_counter() - start)
         state, measured = step_function(frozen, state, batch, key)
         step += 1
         last = step == stage.steps
@@ -155,9 +156,11 @@ def validate(run: Run, stage: Stage, step: int, restore: Any) -> None:
     """Measure the validation pictures and log figures and pictures."""
     found, sheet = validation.validate(restore, run.validation, run.perceptual, stage)
     if run.watcher:
-        run.watcher.scalars(step, {f"validation/{name}": value for name, value in found.items()})
-        run.watcher.sheet(step, sheet)
-        run.watcher.say(f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        run.watcher.log_scalars(step, {f"validation/{name}": value for name, value in found.items()})
+        run.watcher.log_image(step, sheet)
+        run.watcher.print(
+            f"step {step}: validation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        )
 
 
 def told_to_stop(run: Run, step: int) -> bool:
@@ -175,31 +178,33 @@ def _on_sigterm() -> threading.Event:
     return event
 
 
-def exported(state: State) -> lora.Tree:
+def exported(state: State) -> AdapterTree:
     """The adapter that is used later: the average, where there is one."""
     return state.adapter if state.ema is None else state.ema
 
 
-def export(run: Run, trained: dict[str, lora.Tree]) -> None:
+def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     """Write the adapters for `infer.py`."""
     specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
-    files.save_adapters(run.folder / ADAPTERS_FILE, files.Adapters(trained, specs, run.config.model))
+    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
 
 
 def new_state(run: Run, index: int) -> State:
     """The state before a stage's first step, on every device."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
     state = _state_maker(run, index)()
-    return distributed.place(jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state))
+    return distributed.make_global_arrays(
+        jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
+    )
 
 
 def _state_maker(run: Run, index: int) -> Any:
     stage, key = run.config.stages[index], jax.random.fold_in(jax.random.key(run.config.seed + 1), index)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), run.model.params["unet"])
-    return lambda: train_step.init_state(lora.init(key, shapes, stage.spec), run.config, stage)
+    return lambda: train_step.init_state(injection.init_adapter(key, shapes, stage.spec), run.config, stage)
 
 
-def restore(run: Run) -> tuple[int, dict[str, lora.Tree], State]:
+def restore(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     """The stage that the newest checkpoint is in, the adapters finished before it, and its state."""
     progress = run.checkpoints.progress()
     run.loader.set_state(progress.loader)
@@ -215,7 +220,7 @@ def restore(run: Run) -> tuple[int, dict[str, lora.Tree], State]:
     return progress.stage, jax.device_get({name: adapters[name] for name in names[:-1]}), state
 
 
-def place_frozen(run: Run, stage: Stage, trained: dict[str, lora.Tree]) -> Frozen:
+def place_frozen(run: Run, stage: Stage, trained: dict[str, AdapterTree]) -> Frozen:
     """The weights that a stage needs, cut over the mesh, earlier adapters merged in."""
     config, backbone = run.config, run.model.backbone
     specs = {s.adapter: s.spec for s in config.stages}
@@ -223,7 +228,7 @@ def place_frozen(run: Run, stage: Stage, trained: dict[str, lora.Tree]) -> Froze
 
     def place(part, dtype):
         host = run.model.params[part]
-        return distributed.place(host, distributed.weight_shardings(run.mesh, host), dtype)
+        return distributed.make_global_arrays(host, distributed.weight_shardings(run.mesh, host), dtype)
 
     base, text = place("unet", config.dtype), place("text", "float32")
     encode = jax.jit(functools.partial(bb.encode_text, backbone))
@@ -231,7 +236,7 @@ def place_frozen(run: Run, stage: Stage, trained: dict[str, lora.Tree]) -> Froze
         encode(text, jnp.asarray(run.model.tokenize([prompt]))) for prompt in ("", config.negative_prompt)
     )
     return Frozen(
-        unet=lora.merge(base, merged, specs, dict.fromkeys(merged, 1.0)) if merged else base,
+        unet=injection.merge(base, merged, specs, dict.fromkeys(merged, 1.0)) if merged else base,
         teacher=base if stage.csd else None,
         vae=place("vae", config.vae_dtype),
         text=text if config.data.prompts else None,
@@ -258,7 +263,7 @@ def compile_step(run: Run, stage: Stage, frozen: Frozen) -> Any:
         in_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, frozen),
             everywhere,
-            distributed.over_batch(run.mesh),
+            distributed.batch_sharding(run.mesh),
             None,
         ),
         out_shardings=(everywhere, everywhere),
@@ -271,14 +276,14 @@ def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     """This process's pictures as its part of the global batch."""
     prompts = list(batch["prompt"])
     ids = run.model.tokenize(prompts) if run.config.data.prompts else np.zeros((len(prompts), 1), np.int32)
-    layout = distributed.over_batch(run.mesh)
+    layout = distributed.batch_sharding(run.mesh)
     arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
 
 
 def load_model(config: Config, model: str | Path) -> pretrained.Pretrained:
     """A base model that computes in the run's dtypes."""
-    return pretrained.load(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
+    return pretrained.load_pretrained(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
 
 
 def make_random_model(config: Config, folder: Path) -> Path:
@@ -287,7 +292,7 @@ def make_random_model(config: Config, folder: Path) -> Path:
     if jax.process_index() == 0 and not made.exists():
         unfinished = made.with_suffix(".part")  # of a run that was killed here, or ours
         shutil.rmtree(unfinished, ignore_errors=True)
-        random_model.write(unfinished, RANDOM_SIZE, config.seed)
+        random_model.write_random_model(unfinished, RANDOM_SIZE, config.seed)
         unfinished.rename(made)
     multihost_utils.sync_global_devices("model written")
     return made
@@ -300,7 +305,7 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
     weights = lpips.load_weights(config.perceptual_weights, config.perceptual)
     if jax.process_index() == 0:
         print(f"perceptual loss: {lpips.describe(weights)}")
-    return jax.tree.map(lambda leaf: distributed.place(leaf, distributed.replicated(mesh)), weights)
+    return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
 
 
 def make_source(config: Data) -> sources.Source:
@@ -333,11 +338,13 @@ def make_loader(config: Config) -> loader.Loader:
 
 def check(config: Config, backbone: bb.Backbone, mesh: jax.sharding.Mesh) -> None:
     """ValueError unless adapters are known, crops fit VAE and losses, and batches can be cut over the devices."""
-    if config.data.crop % backbone.factor:
-        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {backbone.factor}, the VAE's factor")
-    latents = config.data.crop // backbone.factor
+    if config.data.crop % backbone.vae_scale_factor:
+        raise ValueError(
+            f"data.crop {config.data.crop} is not a multiple of {backbone.vae_scale_factor}, the VAE's factor"
+        )
+    latents = config.data.crop // backbone.vae_scale_factor
     for stage in config.stages:
-        lora.decomposition(stage.spec)
+        registry.get_decomposition(stage.spec)
         if stage.latent_window > latents:
             raise ValueError(
                 f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "

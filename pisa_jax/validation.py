@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from pisa_jax import model
-from pisa_jax.adapters import lora
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import Stage, Validation
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.sources import folder_source, pair_source
@@ -58,7 +58,7 @@ def validation_pairs(config: Validation, crop: int) -> list[Pair]:
 
 
 def restore(
-    frozen: Frozen, adapter: lora.Tree, lq: Float[Array, "1 h w 3"], *, backbone: bb.Backbone, stage: Stage
+    frozen: Frozen, adapter: AdapterTree, lq: Float[Array, "1 h w 3"], *, backbone: bb.Backbone, stage: Stage
 ) -> Float[Array, "2 h w 3"]:
     """A picture in [-1, 1] restored without and with the adapter that trains, at scale 1 and the empty prompt."""
     latents = bb.encode(backbone, frozen.vae, lq)

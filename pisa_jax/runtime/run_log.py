@@ -31,7 +31,7 @@ class RunLog:
         self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
-    def waited(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         """Count time spent on waiting for data."""
         self._waited += seconds
 
@@ -42,7 +42,7 @@ class RunLog:
         data = self._waited / steps
         speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
         speed |= {"data": data, "compute": seconds - data}
-        self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
+        self.log_scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
         end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
         told = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
         told += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
@@ -52,11 +52,11 @@ class RunLog:
             print(f"step {step}/{self._bar.total}: {', '.join(told)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write measurements as they are."""
         self._write(step, [summary.scalar(name, value) for name, value in values.items()])
 
-    def sheet(self, step: int, image: Image.Image) -> None:
+    def log_image(self, step: int, image: Image.Image) -> None:
         """Write a picture."""
         self._write(step, [summary.image("validation", np.asarray(image), dataformats="HWC")])
 
@@ -68,7 +68,7 @@ class RunLog:
         except OSError as error:
             raise OSError(f"{self._folder} cannot be written; free space and go on with --resume: {error}") from error
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line of its own on the terminal."""
         tqdm.write(text)
 

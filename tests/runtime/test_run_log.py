@@ -68,7 +68,7 @@ def test_a_full_disk_is_told_and_nothing_waits_for_it(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**9, before[1]))  # no file may grow beyond this
     try:
         with pytest.raises(OSError, match=r"tensorboard cannot be written; free space and go on with --resume: .*27"):
-            watcher.scalars(20, {f"pix/{index}": 1.0 for index in range(100)})
+            watcher.log_scalars(20, {f"pix/{index}": 1.0 for index in range(100)})
         watcher.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -76,10 +76,10 @@ def test_a_full_disk_is_told_and_nothing_waits_for_it(folder):
 
 def test_what_is_logged_can_be_read(folder, capsys):
     watcher = run_log.RunLog(folder, batch_size=6, total=40, first=10)
-    watcher.waited(0.001)
+    watcher.add_data_wait(0.001)
     watcher.log(20, {"pix/l2": 0.25, "pix/skipped": 0.0})
-    watcher.scalars(20, {"validation/psnr": 31.5})
-    watcher.sheet(20, Image.new("RGB", (30, 20), (10, 20, 30)))
+    watcher.log_scalars(20, {"validation/psnr": 31.5})
+    watcher.log_image(20, Image.new("RGB", (30, 20), (10, 20, 30)))
     watcher.close()
     found = events(folder / "tensorboard")
     assert found["pix/l2"][20].simple_value == 0.25
