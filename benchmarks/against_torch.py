@@ -48,7 +48,7 @@ class Torch:
 
 def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
     """For every stage: side of the picture -> the same stage here, as a function without arguments."""
-    loaded = pretrained.load(folder)
+    loaded = pretrained.load_pretrained(folder)
     base = loaded.base
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     args = parser.parse_args()
-    random_model.write(args.folder, args.size, dtype=args.dtype)
+    random_model.write_random_model(args.folder, args.size, dtype=args.dtype)
     print(f"wrote {args.folder} ({args.size}, {args.dtype}) and {args.folder / 'adapters.safetensors'}")
 
 

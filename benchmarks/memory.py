@@ -35,10 +35,13 @@ GIB = 2**30
 
 def plan(pixels: int) -> list[dict]:
     """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
-    modules = backbone.build(*random_model.configs("sd21"))
+    modules = backbone.build_modules(*random_model.model_configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
-    weights, mesh = Weights(None, None, params, None), distributed.first_devices(1)
-    tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of a picture of 8192 pixels
+    weights, mesh = Weights(None, None, params, None), distributed.local_mesh(1)
+    tile, side = (
+        pixels // modules.vae_scale_factor,
+        2**13 // modules.vae_scale_factor,
+    )  # tiles of a picture of 8192 pixels
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=compiler_options())
@@ -46,17 +49,17 @@ def plan(pixels: int) -> list[dict]:
 
     latents = array(1, tile, tile, modules.latent_channels)
     found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
-    head = array(vae_tiles.MOST_KEYS, 1, modules.vae.block_out_channels[-1])
-    keys, place = vae_tiles.Keys(head, head, integers()), vae_tiles.Place(*[integers(1, 2)] * 4)
+    head = array(vae_tiles.MAX_KEYS, 1, modules.vae.block_out_channels[-1])
+    keys, place = vae_tiles.AttentionKeys(head, head, integers()), vae_tiles.TilePlacement(*[integers(1, 2)] * 4)
     for name, direction, part in (
-        ("tile of the decoder", vae_tiling.decoder, vae_tiling.decode_part),
-        ("tile of the encoder", vae_tiling.encoder, vae_tiling.encode_part),
+        ("tile of the decoder", vae_tiling.tiled_decoder, vae_tiling.decode_tile),
+        ("tile of the encoder", vae_tiling.tiled_encoder, vae_tiling.encode_tile),
     ):
         d = direction(modules, params, mesh, None)
-        window = vae_tiles.seen(tile, side, d.margin) * d.source
-        windows = array(1, window, window, modules.latent_channels if d.source == 1 else 3)
-        stage = functools.partial(vae_tiling.tiles, modules, part, mesh, (tile, tile))
-        found[name] = temporaries(stage, weights, windows, place, array(*d.stats), keys)
+        window = vae_tiles.window_length(tile, side, d.margin) * d.input_scale
+        windows = array(1, window, window, modules.latent_channels if d.input_scale == 1 else 3)
+        stage = functools.partial(vae_tiling.process_tiles, modules, part, mesh, (tile, tile))
+        found[name] = temporaries(stage, weights, windows, place, array(*d.statistics_shape), keys)
     return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
 
 
@@ -73,7 +76,7 @@ def integers(*shape: int) -> jax.ShapeDtypeStruct:
 def one_run(model: str, pixels: int, tile: int) -> dict:
     """Peak resident memory of one picture through encoder, decoder and colours, above that of the loaded model."""
     # Memory depends on neither, and time does: one pass over the tiles, few keys.
-    vae_tiles.MOST_PASSES, vae_tiles.MOST_KEYS = 1, 2**12
+    vae_tiles.MAX_PASSES, vae_tiles.MAX_KEYS = 1, 2**12
     upscaler = Upscaler.load(model, Path(model) / "adapters.safetensors", vae_tile=tile)
     before, start = _peak(), time.perf_counter()
     rng = np.random.default_rng(0)

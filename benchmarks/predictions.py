@@ -16,7 +16,7 @@ import numpy as np
 from timing import alternate, model_parser, seconds
 
 from pisa_jax import Upscaler, model
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import files, injection
 from pisa_jax.inference import predict
 from pisa_jax.runtime.compilation import compiler_options
 
@@ -49,7 +49,7 @@ def main() -> None:
     alone = compiled(lambda unet: base.predict_noise(unet, latents, model.TIMESTEP, weights.prompt))
     low_rank = compiled(functools.partial(predict, base, spec, (1.0,)))
     trained = files.load_adapters(adapters)
-    full = lora.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
+    full = injection.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
 
     def two(second):
         return jnp.concatenate([alone(weights.unet_pix), second()], axis=-1)

@@ -25,7 +25,7 @@ import numpy as np
 from timing import alternate, seconds
 
 from pisa_jax import losses, train_step, training
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.metrics import lpips
 from pisa_jax.runtime.compilation import compiler_options
@@ -43,7 +43,7 @@ ADDITIVE = train_step.loss
 
 def merged_loss(adapter, frozen, batch, draws, base, objective):
     """`train_step.loss` with W + dW in every adapted kernel instead of the low-rank path."""
-    unet = lora.merge(frozen.unet, {"": adapter}, {"": objective.spec}, {"": 1.0})
+    unet = injection.merge(frozen.unet, {"": adapter}, {"": objective.spec}, {"": 1.0})
     return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, base, objective)
 
 
@@ -81,7 +81,7 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
     key, optimizer = jax.eval_shape(lambda: jax.random.key(0)), training.make_optimizer(config, stage)
     float_unet = cast(shapes["unet"], jnp.float32)
     state = jax.eval_shape(
-        lambda key: train_step.init_state(lora.init(key, float_unet, stage.spec), optimizer, False), key
+        lambda key: train_step.init_state(injection.init_adapter(key, float_unet, stage.spec), optimizer, False), key
     )
     images = of((config.batch_size, config.data.crop, config.data.crop, 3), jnp.float32)
     ids = of((config.batch_size, PROMPT_TOKENS), jnp.int32)
@@ -113,7 +113,7 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
         alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
     )
     state = train_step.init_state(
-        lora.init(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
+        injection.init_adapter(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
     )
     pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
@@ -186,7 +186,7 @@ def main() -> None:
     device = device_for(args.topology)
     print(f"{device.device_kind}, jax {jax.__version__}, {args.size}, crops of {args.crop}, {args.dtype}")
     runs = args.topology is None and not (args.size == "sd21" and device.platform == "cpu")
-    modules = bb.build(*random_model.configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
+    modules = bb.build_modules(*random_model.model_configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
     remats = {"no": [False], "yes": [True], "both": [False, True]}[args.remat]
     for name, batch_size, remat in itertools.product(args.stages, args.batch_sizes, remats):
         stage = STAGES[name]

@@ -87,9 +87,9 @@ def main() -> None:
 
     factor = json.loads((args.vae / "scaling_factor.json").read_text())
     configs = {"unet": UNET, "vae": VAE | {"scaling_factor": factor}, "text": TEXT}
-    backbone = bb.build(**configs)
+    backbone = bb.build_modules(**configs)
     shapes = bb.param_shapes(backbone)
-    vae = pretrained.from_torch(load_file(args.vae / "vae.safetensors"), shapes["vae"], str(args.vae))
+    vae = pretrained.params_from_torch(load_file(args.vae / "vae.safetensors"), shapes["vae"], str(args.vae))
     objective = functools.partial(
         loss,
         backbone=backbone,
@@ -101,7 +101,7 @@ def main() -> None:
     first = fit(args.out / "first", PHASES, source, prompts, initial_params(shapes), objective, prepare, LEARNING_RATE)
     trained = fit(args.out / "last", LAST_PHASES, source, prompts, first, objective, prepare, LEARNING_RATE)
     weights = jax.device_get({**trained, "vae": vae})
-    pretrained.write(args.model, configs, weights, random_model.SCHEDULER, "float16")
+    pretrained.write_pretrained(args.model, configs, weights, random_model.SCHEDULER, "float16")
     print(f"wrote {args.model}")
 
 

@@ -16,6 +16,7 @@ from pictures import HELD_OUT
 from PIL import Image
 
 from pisa_jax.adapters import files
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.data.degradation import degrade_and_reduce
 from pisa_jax.imaging.image_io import read_rgb8
 from pisa_jax.sd.pretrained import DEMO
@@ -52,7 +53,7 @@ def main() -> None:
     adapters = files.load_adapters(args.adapters)
     sem = adapters.specs["sem"]
     specs = adapters.specs | {"sem": dataclasses.replace(sem, alpha=sem.alpha * args.sem)}
-    shipped = files.Adapters(adapters.trees, specs, base_model="demo")
+    shipped = Adapters(adapters.trees, specs, base_model="demo")
     files.save_adapters(DEMO / "adapters.safetensors", shipped, "float16")
     write_samples(args.data / "photos", DEMO / "samples", TRUTHS)
     size = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())

@@ -26,7 +26,7 @@ from pisa_jax.runtime.tensor_files import write_safetensors
 from pisa_jax.runtime.trees import flatten, unflatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
-from pisa_jax.sd.pretrained import to_torch
+from pisa_jax.sd.pretrained import params_to_torch
 
 PHASES = (Phase(1000, 64, 8), Phase(250, 128, 2), Phase(50, 256, 1))
 DECODER_PHASES = (Phase(400, 64, 8), Phase(100, 128, 2))
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="--out of pictures.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    backbone, source = bb.build(UNET, VAE, TEXT), folder_source(args.data)
+    backbone, source = bb.build_modules(UNET, VAE, TEXT), folder_source(args.data)
     perceptual = jax.device_put(lpips.load_weights(None, "squeeze"))
 
     def both(batch, step):
@@ -95,7 +95,7 @@ def main() -> None:
     decode = functools.partial(objective, fixed=encoder)
     decoder = fit(args.out / "decoder", DECODER_PHASES, source, None, params, decode, both, LEARNING_RATE / 2)
     params = fit(args.out / "last", LAST_PHASES, source, None, {**encoder, **decoder}, whole, both, LEARNING_RATE)
-    tensors = {name: np.asarray(tensor, np.float32) for name, tensor in to_torch(params).items()}
+    tensors = {name: np.asarray(tensor, np.float32) for name, tensor in params_to_torch(params).items()}
     write_safetensors(args.out / "vae.safetensors", tensors, {"format": "pt"})
     factor = scaling_factor(backbone, params, source)
     (args.out / "scaling_factor.json").write_text(json.dumps(factor))

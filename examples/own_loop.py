@@ -20,7 +20,7 @@ parser.add_argument("--out", type=Path, default=Path("own_loop"), help="output f
 args = parser.parse_args()
 
 mesh = pj.make_mesh(data=1)
-model = pj.load_model(args.model)
+model = pj.load_pretrained(args.model)
 spec = pj.AdapterSpec(rank=4)
 objective, optimizer = pj.Objective(spec, l2=1.0), optax.adamw(1e-3)
 frozen = pj.make_frozen(model, mesh)

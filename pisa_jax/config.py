@@ -23,7 +23,7 @@ def _check(right: bool, message: str) -> None:
 class AdapterSpec:
     """How the factors of one adapter become a weight difference."""
 
-    # Name in `lora.DECOMPOSITIONS`.
+    # Name in `adapters.registry.DECOMPOSITIONS`.
     decomposition: str = "lora"
     # Inner dimension r of the factors.
     rank: int = 4

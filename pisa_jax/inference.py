@@ -12,14 +12,15 @@ import numpy as np
 from jaxtyping import Float
 
 from pisa_jax import model
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import checks, files, injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import image_io, network_input
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.model import BaseModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
-from pisa_jax.runtime.tensor_files import release
+from pisa_jax.runtime.tensor_files import release_mapped_pages
 from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import pretrained
 from pisa_jax.tiling import memory, vae_tiles
@@ -63,7 +64,7 @@ class Weights(NamedTuple):
     """All arrays of a model: arguments of the jitted stages, never closed over."""
 
     unet_pix: Any
-    sem: lora.Tree
+    sem: AdapterTree
     vae: Any
     prompt: Float[jax.Array, "1 n d"]
 
@@ -114,7 +115,7 @@ def on_device(tree: Any, dtype: Any) -> Any:
 
     def place(leaf):
         placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))
-        release(leaf)
+        release_mapped_pages(leaf)
         return placed
 
     return jax.tree.map(place, tree)
@@ -130,9 +131,9 @@ def load_weights(
         OSError: a file cannot be read.
     """
     trained = files.load_adapters(adapters)
-    loaded = pretrained.load(model_name, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
+    loaded = pretrained.load_pretrained(model_name, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
     base = loaded.base
-    files.check_adapters(trained.trees, lora.target_shapes(loaded.params["unet"], "."))
+    checks.check_adapters(trained.trees, injection.target_shapes(loaded.params["unet"], "."))
     if "pix" not in trained.trees:
         raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
     # The text encoder is loaded first because it is dropped again; then one weight after the other.
@@ -140,7 +141,7 @@ def load_weights(
     embedding = base.encode_text(text, jnp.asarray(loaded.tokenize([prompt])))
     del text
     weights = Weights(
-        lora.merge(
+        injection.merge(
             on_device(loaded.params["unet"], base.unet_dtype),
             {"pix": trained.trees["pix"]},
             trained.specs,
@@ -168,11 +169,11 @@ class Pipeline:
         notice: Callable[[str], None],
     ):
         self.base, self.sem_spec, self.settings, self.notice = base, sem_spec, settings, notice
-        self.mesh = distributed.first_devices(settings.devices)
+        self.mesh = distributed.local_mesh(settings.devices)
         replicated = distributed.replicated(self.mesh)
         placed = jax.device_put(weights, replicated) if settings.devices > 1 else weights
         self.runner = StageRunner(placed, on_compile)
-        self.memory = memory.Memory(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
+        self.memory = memory.TileSizePolicy(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
 
     def encode(self, batch: Float[np.ndarray, "b h w 3"], noise: Float[Any, "1 y x c"] | None) -> Any:
         """Encode network inputs in [-1, 1] to scaled latents: the posterior mean, or mean + std noise."""
@@ -232,7 +233,7 @@ class Pipeline:
         """Run one image, or its latents, through the VAE in tiles of `tile` pixels."""
         make = getattr(self.base.tiled_vae, part)
         functions = make(self.runner.weights.vae, self.mesh, self.runner.run)
-        out, residual = vae_tiles.walk(functions, array, max(tile // self.base.factor, 1))
+        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.factor, 1))
         if residual > vae_tiles.TOLERANCE:
             limit = vae_tiles.TOLERANCE
             self.notice(
@@ -246,19 +247,19 @@ class Pipeline:
             adain_in_place(np.clip(decoded, -1, 1, out=decoded), style)
             return decoded
         stage = functools.partial(self.runner.run, recolor, (self.settings.color_fix,))
-        return vae_tiles.over_windows(stage, (decoded, style), tile, WAVELET_REACH)
+        return vae_tiles.map_tiles(stage, (decoded, style), tile, WAVELET_REACH)
 
     def _within_memory(self, batch: np.ndarray, untiled: Callable, tiled: Callable) -> Any:
         if self.base.tiled_vae is None:
             return untiled()
-        return self.memory.run(self.base.tiled_vae.footprint(batch.shape), max(batch.shape[1:3]), untiled, tiled)
+        return self.memory.execute(self.base.tiled_vae.footprint(batch.shape), max(batch.shape[1:3]), untiled, tiled)
 
     def _spread(self, arrays: Any) -> Any:
         """Shard batches over the devices where their size allows it."""
         count = self.settings.devices
         if count == 1 or any(len(leaf) % count for leaf in jax.tree.leaves(arrays)):
             return arrays
-        return jax.device_put(arrays, distributed.over_batch(self.mesh))
+        return jax.device_put(arrays, distributed.batch_sharding(self.mesh))
 
 
 class Session:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 
 Params = Mapping[str, Any]
@@ -68,7 +69,7 @@ class LoadedModel(NamedTuple):
 def predict(
     base: BaseModel,
     unet: Params,
-    adapter: lora.Tree,
+    adapter: AdapterTree,
     spec: AdapterSpec,
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
@@ -83,7 +84,7 @@ def predict(
     scale = jnp.repeat(jnp.array(adapter_scales), batch)
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
     name = "adapter"
-    with nn.intercept_methods(lora.interceptor({name: adapter}, {name: spec}, {name: scale})):
+    with nn.intercept_methods(injection.interceptor({name: adapter}, {name: spec}, {name: scale})):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pisa_jax import losses
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel, Params, predict
@@ -88,16 +89,16 @@ class State(NamedTuple):
     """Everything that a step updates."""
 
     step: Int[Array, ""]
-    adapter: lora.Tree
+    adapter: AdapterTree
     optimizer: Any
     # Exponential moving average of the adapter; None without one.
-    ema: lora.Tree | None
+    ema: AdapterTree | None
     # Steps skipped because a loss or a gradient was not finite: in total, and since the last finite one.
     skipped: Int[Array, ""]
     bad_streak: Int[Array, ""]
 
 
-def init_state(adapter: lora.Tree, optimizer: optax.GradientTransformation, ema: bool) -> State:
+def init_state(adapter: AdapterTree, optimizer: optax.GradientTransformation, ema: bool) -> State:
     """Return the state before the first step."""
     zero = jnp.zeros((), jnp.int32)
     return State(zero, adapter, optimizer.init(adapter), jax.tree.map(jnp.copy, adapter) if ema else None, zero, zero)
@@ -106,7 +107,7 @@ def init_state(adapter: lora.Tree, optimizer: optax.GradientTransformation, ema:
 def make_frozen(
     model: LoadedModel,
     mesh: Mesh,
-    adapters: Mapping[str, lora.Tree] | None = None,
+    adapters: Mapping[str, AdapterTree] | None = None,
     specs: Mapping[str, AdapterSpec] | None = None,
     *,
     negative_prompt: str = "",
@@ -125,13 +126,13 @@ def make_frozen(
 
     def shard(part, dtype):
         host = model.params[part]
-        return distributed.place(host, distributed.weight_shardings(mesh, host), dtype)
+        return distributed.make_global_arrays(host, distributed.weight_shardings(mesh, host), dtype)
 
     unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
     encode = jax.jit(base.encode_text)
     null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
     return Frozen(
-        unet=lora.merge(unet, adapters, specs or {}, dict.fromkeys(adapters, 1.0)) if adapters else unet,
+        unet=injection.merge(unet, adapters, specs or {}, dict.fromkeys(adapters, 1.0)) if adapters else unet,
         teacher=unet if teacher else None,
         vae=shard("vae", base.vae_dtype),
         text=text if prompts else None,
@@ -156,7 +157,7 @@ def draw(key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tu
 
 
 def loss(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
+    adapter: AdapterTree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Compute the weighted sum of the losses, and each of them.
 
@@ -196,8 +197,8 @@ def loss(
 
 
 def gradient(
-    adapter: lora.Tree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
-) -> tuple[dict[str, Float[Array, ""]], lora.Tree]:
+    adapter: AdapterTree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
+) -> tuple[dict[str, Float[Array, ""]], AdapterTree]:
     """Compute the losses ("total" and each part) and their gradient, averaged over `accumulate` parts of the batch."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -266,7 +267,7 @@ def jit_train_step(
         in_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, frozen),
             replicated,
-            distributed.over_batch(mesh),
+            distributed.batch_sharding(mesh),
             None,
         ),
         out_shardings=(replicated, replicated),

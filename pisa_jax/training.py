@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import files, injection, registry
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
@@ -23,7 +24,7 @@ from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import lpips, validation
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
-from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_folder
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_run_directory
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.sd import pretrained, random_model
@@ -80,7 +81,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> Path
     perceptual = load_perceptual(config, mesh)
     model = None if config.model == "random" else load_model(config, config.model)
     check(config, model.base if model else random_model.base_model(RANDOM_SIZE), mesh)
-    folder = claim_folder(config, resume, overwrite)
+    folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
     checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
@@ -100,7 +101,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> Path
     return folder / ADAPTERS_FILE
 
 
-def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: State | None) -> State:
+def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     base, objective = run.model.base, make_objective(config, stage)
@@ -135,7 +136,7 @@ def train_stage(run: Run, index: int, trained: dict[str, lora.Tree], state: Stat
         start = time.perf_counter()
         batch = place_batch(run, next(run.loader))
         if run.log:
-            run.log.waited(time.perf_counter() - start)
+            run.log.add_data_wait(time.perf_counter() - start)
         state, measured = step_function(frozen, state, batch, key)
         step += 1
         last = step == stage.steps
@@ -209,10 +210,10 @@ def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
     """Measure the validation images; log the metrics and a contact sheet."""
     found, sheet = validation.evaluate(upscale, run.validation, run.perceptual, stage)
     if run.log:
-        run.log.scalars(step, {f"validation/{name}": value for name, value in found.items()})
-        run.log.image(step, "validation", sheet)
+        run.log.log_scalars(step, {f"validation/{name}": value for name, value in found.items()})
+        run.log.log_image(step, "validation", sheet)
         values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        run.log.message(f"step {step}: validation {values}")
+        run.log.print_line(f"step {step}: validation {values}")
 
 
 def asked_to_stop(run: Run, step: int) -> bool:
@@ -230,22 +231,24 @@ def _on_sigterm() -> threading.Event:
     return event
 
 
-def exported(state: State) -> lora.Tree:
+def exported(state: State) -> AdapterTree:
     """Return the adapter that inference will use: the moving average where there is one."""
     return state.adapter if state.ema is None else state.ema
 
 
-def export(run: Run, trained: dict[str, lora.Tree]) -> None:
+def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     """Write the trained adapters for inference."""
     specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
-    files.save_adapters(run.folder / ADAPTERS_FILE, files.Adapters(trained, specs, run.config.model))
+    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
 
 
 def new_state(run: Run, index: int) -> State:
     """Return the state before the first step of a stage, replicated over the devices."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
     state = _state_maker(run, index)()
-    return distributed.place(jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state))
+    return distributed.make_global_arrays(
+        jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
+    )
 
 
 def _state_maker(run: Run, index: int) -> Any:
@@ -253,10 +256,10 @@ def _state_maker(run: Run, index: int) -> Any:
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), run.model.params["unet"])
     optimizer = make_optimizer(config, stage)
-    return lambda: init_state(lora.init(key, shapes, stage.spec), optimizer, ema=bool(config.ema))
+    return lambda: init_state(injection.init_adapter(key, shapes, stage.spec), optimizer, ema=bool(config.ema))
 
 
-def restore_run(run: Run) -> tuple[int, dict[str, lora.Tree], State]:
+def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     """Restore the newest checkpoint: its stage, the adapters finished before that stage, and the training state."""
     progress = run.checkpoints.progress()
     run.loader.set_state(progress.loader)
@@ -276,14 +279,14 @@ def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     """Place the images of this process as its part of the global batch."""
     prompts = list(batch["prompt"])
     ids = run.model.tokenize(prompts) if run.config.data.prompts else np.zeros((len(prompts), 1), np.int32)
-    layout = distributed.over_batch(run.mesh)
+    layout = distributed.batch_sharding(run.mesh)
     arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
 
 
 def load_model(config: Config, model: str | Path) -> LoadedModel:
     """Load a base model that computes in the dtypes of the run."""
-    return pretrained.load(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
+    return pretrained.load_pretrained(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
 
 
 def make_random_model(config: Config, folder: Path) -> Path:
@@ -292,7 +295,7 @@ def make_random_model(config: Config, folder: Path) -> Path:
     if jax.process_index() == 0 and not made.exists():
         unfinished = made.with_suffix(".part")  # left over by a killed run, or ours
         shutil.rmtree(unfinished, ignore_errors=True)
-        random_model.write(unfinished, RANDOM_SIZE, config.seed)
+        random_model.write_random_model(unfinished, RANDOM_SIZE, config.seed)
         unfinished.rename(made)
     multihost_utils.sync_global_devices("model written")
     return made
@@ -305,7 +308,7 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
     weights = lpips.load_weights(config.perceptual_weights, config.perceptual)
     if jax.process_index() == 0:
         print(f"perceptual loss: {lpips.describe(weights)}")
-    return jax.tree.map(lambda leaf: distributed.place(leaf, distributed.replicated(mesh)), weights)
+    return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
 
 
 def training_source(config: Data) -> sources.Source:
@@ -347,7 +350,7 @@ def check(config: Config, base: BaseModel, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.factor}, the VAE's factor")
     latents = config.data.crop // base.factor
     for stage in config.stages:
-        lora.decomposition(stage.spec)
+        registry.get_decomposition(stage.spec)
         if stage.latent_window > latents:
             raise ValueError(
                 f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "

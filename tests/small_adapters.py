@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pisa_jax.adapters.files import Adapters, export_original
+from pisa_jax.adapters.adapter_tree import Adapters
+from pisa_jax.adapters.files import export_pisa_sr
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.tensor_files import read_tensors
 from pisa_jax.runtime.trees import flatten
@@ -35,5 +36,5 @@ def assert_same(found: Adapters, expected: Adapters):
 
 
 def original_state(adapters, folder):
-    export_original(folder / "original.safetensors", adapters)
+    export_pisa_sr(folder / "original.safetensors", adapters)
     return dict(read_tensors(folder / "original.safetensors"))

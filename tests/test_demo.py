@@ -63,7 +63,7 @@ def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
 
 def test_the_prior_knows_what_its_words_mean():
     """Noise on clean pictures is predicted better with words of praise, on degraded ones with those of the config."""
-    prior = pretrained.load("demo")
+    prior = pretrained.load_pretrained("demo")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
     prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
     words = prior.base.encode_text(params["text"], jnp.asarray(prior.tokenize(prompts)))

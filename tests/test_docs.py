@@ -181,7 +181,7 @@ def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny = random_model.SIZES["tiny"]
         patch.setitem(random_model.SIZES, "tiny", (tiny[0] | unet, *tiny[1:]))
-        random_model.write(folder)
+        random_model.write_random_model(folder)
     return folder
 
 

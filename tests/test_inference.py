@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorded_model, relative
 
 from pisa_jax import Settings, Upscaler, model
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection
 from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import image_io, network_input
 from pisa_jax.inference import Weights
@@ -35,7 +35,7 @@ COMPILED = CompiledCache(1000)  # of all recorded runs: they differ in shapes an
 @functools.cache
 def recorded_upscaler(**settings) -> Upscaler:
     loaded, adapters = recorded_model(), recorded_adapters()
-    merged = lora.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
+    merged = injection.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
     prompt = loaded.base.encode_text(loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
     weights = Weights(merged, adapters.trees["sem"], loaded.params["vae"], prompt)
     upscaler = Upscaler(loaded.base, weights, adapters.specs["sem"], Settings(**settings))
@@ -48,7 +48,7 @@ def random_upscaler(
 ) -> Upscaler:
     base, params = parts or random_base("nano")
     spec = AdapterSpec(rank=2)
-    sem = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(jax.random.key(1), params["unet"], spec))
+    sem = jax.tree.map(lambda leaf: leaf + 0.05, injection.init_adapter(jax.random.key(1), params["unet"], spec))
     prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
     weights = Weights(params["unet"], sem, params["vae"], prompt)
     return Upscaler(base, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile, notice)

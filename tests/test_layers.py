@@ -11,11 +11,11 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation distributed run_log trees | tensor_files checkpoint",
+    "runtime": "atomic_write compilation distributed run_log torch_layout torch_pickle trees | tensor_files checkpoint",
     "imaging": "color contact_sheet encode icc matlab_resize | decode | image_io | network_input",
     "losses": "",
     "tiling": "memory vae_tiles windows",
-    "adapters": "lora | files",
+    "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
     "model": "",
     "data": "blur_kernels sources | degradation tfds loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report",
@@ -100,8 +100,16 @@ def test_each_heavy_library_has_one_door():
 
 @pytest.mark.parametrize(
     "name",
-    ["config", "imaging.network_input", "data.loader", "data.degradation", "runtime.tensor_files", "cli.degrade", "cli.convert"],
-)  # fmt: skip
+    [
+        "config",
+        "imaging.network_input",
+        "data.loader",
+        "data.degradation",
+        "runtime.tensor_files",
+        "cli.degrade",
+        "cli.convert",
+    ],
+)
 def test_no_jax_where_it_is_not_needed(name):
     """Data workers and `--help` start without it."""
     seen, waiting = {name}, [name]

@@ -11,9 +11,9 @@ from conftest import golden
 from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorded_model, recorded_vgg, relative
 
 from pisa_jax import losses, train_step, training
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import injection
 from pisa_jax.config import AdapterSpec, Config, Stage
-from pisa_jax.runtime import distributed
+from pisa_jax.runtime import distributed, torch_layout
 from pisa_jax.train_step import Batch, Draws, Frozen, Objective
 
 STAGES = {
@@ -34,7 +34,7 @@ def recorded_case(name):
     config = Config(out="", stages=(Stage("pix", 1), stage) if name == "sem" else (stage,))
     merged = {earlier: adapters.trees[earlier] for earlier in stage.frozen}
     frozen = Frozen(
-        unet=lora.merge(model.params["unet"], merged, adapters.specs, dict.fromkeys(merged, 1.0)),
+        unet=injection.merge(model.params["unet"], merged, adapters.specs, dict.fromkeys(merged, 1.0)),
         teacher=model.params["unet"],
         vae=model.params["vae"],
         text=model.params["text"],
@@ -60,7 +60,7 @@ def recorded_gradient(name, remat=False, accumulate=1, mesh=None):
     cut = [layout for layout in jax.tree.leaves(layouts) if not layout.is_fully_replicated]
     assert len(cut) > 20 or mesh.shape["fsdp"] == 1
     frozen = jax.device_put(frozen, layouts)
-    batch, draws = jax.device_put((batch, draws), distributed.over_batch(mesh))
+    batch, draws = jax.device_put((batch, draws), distributed.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return jax.jit(function)(jax.device_put(tree, distributed.replicated(mesh)), frozen, batch, draws)
 
@@ -82,8 +82,8 @@ def check_against_the_original(name, measured, grads):
     for key in recorded.files:
         if key.startswith("grad/"):
             module, _, rest = key.removeprefix("grad/").partition(".lora_")
-            found = grads[files.flax_path(module)][rest[0].lower()]
-            assert relative(found, files.flax_kernel(recorded[key])) < 1e-3, key
+            found = grads[torch_layout.flax_module_path(module)][rest[0].lower()]
+            assert relative(found, torch_layout.flax_kernel(recorded[key])) < 1e-3, key
             compared += 1
     assert compared >= 20
 
@@ -131,7 +131,9 @@ def random_case():
     frozen = Frozen(params["unet"], None, params["vae"], None, prompt, prompt, None, alphas)
     images = jnp.tanh(jax.random.normal(jax.random.key(1), (2, 2, 32, 32, 3)))
     batch = Batch(images[0], images[1], jnp.zeros((2, 1), jnp.int32), jnp.array([True, False]))
-    state = train_step.init_state(lora.init(jax.random.key(2), params["unet"], objective.spec), optimizer, ema=True)
+    state = train_step.init_state(
+        injection.init_adapter(jax.random.key(2), params["unet"], objective.spec), optimizer, ema=True
+    )
     step = jax.jit(functools.partial(train_step.train_step, base=base, objective=objective, optimizer=optimizer))
     return step, frozen, state, batch
 

@@ -143,12 +143,12 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
     run.mkdir()
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config(run))))
     (run / "old").touch()
-    training.claim_folder(config(run), resume=False, overwrite=True)
+    training.claim_run_directory(config(run), resume=False, overwrite=True)
     assert [path.name for path in run.iterdir()] == ["config.json"]
     killed = tmp_path / "killed"  # while it wrote its first file
     killed.mkdir()
     (killed / ".0f.json").touch()
-    training.claim_folder(config(killed), resume=False, overwrite=False)
+    training.claim_run_directory(config(killed), resume=False, overwrite=False)
     assert (killed / "config.json").exists()
 
 

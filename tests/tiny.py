@@ -12,6 +12,7 @@ from conftest import golden
 from safetensors.numpy import save_file
 
 from pisa_jax.adapters import files
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.inference import on_device
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
@@ -29,7 +30,7 @@ def nhwc(array: np.ndarray) -> jax.Array:
 @functools.cache
 def recorded_model() -> LoadedModel:
     """The SD-2.1-shaped checkpoint that the original program was run with."""
-    loaded = pretrained.load(str(golden("sd_tiny")))
+    loaded = pretrained.load_pretrained(str(golden("sd_tiny")))
     return loaded._replace(params=on_device(loaded.params, np.float32))
 
 
@@ -40,7 +41,7 @@ def recorded_backbone() -> backbone.Backbone:
 
 
 @functools.cache
-def recorded_adapters() -> files.Adapters:
+def recorded_adapters() -> Adapters:
     """The published file format, as written by the original program."""
     return files.load_adapters(golden("pisa_sr.pkl"))
 
@@ -48,7 +49,7 @@ def recorded_adapters() -> files.Adapters:
 @functools.cache
 def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
     """A model of the same architecture with random weights, for tests that need no golden."""
-    modules = backbone.build(*random_model.configs(size))
+    modules = backbone.build_modules(*random_model.model_configs(size))
     shapes = backbone.param_shapes(modules)
     rng = np.random.default_rng(0)
     params = {part: random_model.random_params(shapes[part], rng) for part in shapes}

@@ -1,1 +1,1 @@
-"""LoRA and its variants as functional parameter trees, and the files that adapters come in."""
+"""LoRA and its variants: adapters as parameter trees, decompositions, injection into a model, and file formats."""

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pisa_jax.adapters.files import export_original, load_adapters, save_adapters, summary
+from pisa_jax.adapters.adapter_tree import summary
+from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> in
         if Path(args.target).exists() and not args.overwrite:
             raise FileExistsError(f"{args.target} exists; give another name, or --overwrite")
         adapters = load_adapters(args.source)
-        (save_adapters if args.to == "adapters" else export_original)(args.target, adapters)
+        (save_adapters if args.to == "adapters" else export_pisa_sr)(args.target, adapters)
     except (ValueError, OSError) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -26,7 +26,7 @@ from pisa_jax.imaging.image_io import WRITABLE, from_pil, read_rgb8, write_pictu
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.pairing import Item, pair_files
-from pisa_jax.runtime.atomic_write import whole_file
+from pisa_jax.runtime.atomic_write import atomic_write
 
 Pair = tuple[float, float]
 # An RGB uint8 picture and (pix, sem) pairs -> the enlarged picture at each pair.
@@ -307,10 +307,10 @@ def write_reports(args: argparse.Namespace, names: list[str], measured: Measured
         (args.markdown, report.as_markdown(methods, means, names, conditions, problems)),
     ):
         if path:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 file.write_text(text, encoding="utf-8")
     if args.plot:
-        with whole_file(args.plot) as file:
+        with atomic_write(args.plot) as file:
             report.plot(means, names, file)
     if args.sheet and measured.sheet:
         save_sheet(measured.sheet, args.scales, args.sheet)

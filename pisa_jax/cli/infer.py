@@ -197,7 +197,7 @@ def upscale(inputs: list[Path], upscaler, options, json_file: Path | None) -> in
     from tqdm import tqdm
 
     from pisa_jax.cli import infer_files
-    from pisa_jax.runtime.atomic_write import whole_file
+    from pisa_jax.runtime.atomic_write import atomic_write
 
     records, start, interrupted = [], time.perf_counter(), False
 
@@ -213,7 +213,7 @@ def upscale(inputs: list[Path], upscaler, options, json_file: Path | None) -> in
         except KeyboardInterrupt:
             interrupted = True
     if json_file:
-        with whole_file(json_file) as file:
+        with atomic_write(json_file) as file:
             file.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
     counts = infer_files.summary(records)
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ok", "skipped", "failed") if counts[outcome])

@@ -12,7 +12,7 @@ from PIL import Image
 from pisa_jax.imaging import image_io
 from pisa_jax.imaging.contact_sheet import contact_sheet
 from pisa_jax.inference import Upscaler
-from pisa_jax.tiling.memory import exhausted
+from pisa_jax.tiling.memory import is_out_of_memory
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
@@ -184,7 +184,7 @@ def _one_line(error: BaseException) -> str:
 
 def _explain(error: BaseException) -> str:
     text = _one_line(error)
-    if exhausted(error):
+    if is_out_of_memory(error):
         return f"out of memory; try a smaller --batch-size, --vae-tile or --scale, or --dtype bfloat16 ({text[:120]})"
     return text
 

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from pisa_jax.runtime import distributed
 
-    distributed.start_processes()
+    distributed.initialize()
     from pisa_jax import training
 
     try:

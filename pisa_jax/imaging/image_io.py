@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from pisa_jax.imaging import decode, icc
 from pisa_jax.imaging.decode import ImageError
 from pisa_jax.imaging.encode import encode
-from pisa_jax.runtime.atomic_write import whole_file
+from pisa_jax.runtime.atomic_write import atomic_write
 
 # What is opened. Pillow can do more, but some of it runs other programs (EPS) or is no picture.
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
@@ -208,7 +208,7 @@ def write_picture(path: str | os.PathLike, picture: Picture, quality: int = 95) 
         data = encode(_samples(picture, picture.bits), kind, quality, picture.exif, picture.icc)
     except (ValueError, OSError, struct.error, cv2.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write_bytes(data)
     return notes
 

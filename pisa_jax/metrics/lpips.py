@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pisa_jax.runtime.tensor_files import read_tensors
+from pisa_jax.runtime.torch_layout import flax_kernel
 
 ASSETS = Path(__file__).parents[1] / "assets" / "lpips"
 
@@ -252,7 +253,7 @@ def _layer(tensors: Mapping, name: str) -> dict[str, np.ndarray] | None:
     """Kernel (HWIO) and bias of one layer, from `name.weight` (PyTorch, OIHW) or `name/kernel` (HWIO)."""
     if f"{name}.weight" in tensors and f"{name}.bias" in tensors:
         kernel, bias = np.asarray(tensors[f"{name}.weight"]), np.asarray(tensors[f"{name}.bias"])
-        kernel = kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel
+        kernel = flax_kernel(kernel)
     elif f"{name}/kernel" in tensors and f"{name}/bias" in tensors:
         kernel, bias = np.asarray(tensors[f"{name}/kernel"]), np.asarray(tensors[f"{name}/bias"])
     else:

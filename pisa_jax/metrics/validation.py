@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from pisa_jax.adapters import lora
+from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec, Stage, Validation
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.sources import folder_source, pair_source
@@ -56,7 +56,7 @@ def validation_images(config: Validation, crop: int) -> list[ValidationImage]:
 def upscale_image(
     unet: Params,
     vae: Params,
-    adapter: lora.Tree,
+    adapter: AdapterTree,
     prompt: Float[Array, "1 n d"],
     lq: Float[Array, "1 h w 3"],
     *,

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a reader sees the old file or the complete new one, never a part."""
 
 import contextlib
 import os
@@ -8,14 +8,19 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its ending, to write to; it takes the name `path` if the block ends without an error.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, with the same suffix, and rename it to `path` when the block succeeds.
 
-    After an error it is gone and a file that was at `path` is as it was.
+    After an error the temporary file is removed, and a file that exists at `path` is unchanged. The new file has the
+    permissions that the umask gives to new files, also if a library creates it with others.
     """
+    path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

@@ -14,11 +14,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
-from pisa_jax.runtime.atomic_write import whole_file
+from pisa_jax.runtime.atomic_write import atomic_write
 
 # Fields that may change when a run goes on: where and how it computes and reports, not what. Another mesh changes the
 # adapters by rounding only.
-FREE_FIELDS = (
+CHANGEABLE_FIELDS = (
     "out",
     "mesh_data",
     "mesh_fsdp",
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
     loader: dict[str, Any]
 
 
-def claim_folder(config: Config, resume: bool, overwrite: bool) -> Path:
+def claim_run_directory(config: Config, resume: bool, overwrite: bool) -> Path:
     """The run's folder with its config in it, ready for a new run, or for going on with `resume`.
 
     One process looks at and changes the folder, the others wait for what it found.
@@ -67,7 +67,7 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: boo
     if resume:
         if not saved.exists():
             raise FileNotFoundError(f"nothing to resume: {folder} holds no run (no {CONFIG_FILE})")
-        check_same(json.loads(saved.read_text()), described)
+        check_same_config(json.loads(saved.read_text()), described)
         return
     # Hidden files and .part are what a run that was killed at its start leaves.
     if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
@@ -78,7 +78,7 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: boo
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(saved) as file:
+        with atomic_write(saved) as file:
             file.write_text(json.dumps(described, indent=1))
     except OSError as error:
         raise OSError(f"the run's folder cannot be written, give another with --out: {error}") from error
@@ -92,13 +92,13 @@ def _is_run(saved: Path) -> bool:
         return False
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """ValueError naming every field, other than the free ones, in which two configs as dicts differ."""
     before, after = _leaves(saved), _leaves(now)
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(FREE_FIELDS)
+        if before.get(name) != after.get(name) and not name.startswith(CHANGEABLE_FIELDS)
     ]
     if changed:
         raise ValueError(f"the config differs from the saved run's: {'; '.join(changed)}; restore these or start anew")

@@ -9,10 +9,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Smaller arrays are not worth cutting: the biases and norms of Stable Diffusion have at most 10 240 elements.
-LEAST_TO_CUT = 2**14
+MIN_SIZE_TO_SHARD = 2**14
 
 
-def start_processes() -> None:
+def initialize() -> None:
     """Join the other processes of this run, if the environment says there are any (a pod, SLURM, or JAX_* variables).
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a run on localhost or by hand.
@@ -44,7 +44,7 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     return jax.make_mesh(**axes, devices=jax.devices()[:used])
 
 
-def first_devices(count: int) -> Mesh:
+def local_mesh(count: int) -> Mesh:
     """A mesh with one axis, data, over the first devices of this process.
 
     Raises:
@@ -61,7 +61,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis cut over all devices."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
@@ -72,7 +72,7 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def sharding(leaf):
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
-        if size == 1 or not axes or leaf.size < LEAST_TO_CUT:
+        if size == 1 or not axes or leaf.size < MIN_SIZE_TO_SHARD:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, P(*["fsdp" if axis == longest else None for axis in range(leaf.ndim)]))
@@ -80,7 +80,7 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def place(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     """Equal host arrays of every process as global arrays: each device receives its part alone, cast on the host."""
 
     def put(leaf, sharding):

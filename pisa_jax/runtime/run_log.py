@@ -31,7 +31,7 @@ class RunLog:
         self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
-    def waited(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
 
@@ -42,7 +42,7 @@ class RunLog:
         data = self._waited / steps
         speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
         speed |= {"data": data, "compute": seconds - data}
-        self.scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
+        self.log_scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
         end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
         shown += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
@@ -52,11 +52,11 @@ class RunLog:
             print(f"step {step}/{self._bar.total}: {', '.join(shown)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars without the speed figures."""
         self._write(step, [summary.scalar(name, value) for name, value in values.items()])
 
-    def image(self, step: int, tag: str, image: Image.Image) -> None:
+    def log_image(self, step: int, tag: str, image: Image.Image) -> None:
         """Write an image."""
         self._write(step, [summary.image(tag, np.asarray(image), dataformats="HWC")])
 
@@ -70,7 +70,7 @@ class RunLog:
                 f"{self._folder} cannot be written; free space and continue with --resume: {error}"
             ) from error
 
-    def message(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the progress bar."""
         tqdm.write(text)
 

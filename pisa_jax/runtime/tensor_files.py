@@ -1,48 +1,31 @@
-"""Weight files as numpy arrays: safetensors, and PyTorch's own files without PyTorch and without running them.
-
-A torch file is a pickle that names storages, and their bytes. `pickle.Unpickler` stays out of it: its BUILD, NEWOBJ and
-EXT opcodes can act where no `find_class` looks. `_interpret` knows only the opcodes that `torch.save` writes, and can
-call only `_FUNCTIONS`. Arrays are read-only views of the mapped file: read when looked at, shared where it shares.
-"""
+"""Tensor files as numpy arrays: safetensors, and PyTorch's own format (see `torch_pickle`)."""
 
 import json
-import math
 import mmap
-import os
-import pickletools
-import struct
-import zipfile
-from collections.abc import Callable, Mapping
-from io import BufferedIOBase, BytesIO
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# torch dtype -> (class of its storages in a pickle, safetensors name, numpy dtype); torch writes little-endian files.
-_DTYPES = {
-    "float32": ("FloatStorage", "F32", np.dtype("<f4")),
-    "float64": ("DoubleStorage", "F64", np.dtype("<f8")),
-    "float16": ("HalfStorage", "F16", np.dtype("<f2")),
-    "bfloat16": ("BFloat16Storage", "BF16", np.dtype(ml_dtypes.bfloat16)),
-    "int64": ("LongStorage", "I64", np.dtype("<i8")),
-    "int32": ("IntStorage", "I32", np.dtype("<i4")),
-    "int16": ("ShortStorage", "I16", np.dtype("<i2")),
-    "int8": ("CharStorage", "I8", np.dtype("i1")),
-    "uint8": ("ByteStorage", "U8", np.dtype("u1")),
-    "bool": ("BoolStorage", "BOOL", np.dtype("?")),
+from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.torch_pickle import read_torch
+
+_SAFETENSORS_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
 }
-_SAFETENSORS_DTYPES = {name: dtype for _, name, dtype in _DTYPES.values()}
-
-_ADVICE = "If you trust its author, load it in PyTorch and save the tensors alone: torch.save(model.state_dict(), path)"
-
-
-class UnsafePickleError(ValueError):
-    """A pickle asks for something that is neither a tensor nor a plain container. Nothing of it was run."""
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -67,7 +50,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     return {str(name): value for name, value in tensors.items()}
 
 
-def release(array: np.ndarray) -> None:
+def release_mapped_pages(array: np.ndarray) -> None:
     """Give back the memory of the mapped file that `array` is a view of; what is looked at later is read again."""
     owner = array
     while owner is not None and not isinstance(owner, mmap.mmap):
@@ -92,46 +75,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` under a temporary name beside `path`, then rename: no half-written file is ever seen.
+    """Write a safetensors file atomically.
 
     The same input gives the same bytes if `metadata` has at most one entry (the library orders several at random).
-    """
-    # Left alone, the library would write the memory of a transposed or big-endian array as it lies there.
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    arrays = {name: a.astype(a.dtype.newbyteorder("<"), order="C", copy=False) for name, a in arrays.items()}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(arrays, temporary, dict(metadata))
-        os.chmod(temporary, mode)  # the library's files are private to the user, whatever the umask
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_torch(path: str | Path) -> Any:
-    """What `torch.save` wrote (zip or legacy format): dicts, lists, tuples, numbers, strings; tensors as numpy arrays.
-
-    Parameters are their data, OrderedDicts are dicts (attributes such as `_metadata` are dropped), dtypes numpy dtypes.
 
     Raises:
-        OSError: the file cannot be read. ValueError: truncated, damaged, big-endian, or a tensor that reaches beyond
-        its storage. UnsafePickleError: the pickle names anything else; the message says what.
+        OSError: the file cannot be written, or a dtype has no safetensors name.
     """
+    # The library writes the memory of an array as it is: transposed and big-endian arrays must be copied first.
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    arrays = {name: a.astype(a.dtype.newbyteorder("<"), order="C", copy=False) for name, a in arrays.items()}
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            data = np.frombuffer(mapped, np.uint8)
-            return _read_zip(file, data) if mapped[:2] == b"PK" else _read_legacy(mapped, data)
-    except UnsafePickleError as error:
-        raise UnsafePickleError(f"{path} is refused, and nothing in it was run: {error}. {_ADVICE}.") from None
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as a torch file: {error}") from error
+        with atomic_write(path) as temporary:
+            save_file(arrays, temporary, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -150,209 +108,3 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         array = data[first:last].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         tensors[name] = np.require(array, requirements="A")
     return tensors
-
-
-class _Reference(NamedTuple):
-    """A storage as the pickle declares it."""
-
-    dtype: np.dtype
-    key: str
-    numel: int
-
-
-def _read_zip(file: BufferedIOBase, data: np.ndarray) -> Any:
-    records = _zip_records(file, data)
-    if "data.pkl" not in records:
-        raise ValueError(f"a zip archive without data.pkl is no torch file (it holds {sorted(records)[:5]})")
-    if "byteorder" in records and records["byteorder"].tobytes() != b"little":
-        raise ValueError("it is big-endian; only little-endian files are read")
-
-    def storage(reference: _Reference) -> np.ndarray:
-        if f"data/{reference.key}" not in records:
-            raise ValueError(f"storage {reference.key!r} is missing from the archive")
-        return _typed(records[f"data/{reference.key}"], reference)
-
-    return _interpret(BytesIO(records["data.pkl"].tobytes()), storage)
-
-
-def _zip_records(file: BufferedIOBase, data: np.ndarray) -> dict[str, np.ndarray]:
-    """File name below the archive's one folder -> its bytes, in place."""
-    records = {}
-    for entry in zipfile.ZipFile(file).infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise ValueError(f"{entry.filename!r} is compressed or encrypted, which torch.save never does")
-        # The local header's name and extra field may be longer than the directory's: torch pads with them.
-        name_size, extra_size = struct.unpack_from("<26xHH", data, entry.header_offset)
-        start = entry.header_offset + 30 + name_size + extra_size
-        records[entry.filename.partition("/")[2]] = data[start : start + entry.file_size]
-    return records
-
-
-def _read_legacy(stream: mmap.mmap, data: np.ndarray) -> Any:
-    """Magic number, version, system, the object, its storage keys, then each storage's length and bytes."""
-    no_storage: Callable = {}.__getitem__
-    if _interpret(stream, no_storage) != 0x1950A86A20F9469CFC6C:
-        raise ValueError("it is neither a zip archive nor a torch file of the older kind (no magic number)")
-    if _interpret(stream, no_storage) != 1001:
-        raise ValueError("its format version is not 1001, the only one there is")
-    system = _interpret(stream, no_storage)
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise ValueError("it is big-endian; only little-endian files are read")
-
-    # The storages lie behind the pickle that declares them, so the pickle is read twice: first with storages that
-    # have a size but no memory (their stride is 0), to know what follows it.
-    declared: dict[str, _Reference] = {}
-
-    def declare(reference: _Reference) -> np.ndarray:
-        if declared.setdefault(reference.key, reference) != reference:
-            raise ValueError(f"storage {reference.key!r} is declared in two ways")
-        return np.broadcast_to(np.zeros((), reference.dtype), (reference.numel,))
-
-    start = stream.tell()
-    _interpret(stream, declare)
-    keys = _interpret(stream, no_storage)
-    if type(keys) is not list or any(type(key) is not str for key in keys) or set(keys) != set(declared):
-        raise ValueError("its list of storages is not the set of storages that its tensors name")
-    storages, at = {}, stream.tell()
-    for key in keys:
-        (numel,) = struct.unpack_from("<q", data, at)
-        if numel != declared[key].numel:
-            raise ValueError(f"storage {key!r} has {numel} elements, not {declared[key].numel}")
-        end = at + 8 + numel * declared[key].dtype.itemsize
-        storages[key], at = _typed(data[at + 8 : end], declared[key]), end
-    stream.seek(start)
-    return _interpret(stream, lambda reference: storages[reference.key])
-
-
-def _typed(data: np.ndarray, reference: _Reference) -> np.ndarray:
-    if data.size != reference.numel * reference.dtype.itemsize:
-        raise ValueError(f"storage {reference.key!r} has {data.size} bytes, not {reference.numel} x {reference.dtype}")
-    return np.require(data.view(reference.dtype), requirements="A")  # legacy files place storages anywhere
-
-
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """The view of `storage` (1-d) at `offset` with `size` and `stride` (in elements), if it stays inside."""
-    if not isinstance(storage, np.ndarray) or storage.ndim != 1:
-        raise ValueError("a tensor without a storage")
-    shapes = type(size) is type(stride) is tuple and len(size) == len(stride)
-    if not shapes or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise ValueError("a tensor whose offset, size or stride are not non-negative integers")
-    if not all(size):
-        return storage[:0].reshape(size)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if last >= storage.size:
-        raise ValueError(f"a tensor reaches element {last} of a storage of {storage.size}")
-    if math.prod(size) > storage.size:  # an expanded view: a few bytes that read as any number of gigabytes
-        raise ValueError(f"a tensor of {size} on a storage of {storage.size} elements; clone() it, then save")
-    strides = [step * storage.strides[0] for step in stride]
-    return as_strided(storage[offset:], size, strides, writeable=False)
-
-
-def _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> np.ndarray:
-    if metadata:
-        raise ValueError("a tensor with a conjugate or negative bit; resolve it (resolve_neg), then save")
-    return _rebuild_tensor(storage, offset, size, stride)
-
-
-def _ordered_dict(pairs: Any = ()) -> dict:
-    items: dict = {}
-    for pair in pairs:
-        _fill(pair, items)
-    return items
-
-
-_FUNCTIONS: dict[str, Callable] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,  # before torch 0.4, as in torchvision's vgg16-397923af.pth
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
-    "torch.Size": lambda size: size,
-    "collections.OrderedDict": _ordered_dict,
-}
-_GLOBALS: dict[str, Any] = {f"torch.{name}": dtype for name, (_, _, dtype) in _DTYPES.items()}
-_GLOBALS |= {f"torch.{storage}": dtype for storage, _, dtype in _DTYPES.values()} | _FUNCTIONS
-
-
-def _interpret(stream: BufferedIOBase | mmap.mmap, storage: Callable[[_Reference], np.ndarray]) -> Any:
-    """The object that the pickle at the stream's position describes; `storage` gives the storages it refers to."""
-    stack: list = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    push = stack.append
-
-    def cut(at: int) -> list:
-        items = stack[at:]
-        del stack[at:]
-        return items
-
-    literals = "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
-    steps: dict[str, Callable[[Any], object]] = {
-        **dict.fromkeys(literals.split(), push),
-        **dict.fromkeys(["PROTO", "FRAME"], lambda _: None),
-        "NONE": lambda _: push(None),
-        "NEWTRUE": lambda _: push(True),
-        "NEWFALSE": lambda _: push(False),
-        "EMPTY_LIST": lambda _: push([]),
-        "EMPTY_DICT": lambda _: push({}),
-        "EMPTY_TUPLE": lambda _: push(()),
-        "MARK": lambda _: marks.append(len(stack)),
-        "TUPLE": lambda _: push(tuple(cut(marks.pop()))),
-        **{f"TUPLE{n}": lambda _, n=n: push(tuple(cut(-n))) for n in (1, 2, 3)},
-        "APPEND": lambda _: _fill(cut(-1), stack[-1]),
-        "SETITEM": lambda _: _fill(cut(-2), stack[-1]),
-        **dict.fromkeys(["APPENDS", "SETITEMS"], lambda _: _fill(cut(marks.pop()), stack[-1])),
-        **dict.fromkeys(["BINPUT", "LONG_BINPUT"], lambda index: memo.update({index: stack[-1]})),
-        "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
-        **dict.fromkeys(["BINGET", "LONG_BINGET"], lambda index: push(memo[index])),
-        "GLOBAL": lambda names: push(_global(*names.split(" ", 1))),
-        "STACK_GLOBAL": lambda _: push(_global(*cut(-2))),
-        "BINPERSID": lambda _: push(storage(_reference(stack.pop()))),
-        "REDUCE": lambda _: push(_call(*cut(-2))),
-        "BUILD": lambda _: _drop_state(stack[-2], stack.pop()),
-    }
-    try:
-        for opcode, arg, _ in pickletools.genops(stream):
-            if opcode.name == "STOP":
-                return stack.pop()
-            if opcode.name not in steps:
-                asked = f" {arg[:80]!r}" if isinstance(arg, str) else ""
-                raise UnsafePickleError(f"it uses the opcode {opcode.name}{asked}, which torch.save never writes")
-            steps[opcode.name](arg)
-    except (IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from error
-
-
-def _global(module: Any, name: Any) -> Any:
-    full = f"{module}.{name}" if type(module) is type(name) is str else "something without a name"
-    if full not in _GLOBALS:
-        raise UnsafePickleError(f"it asks for {full[:80]!r}")
-    return _GLOBALS[full]
-
-
-def _call(function: Any, args: Any) -> Any:
-    if type(args) is not tuple or not any(function is allowed for allowed in _FUNCTIONS.values()):
-        raise UnsafePickleError(f"it calls a {type(function).__name__} with a {type(args).__name__}")
-    return function(*args)
-
-
-def _drop_state(target: Any, state: Any) -> None:
-    # A torch state dict carries an attribute `_metadata`. No attribute is ever set here.
-    if type(target) is not dict:
-        raise UnsafePickleError(f"it sets attributes of a {type(target).__name__}")
-
-
-def _fill(items: list, target: Any) -> None:
-    if type(target) is list:
-        target.extend(items)
-    # No other keys: a few nested tuples can take forever to hash.
-    elif type(target) is dict and all(type(key) in (str, int) for key in items[::2]):
-        target.update(zip(items[::2], items[1::2], strict=True))
-    else:
-        raise ValueError("its pickle is damaged, or has a dict with keys that are neither strings nor integers")
-
-
-def _reference(persistent_id: Any) -> _Reference:
-    match persistent_id:
-        case ("storage", np.dtype() as dtype, str(key), str(), int(numel), *view):
-            if numel >= 0 and type(numel) is int and view in ([], [None]):
-                return _Reference(dtype, key, numel)
-    raise ValueError("a tensor refers to something that is not a storage (type, key, device, number of elements)")

@@ -81,11 +81,11 @@ class VaeHooks(NamedTuple):
     # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
     attention: Callable = lambda query, key, value, size: layers.attention(query, key, value)
     # What is upsampled, and what was downsampled, on its way to the next layer.
-    before_up: Callable = lambda x: x
-    after_down: Callable = lambda x: x
+    before_upsample: Callable = lambda x: x
+    after_downsample: Callable = lambda x: x
 
 
-WHOLE = VaeHooks()
+DEFAULT_HOOKS = VaeHooks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +107,12 @@ class Backbone:
         return self.vae.latent_channels
 
     @property
-    def factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels per latent along each axis (8 for SD 2.1)."""
         return 2 ** (len(self.vae.block_out_channels) - 1)
 
 
-def build(
+def build_modules(
     unet: Mapping[str, Any],
     vae: Mapping[str, Any],
     text: Mapping[str, Any],
@@ -153,7 +153,7 @@ def _construct(cls, config, ignored, read, blocks, dtype):
 def param_shapes(backbone: Backbone) -> dict[str, Any]:
     """Trees of ShapeDtypeStruct for "unet", "vae" and "text", without computing anything."""
     key = jax.random.key(0)
-    side = 8 * backbone.factor
+    side = 8 * backbone.vae_scale_factor
     latents = jnp.zeros((1, backbone.latent_channels, 64, 64))
     prompt = jnp.zeros((1, 1, backbone.unet.cross_attention_dim))
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -182,9 +182,12 @@ def eps(
 
 
 def posterior(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = WHOLE
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = DEFAULT_HOOKS
 ) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
-    """Mean and deviation of the latents, not scaled, of images in [-1, 1]; sides are multiples of `factor`; float32."""
+    """Encode images in [-1, 1] to the mean and standard deviation of their unscaled latents; float32.
+
+    The sides of the images are multiples of `vae_scale_factor`.
+    """
     with nn.intercept_methods(_corrections(hooks)):
         found = backbone.vae.apply(
             {"params": params}, images.transpose(0, 3, 1, 2), method=backbone.vae.encode
@@ -195,13 +198,16 @@ def posterior(
 def encode(
     backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
 ) -> Float[Array, "b y x c"]:
-    """Scaled latents, mean or mean + std noise, of images in [-1, 1] whose sides are multiples of `factor`; float32."""
+    """Encode images in [-1, 1] to scaled latents: the mean or, with noise, mean + std noise; float32.
+
+    The sides of the images are multiples of `vae_scale_factor`.
+    """
     mean, std = posterior(backbone, params, images)
     return (mean if noise is None else mean + std * noise) * backbone.latent_scale
 
 
 def decode(
-    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = WHOLE
+    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = DEFAULT_HOOKS
 ) -> Float[Array, "b h w 3"]:
     """Images, nominally in [-1, 1] and not clipped, of scaled latents; float32."""
     with nn.intercept_methods(_corrections(hooks)):
@@ -230,7 +236,7 @@ def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]
     return tokenize
 
 
-def _corrections(hooks: VaeHooks = WHOLE) -> Callable:
+def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
     """One call's interceptor: it remembers the sizes that the UNet's upsamplers must return to."""
     sizes: list[tuple[int, int]] = []
 
@@ -244,9 +250,9 @@ def _corrections(hooks: VaeHooks = WHOLE) -> Callable:
             sizes.append(args[0].shape[1:3])
         if isinstance(module, resnet_flax.FlaxUpsample2D):
             height, width = sizes.pop()
-            return module.conv(layers.double(args[0])[:, :height, :width])
+            return module.conv(layers.upsample_nearest(args[0])[:, :height, :width])
         if isinstance(module, vae_flax.FlaxDownsample2D):
-            return hooks.after_down(next_fun(*args, **kwargs))
+            return hooks.after_downsample(next_fun(*args, **kwargs))
         corrected = _CORRECTED.get(type(module))
         return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)
 
@@ -286,7 +292,7 @@ def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
 def _vae_upsample(hooks: VaeHooks, module: vae_flax.FlaxUpsample2D, x):
     weights = module.conv.variables["params"]
     kernel, bias = (weights[name].astype(module.dtype) for name in ("kernel", "bias"))
-    return layers.double_conv(hooks.before_up(x).astype(module.dtype), kernel, bias)
+    return layers.upsample_conv(hooks.before_upsample(x).astype(module.dtype), kernel, bias)
 
 
 _CORRECTED = {

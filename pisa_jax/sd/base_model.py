@@ -19,11 +19,11 @@ def base_model(backbone: bb.Backbone) -> BaseModel:
         decode=bind(bb.decode),
         predict_noise=bind(bb.eps),
         encode_text=bind(bb.encode_text),
-        factor=backbone.factor,
+        factor=backbone.vae_scale_factor,
         latent_channels=backbone.latent_channels,
         latent_scale=backbone.latent_scale,
         unet_dtype=backbone.unet.dtype,
         vae_dtype=backbone.vae.dtype,
         block_outputs=(bb.BLOCK_OUTPUT,),
-        tiled_vae=TiledVae(bind(vae_tiling.footprint), bind(vae_tiling.encoder), bind(vae_tiling.decoder)),
+        tiled_vae=TiledVae(bind(vae_tiling.footprint), bind(vae_tiling.tiled_encoder), bind(vae_tiling.tiled_decoder)),
     )

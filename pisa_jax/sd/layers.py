@@ -53,12 +53,12 @@ def attention(
     if jax.default_backend() == "cpu":
         return _chunked_attention(query, key, value)
     even = query.shape[1] % 2 == key.shape[1] % 2 == 0  # cuDNN has no gradient for odd lengths
-    kernel = "cudnn" if even and cudnn_computes(query.dtype, query.shape[-1]) else None
+    kernel = "cudnn" if even and cudnn_attention_compiles(query.dtype, query.shape[-1]) else None
     return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
 
 
 @functools.cache
-def cudnn_computes(dtype: Any, channels: int) -> bool:
+def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
     """Whether cuDNN compiles attention and its gradient here: not for float32, large heads, cards before Ampere."""
     if jax.default_backend() != "gpu":
         return False
@@ -96,11 +96,11 @@ def _chunked_attention(query, key, value):
     return jax.vmap(of_sample)(query, key, value)  # vmap, not a map: a batch may be cut over devices
 
 
-# Keys per step of `attention_over`: a chunk's scores, 4 MB, stay in a CPU's cache and keep a GPU busy.
+# Keys per step of `attention_over_first_keys`: a chunk's scores, 4 MB, stay in a CPU's cache and keep a GPU busy.
 KEY_CHUNK = 4096
 
 
-def attention_over(
+def attention_over_first_keys(
     query: Float[Array, "n h d"], key: Float[Array, "m h d"], value: Float[Array, "m h d"], count: Int[Array, ""]
 ) -> Float[Array, "n h d"]:
     """softmax(q k^T / sqrt(d)) v over the first `count` keys, chunk by chunk with a running maximum; m is any bound.
@@ -131,15 +131,15 @@ def attention_over(
     return jax.lax.map(of_chunk, chunks).reshape(-1, heads, channels)[:positions]
 
 
-def double(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Nearest-neighbour upsampling by 2."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def double_conv(
+def upsample_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], bias: Float[Array, "o"]
 ) -> Float[Array, "b h2 w2 o"]:
-    """`conv3x3(double(x))` as four 2x2 convolutions on the small image, one per output phase: 4/9 of the products.
+    """Compute conv3x3(upsample_nearest(x)) as four 2x2 convolutions on x, one per output phase: 4/9 of the products.
 
     An even output row sees the input rows (i - 1, i, i) and an odd one (i, i, i + 1), so two of the three taps add up;
     the same along the width.

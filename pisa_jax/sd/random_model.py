@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pisa_jax.adapters import files, lora
+from pisa_jax.adapters import files, injection
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.config import AdapterSpec
 from pisa_jax.model import BaseModel
 from pisa_jax.runtime.trees import flatten, unflatten
@@ -98,7 +99,7 @@ SIZES = {
 }
 
 
-def configs(size: str) -> tuple[dict, dict, dict]:
+def model_configs(size: str) -> tuple[dict, dict, dict]:
     """The UNet's, the VAE's and the text encoder's config.json for a size of `SIZES`."""
     if size not in SIZES:
         raise ValueError(f"no size {size!r}, known: {', '.join(SIZES)}")
@@ -108,7 +109,7 @@ def configs(size: str) -> tuple[dict, dict, dict]:
 
 def base_model(size: str) -> BaseModel:
     """Return the functions of a model of the given size, without weights."""
-    return sd_base_model(backbone.build(*configs(size)))
+    return sd_base_model(backbone.build_modules(*model_configs(size)))
 
 
 def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float32) -> dict:
@@ -141,18 +142,18 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def write(folder: Path, size: str = "tiny", seed: int = 0, dtype: str = "float32") -> None:
+def write_random_model(folder: Path, size: str = "tiny", seed: int = 0, dtype: str = "float32") -> None:
     """A diffusers folder and `adapters.safetensors` in it, the factors of both adapters non-zero."""
     rng = np.random.default_rng(seed)
-    described = dict(zip(("unet", "vae", "text"), configs(size), strict=True))
-    modules = backbone.build(**described)
+    described = dict(zip(("unet", "vae", "text"), model_configs(size), strict=True))
+    modules = backbone.build_modules(**described)
     shapes = backbone.param_shapes(modules)
     params = {part: random_params(shapes[part], rng, np.dtype(dtype)) for part in pretrained.PARTS}
-    pretrained.write(folder, described, params, SCHEDULER, dtype)
+    pretrained.write_pretrained(folder, described, params, SCHEDULER, dtype)
     write_tokenizer(folder / "tokenizer")
     spec = AdapterSpec()
     trees = {}
     for index, name in enumerate(("pix", "sem")):
-        tree = lora.init(jax.random.key(seed + index), shapes["unet"], spec)
+        tree = injection.init_adapter(jax.random.key(seed + index), shapes["unet"], spec)
         trees[name] = jax.tree.map(lambda leaf: np.asarray(leaf + 0.02 * jnp.ones_like(leaf)), tree)
-    files.save_adapters(folder / "adapters.safetensors", files.Adapters(trees, dict.fromkeys(trees, spec), size))
+    files.save_adapters(folder / "adapters.safetensors", Adapters(trees, dict.fromkeys(trees, spec), size))

@@ -1,19 +1,19 @@
-"""How much memory there is, and what to do with it."""
+"""Device memory: how much is free, what the VAE needs, and the tile size that follows."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Where nothing says how much is free.
-ASSUMED = 4 * 2**30
-# What a tile may take of what is free: the rest is for weights on their way, pictures, and errors of the estimate.
-SHARE = 0.5
-# Below this a tile's margin costs more than the tile.
-LEAST_TILE = 64
+# Assumed if neither the device nor the operating system reports free memory.
+DEFAULT_FREE_BYTES = 4 * 2**30
+# Fraction of the free memory that a tile may use. The rest is for weights in transit, images, and estimation errors.
+MEMORY_FRACTION = 0.5
+# Pixels; the margin of a smaller tile costs more than the tile itself.
+MIN_TILE = 64
 
 
 def free_bytes(device: Any) -> int:
-    """What a jax device can still allocate; for a CPU, what the machine has available."""
+    """Return the bytes that a jax device can still allocate; for a CPU, the available memory of the machine."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -22,60 +22,67 @@ def free_bytes(device: Any) -> int:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         if "MemAvailable" in lines:
             return 1024 * int(lines["MemAvailable"].split()[0])
-    return ASSUMED
+    return DEFAULT_FREE_BYTES
 
 
 class Footprint(NamedTuple):
-    """Estimates for one batch of pictures."""
+    """Estimated memory of the VAE for one batch of images."""
 
-    whole: int  # bytes, done at once
-    per_pixel: int  # bytes per pixel of a tile
-    margin: int  # pixels a tile sees around it
+    untiled_bytes: int  # for the whole batch without tiles
+    bytes_per_pixel: int  # of a tile
+    margin: int  # pixels around a tile
 
 
 def check_tile(tile: int | str) -> None:
-    """Raises ValueError unless `tile` is "auto", 0, or large enough to be worth it."""
-    if tile != "auto" and not (isinstance(tile, int) and (tile == 0 or tile >= LEAST_TILE)):
-        raise ValueError(f"vae_tile is {tile!r}; allowed are 'auto', 0 (never) and pixels from {LEAST_TILE} on")
+    """Raise ValueError unless `tile` is "auto", 0, or at least MIN_TILE pixels."""
+    if tile != "auto" and not (isinstance(tile, int) and (tile == 0 or tile >= MIN_TILE)):
+        raise ValueError(f"vae_tile is {tile!r}; allowed are 'auto', 0 (never) and pixels from {MIN_TILE} on")
 
 
-def choose_tile(needed: Footprint, free: int) -> int:
-    """0 where the whole fits; else the largest power of two (pixels a side) whose tile fits with its margin."""
-    budget = SHARE * free
-    if needed.whole <= budget:
+def choose_tile(footprint: Footprint, free: int) -> int:
+    """Return 0 if the batch fits untiled, else the largest power of two whose tile fits together with its margin.
+
+    The tile is a side in pixels, at least MIN_TILE. `free` is in bytes.
+    """
+    budget = MEMORY_FRACTION * free
+    if footprint.untiled_bytes <= budget:
         return 0
-    tile = LEAST_TILE
-    while needed.per_pixel * (2 * tile + 2 * needed.margin) ** 2 <= budget:
+    tile = MIN_TILE
+    while footprint.bytes_per_pixel * (2 * tile + 2 * footprint.margin) ** 2 <= budget:
         tile *= 2
     return tile
 
 
-def exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory has run out."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for the errors that Python and jax raise when memory is exhausted."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-class Memory:
-    """Remembers how large tiles may be; where memory runs out all the same, they become smaller for good."""
+class TileSizePolicy:
+    """The size of VAE tiles, fixed or chosen from the free memory; it is halved whenever memory is exhausted."""
 
     def __init__(self, tile: int | str, free: int, notice: Callable[[str], None]):
         self.tile, self.free, self.notice = tile, free, notice
 
-    def run(self, needed: Footprint, side: int, whole: Callable[[], Any], tiled: Callable[[int], Any]) -> Any:
-        """`whole()`, or `tiled(tile)` with the largest tile that memory allows; `side` is the pictures' longer one."""
+    def execute(self, footprint: Footprint, side: int, untiled: Callable[[], Any], tiled: Callable[[int], Any]) -> Any:
+        """Return `untiled()`, or `tiled(tile)` with the largest tile that fits; `side` is the images' longer side.
+
+        Raises:
+            MemoryError, RuntimeError: as `untiled` or `tiled`, if tiles are disabled or cannot become smaller.
+        """
         while True:
-            tile = self._choose(needed, side)
+            tile = self._choose(footprint, side)
             try:
-                return tiled(tile) if tile else whole()
-            except (MemoryError, RuntimeError) as error:  # jax reports a full device as a RuntimeError
+                return tiled(tile) if tile else untiled()
+            except (MemoryError, RuntimeError) as error:  # jax reports exhausted device memory as a RuntimeError
                 smaller = min(tile or side, side) // 2
-                if self.tile == 0 or not exhausted(error) or smaller < LEAST_TILE:
+                if self.tile == 0 or not is_out_of_memory(error) or smaller < MIN_TILE:
                     raise
             self.tile = smaller
-            tried = f"VAE tiles of {tile}" if tile else "the whole picture"
-            self.notice(f"out of memory with {tried}: now tiles of {smaller} pixels")
+            attempt = f"with VAE tiles of {tile} pixels" if tile else "without VAE tiles"
+            self.notice(f"out of memory {attempt}: retrying with tiles of {smaller} pixels")
 
-    def _choose(self, needed, side):
+    def _choose(self, footprint: Footprint, side: int) -> int:
         if self.tile == "auto":
-            return choose_tile(needed, self.free)
+            return choose_tile(footprint, self.free)
         return self.tile if side > self.tile else 0

@@ -1,14 +1,17 @@
-"""A picture of any size through the VAE, tile by tile, in memory that grows with the tile; functions of functions.
+"""Run the encoder or the decoder of a VAE on an image of any size, tile by tile, in the memory of one tile.
 
-Two things in a VAE reach over the whole picture: the statistics of its GroupNorms, and the keys and values of its
-attention. `walk` finds them in passes over all tiles. In every pass the tiles take both as given and report what they
-themselves find, until the two agree; then the tiles fit together as if they had been computed at once.
+Two kinds of layers of a VAE depend on the whole image: GroupNorm through its statistics, and attention through its keys
+and values. `process_in_tiles` determines both iteratively. In each pass, all tiles are computed with given statistics
+and keys, and their own are measured. Once the given and the measured ones agree, the tiles equal the result of the
+whole image.
 
-Taking the reported statistics for the next pass would get one layer further per pass, because every layer changes what
-the next ones see. So a *sample*, pieces from all over the picture small enough to be computed at once, carries the
-change through all layers: its own statistics are live, shifted by as much as they differed from the picture's in the
-pass before. The shift hardly depends on the statistics, so each pass leaves about a tenth of the error before it.
-Positions are counted in latents.
+Using the measured statistics in the next pass would correct only one more layer per pass, because the statistics of a
+layer depend on all layers before it. Therefore a sample, small patches from all over the image that are computed in one
+call, carries a change through all layers at once: it is normalized with its own statistics, corrected by the shift
+between its statistics and those of the image in the previous pass. The shift hardly depends on the statistics, so each
+pass reduces the error to about a tenth.
+
+This module knows neither a model nor jax: it takes functions. Positions and sizes are counted in latents.
 """
 
 import itertools
@@ -19,66 +22,66 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-# With more latents than this the attention's keys are those of every second row and column (third, ...).
-MOST_KEYS = 2**16
-# Pieces of the sample along each axis; together they have the area of a tile.
-PIECES = 4
-# Statistics have been found when none is further off than this, in standard deviations or relative; so have the keys.
+# With more latents than this, only every second (third, ...) row and column provides keys for the attention.
+MAX_KEYS = 2**16
+# Patches of the sample along each axis; together they have the area of a tile.
+SAMPLE_PATCHES = 4
+# Convergence: largest difference of means in standard deviations, of variances and of keys in relative terms.
 TOLERANCE = 5e-3
-MOST_PASSES = 8
-# Added to variances in ratios, as the VAE's GroupNorms do.
+MAX_PASSES = 8
+# Added to variances before division, as the GroupNorms of the VAE do.
 EPSILON = 1e-6
 
 
-class Place(NamedTuple):
-    """Where tiles lie in the picture: row and column."""
+class TilePlacement(NamedTuple):
+    """Positions (row, column) of one tile or of a batch of tiles in the image."""
 
-    window: Int[Any, "*b 2"]  # first position that the tile sees
-    output: Int[Any, "*b 2"]  # first position of its result
-    start: Int[Any, "*b 2"]  # its own part: every position of the picture is one tile's own
+    window: Int[Any, "*b 2"]  # first position of the window, the input of the tile
+    output: Int[Any, "*b 2"]  # first position of the output
+    start: Int[Any, "*b 2"]  # the tile's own area: each position of the image belongs to exactly one tile
     stop: Int[Any, "*b 2"]
 
 
-class Keys(NamedTuple):
-    """What the attention looks at."""
+class AttentionKeys(NamedTuple):
+    """Keys and values of the attention layer, of which the first `count` are valid."""
 
-    keys: Float[Any, "m heads d"]  # the first `count` are valid
+    keys: Float[Any, "m heads d"]
     values: Float[Any, "m heads d"]
     count: Int[Any, ""]
 
 
-class Report(NamedTuple):
-    """What tiles find."""
+class TileMeasurements(NamedTuple):
+    """Statistics, keys and values that a batch of tiles measures."""
 
-    moments: Float[Any, "b norms 2 groups"]  # means over the own part of x - mean and (x - mean)^2
-    keys: Float[Any, "b y x heads d"]  # of the positions of the result
+    moments: Float[Any, "b norms 2 groups"]  # means over the tile's own area of x - mean and (x - mean)^2
+    keys: Float[Any, "b y x heads d"]  # at the positions of the output
     values: Float[Any, "b y x heads d"]
 
 
-class Sampled(NamedTuple):
-    """What a sample finds."""
+class SampleMeasurements(NamedTuple):
+    """Statistics, keys and values that the sample measures."""
 
-    live: Float[Any, "norms 2 groups"]  # its statistics
-    used: Float[Any, "norms 2 groups"]  # the shifted ones, with which it was normalised
+    measured: Float[Any, "norms 2 groups"]  # means and variances of the sample
+    applied: Float[Any, "norms 2 groups"]  # the shifted ones that normalized it
     keys: Float[Any, "n heads d"]
     values: Float[Any, "n heads d"]
 
 
-class Direction(NamedTuple):
-    """The encoder or the decoder."""
+class TileFunctions(NamedTuple):
+    """The encoder or the decoder, as functions over tiles, and its geometry."""
 
-    # (size, windows of the source, places, statistics, keys) -> (results of that size, Report)
-    tiles: Callable[[tuple, np.ndarray, Place, np.ndarray, Keys], tuple[Any, Report]]
-    # (size, windows of the source, places, shift, keys; None: its own) -> Sampled
-    sample: Callable[[tuple, np.ndarray, Place, np.ndarray, Keys | None], Sampled]
-    # Keys to where the two want them: once for all tiles of a pass.
-    put: Callable[[Keys], Keys]
-    margin: int  # latents that a tile has to see around its result
-    source: int  # positions per latent of what goes in, along each axis
-    result: int  # and of what comes out
-    channels: int  # of what comes out
-    stats: tuple[int, int, int]  # shape of the statistics: layers, (mean, variance), groups
-    together: int = 1  # tiles in one call
+    # (size, windows, placements, statistics, keys) -> (outputs of that size, TileMeasurements)
+    process_tiles: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys], tuple[Any, TileMeasurements]]
+    # (size, windows, placements, shift, keys) -> SampleMeasurements; without keys, the sample attends to itself
+    measure_sample: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys | None], SampleMeasurements]
+    # Transfer keys to the devices, once for all tiles of a pass.
+    transfer: Callable[[AttentionKeys], AttentionKeys]
+    margin: int  # latents that a tile needs around its output
+    input_scale: int  # input positions per latent along each axis
+    output_scale: int  # output positions per latent along each axis
+    output_channels: int
+    statistics_shape: tuple[int, int, int]  # norms, 2 (mean, variance), groups
+    batch_size: int = 1  # tiles per call
 
 
 class TiledVae(NamedTuple):
@@ -86,162 +89,188 @@ class TiledVae(NamedTuple):
 
     # Shape (b, h, w, c) of network inputs -> estimated memory (`memory.Footprint`).
     footprint: Callable
-    # (vae params, mesh, run) -> `Direction`: images to the mean and deviation of unscaled latents, and scaled latents
-    # to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
+    # (vae params, mesh, run) -> `TileFunctions`: images to the mean and deviation of unscaled latents, and scaled
+    # latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
     encoder: Callable
     decoder: Callable
 
 
-def lay(sides: Sequence[int], size: Sequence[int], margin: int) -> list[Place]:
-    """Tiles of `size` that cover `sides`, row by row; at the border they are moved inwards, none is smaller."""
+def tile_grid(sides: Sequence[int], size: Sequence[int], margin: int) -> list[TilePlacement]:
+    """Return tiles of `size` that cover an image of `sides`, row by row.
+
+    Tiles at the border are shifted inwards, so all have the same size.
+    """
     rows, columns = (
-        [_along(start, start, min(start + length, side), length, side, margin) for start in range(0, side, length)]
+        [_place(start, start, min(start + length, side), length, side, margin) for start in range(0, side, length)]
         for side, length in zip(sides, size, strict=True)
     )
-    return [Place(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
+    return [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
 
 
-def _along(output, start, stop, length, side, margin):
+def _place(output, start, stop, length, side, margin):
+    """Return (window, output, start, stop) along one axis."""
     output = min(output, side - length)
-    return np.clip(output - margin, 0, side - seen(length, side, margin)), output, start, stop
+    return np.clip(output - margin, 0, side - window_length(length, side, margin)), output, start, stop
 
 
-def seen(length: int, side: int, margin: int) -> int:
-    """What a tile sees along an axis."""
+def window_length(length: int, side: int, margin: int) -> int:
+    """Return the length of a window along an axis: the tile with its margins, or the whole side if it is shorter."""
     return min(length + 2 * margin, side)
 
 
-def pieces(sides: Sequence[int], size: Sequence[int], margin: int) -> tuple[tuple[int, int], int, list[Place]]:
-    """The sample's size and margin and the places of its pieces, spread evenly.
+def sample_grid(
+    sides: Sequence[int], size: Sequence[int], margin: int
+) -> tuple[tuple[int, int], int, list[TilePlacement]]:
+    """Return the size, the margin and the placements of the sample's patches, evenly spaced over the image.
 
-    The margin is a quarter of a piece or less: a sample need not be exact, but must not need more memory than a tile.
+    The margin is at most a quarter of a patch: the sample may be inexact, but must not need more memory than a tile.
     """
-    small = tuple(max(length // PIECES, 1) for length in size)
-    margin = min(margin, -(-max(small) // 4))
+    patch = tuple(max(length // SAMPLE_PATCHES, 1) for length in size)
+    margin = min(margin, -(-max(patch) // 4))
     rows, columns = (
-        [_along(start, start, start + length, length, side, margin)
-         for start in np.linspace(0, side - length, PIECES).round().astype(int)]
-        for side, length in zip(sides, small, strict=True)
+        [_place(start, start, start + length, length, side, margin)
+         for start in np.linspace(0, side - length, SAMPLE_PATCHES).round().astype(int)]
+        for side, length in zip(sides, patch, strict=True)
     )  # fmt: skip
-    return small, margin, [Place(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
+    placements = [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
+    return patch, margin, placements
 
 
-def cut(array: np.ndarray, places: Sequence[Place], size: Sequence[int], margin: int, scale: int = 1) -> np.ndarray:
-    """The windows that tiles of `size` see, stacked; the array has `scale` positions per latent."""
-    lengths = [seen(length, side // scale, margin) * scale for length, side in zip(size, array.shape[:2], strict=True)]
-    corners = [place.window * scale for place in places]
+def extract_windows(
+    array: np.ndarray, placements: Sequence[TilePlacement], size: Sequence[int], margin: int, scale: int = 1
+) -> np.ndarray:
+    """Stack the windows of tiles of `size`, from an array with `scale` positions per latent."""
+    lengths = [
+        window_length(length, side // scale, margin) * scale for length, side in zip(size, array.shape[:2], strict=True)
+    ]
+    corners = [placement.window * scale for placement in placements]
     return np.stack([array[y : y + lengths[0], x : x + lengths[1]] for y, x in corners])
 
 
-def paste(whole: np.ndarray, place: Place, part: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1) -> None:
-    """Write a tile's own part of the picture, out of an array that begins at position `first` of it."""
-    (top, left), (bottom, right) = place.start * scale, place.stop * scale
-    y, x = (place.start - first) * scale
-    whole[top:bottom, left:right] = part[y : y + bottom - top, x : x + right - left]
+def write_tile(
+    image: np.ndarray, placement: TilePlacement, part: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
+) -> None:
+    """Copy a tile's own area into `image`, from an array `part` whose first element is at position `first`."""
+    (top, left), (bottom, right) = placement.start * scale, placement.stop * scale
+    y, x = (placement.start - first) * scale
+    image[top:bottom, left:right] = part[y : y + bottom - top, x : x + right - left]
 
 
-def over_windows(function: Callable, arrays: Sequence[np.ndarray], tile: int, reach: int) -> np.ndarray:
-    """A local function of (1, h, w, c) arrays, which sees `reach` positions around each, tile by tile."""
+def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:
+    """Apply a local function of (1, h, w, c) arrays tile by tile; its output depends on `margin` positions around."""
     sides = arrays[0].shape[:2]
     size = tuple(min(tile, side) for side in sides)
-    whole = np.empty_like(arrays[0])
-    for place in lay(sides, size, reach):
-        result = np.asarray(function(*(cut(array, [place], size, reach) for array in arrays)))
-        paste(whole, place, result[0], place.window)
-    return whole
+    image = np.empty_like(arrays[0])
+    for placement in tile_grid(sides, size, margin):
+        result = np.asarray(function(*(extract_windows(array, [placement], size, margin) for array in arrays)))
+        write_tile(image, placement, result[0], placement.window)
+    return image
 
 
-def walk(
-    direction: Direction, source: Float[np.ndarray, "h w c"], tile: int
+def process_in_tiles(
+    functions: TileFunctions, source: Float[np.ndarray, "h w c"], tile: int
 ) -> tuple[Float[np.ndarray, "y x d"], float]:
-    """What a direction makes of a whole array, by tiles of `tile` latents, and how far the statistics are off."""
-    sides = tuple(side // direction.source for side in source.shape[:2])
+    """Run the encoder or decoder on one image with tiles of `tile` latents.
+
+    Returns the output and the residual: the largest difference between the statistics (or keys) that were used and
+    those that were measured. Above TOLERANCE, the iteration stopped after MAX_PASSES without convergence.
+    """
+    sides = tuple(side // functions.input_scale for side in source.shape[:2])
     size = tuple(min(tile, side) for side in sides)
-    small, margin, places = pieces(sides, size, direction.margin)
-    sample = small, cut(source, places, small, margin, direction.source), _stacked(places)
-    shift, keys = np.zeros(direction.stats, np.float32), None
-    whole = np.empty((*(side * direction.result for side in sides), direction.channels), np.float32)
-    for index in range(MOST_PASSES):
-        placed = None if keys is None else direction.put(keys)
-        sampled = Sampled(*map(np.asarray, direction.sample(*sample, shift, placed)))
+    patch, margin, placements = sample_grid(sides, size, functions.margin)
+    windows = extract_windows(source, placements, patch, margin, functions.input_scale)
+    sample = patch, windows, _stack_placements(placements)
+    shift, keys = np.zeros(functions.statistics_shape, np.float32), None
+    output = np.empty((*(side * functions.output_scale for side in sides), functions.output_channels), np.float32)
+    for index in range(MAX_PASSES):
+        on_device = None if keys is None else functions.transfer(keys)
+        found = SampleMeasurements(*map(np.asarray, functions.measure_sample(*sample, shift, on_device)))
         if keys is None:
-            keys = _of_sample(sampled)
-            placed = direction.put(keys)
-        moments, found = _over_tiles(direction, source, size, sampled.used, placed, whole)
-        stats = _pooled(sampled.used, moments)
-        # The keys of the first pass are the sample's: nothing to compare with.
-        off = max(float(np.abs(shift_between(sampled.used, stats)).max()), _between(keys, found) if index else np.inf)
-        if off < TOLERANCE:
+            keys = _keys_of_sample(found)
+            on_device = functions.transfer(keys)
+        moments, new_keys = _run_pass(functions, source, size, found.applied, on_device, output)
+        statistics = _combine_moments(found.applied, moments)
+        residual = float(np.abs(statistics_shift(found.applied, statistics)).max())
+        # The keys of the first pass are those of the sample: there is nothing to compare the measured ones with.
+        residual = max(residual, _key_difference(keys, new_keys) if index else np.inf)
+        if residual < TOLERANCE:
             break
-        shift, keys = shift_between(sampled.live, stats), found
-    return whole, off
+        shift, keys = statistics_shift(found.measured, statistics), new_keys
+    return output, residual
 
 
-def shift_between(stats: Float[np.ndarray, "n 2 g"], other: Float[np.ndarray, "n 2 g"]) -> Float[np.ndarray, "n 2 g"]:
-    """How far `other` is from `stats`: its means in deviations, and the logarithm of the ratio of variances."""
-    wide = stats[:, 1] + EPSILON
-    return np.stack([(other[:, 0] - stats[:, 0]) / np.sqrt(wide), np.log((other[:, 1] + EPSILON) / wide)], axis=1)
+def statistics_shift(
+    statistics: Float[np.ndarray, "n 2 g"], other: Float[np.ndarray, "n 2 g"]
+) -> Float[np.ndarray, "n 2 g"]:
+    """Return the shift from `statistics` to `other`: (m' - m) / sqrt(v) and log(v' / v), with EPSILON added to v."""
+    variance = statistics[:, 1] + EPSILON
+    return np.stack(
+        [(other[:, 0] - statistics[:, 0]) / np.sqrt(variance), np.log((other[:, 1] + EPSILON) / variance)], axis=1
+    )
 
 
-def _over_tiles(direction, source, size, stats, keys, whole) -> tuple[np.ndarray, Keys]:
-    """One pass: results into `whole`; the picture's moments and keys."""
-    sides = tuple(side // direction.source for side in source.shape[:2])
-    moments, found = np.zeros(direction.stats), _empty_keys(keys, sides)
-    places = lay(sides, size, direction.margin)
-    for first in range(0, len(places), direction.together):
-        now = places[first : first + direction.together]
-        filled = now + [now[-1]] * (direction.together - len(now))
-        windows = cut(source, filled, size, direction.margin, direction.source)
-        results, report = direction.tiles(size, windows, _stacked(filled), stats, keys)
-        report = Report(*map(np.asarray, report))
-        for index, (place, result) in enumerate(zip(now, np.asarray(results), strict=False)):
-            paste(whole, place, result, place.output, direction.result)
-            moments += report.moments[index] * (math.prod(place.stop - place.start) / math.prod(sides))
-            _put_keys(found, sides, place, report.keys[index], report.values[index])
-    return moments, found
+def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.ndarray, AttentionKeys]:
+    """Compute all tiles once: write `output`, return the moments and the keys of the image."""
+    sides = tuple(side // functions.input_scale for side in source.shape[:2])
+    moments, new_keys = np.zeros(functions.statistics_shape), _empty_keys(keys, sides)
+    placements = tile_grid(sides, size, functions.margin)
+    for first in range(0, len(placements), functions.batch_size):
+        current = placements[first : first + functions.batch_size]
+        padded = current + [current[-1]] * (functions.batch_size - len(current))
+        windows = extract_windows(source, padded, size, functions.margin, functions.input_scale)
+        results, found = functions.process_tiles(size, windows, _stack_placements(padded), statistics, keys)
+        found = TileMeasurements(*map(np.asarray, found))
+        for index, (placement, result) in enumerate(zip(current, np.asarray(results), strict=False)):
+            write_tile(output, placement, result, placement.output, functions.output_scale)
+            moments += found.moments[index] * (math.prod(placement.stop - placement.start) / math.prod(sides))
+            _write_keys(new_keys, sides, placement, found.keys[index], found.values[index])
+    return moments, new_keys
 
 
-def _stride(sides):
-    """Every how many rows and columns there is a key."""
-    return next(n for n in itertools.count(1) if math.prod(-(-side // n) for side in sides) <= MOST_KEYS)
+def _key_stride(sides) -> int:
+    """Return the smallest stride of rows and columns for which the image has at most MAX_KEYS keys."""
+    return next(n for n in itertools.count(1) if math.prod(-(-side // n) for side in sides) <= MAX_KEYS)
 
 
-def _empty_keys(like, sides) -> Keys:
+def _empty_keys(like, sides) -> AttentionKeys:
     arrays = (np.zeros(array.shape, np.float32) for array in like[:2])
-    return Keys(*arrays, np.int32(math.prod(-(-side // _stride(sides)) for side in sides)))
+    return AttentionKeys(*arrays, np.int32(math.prod(-(-side // _key_stride(sides)) for side in sides)))
 
 
-def _put_keys(found, sides, place, *parts):
-    """Write the keys and values of a tile's own positions to where they are in the whole picture's, row by row."""
-    step = _stride(sides)
-    y, x = (np.arange(-(-a // step) * step, b, step) for a, b in zip(place.start, place.stop, strict=True))
-    target = (y[:, None] // step * -(-sides[1] // step) + x // step).ravel()
-    for array, part in zip(found, parts, strict=False):
-        own = part[np.ix_(y - place.output[0], x - place.output[1])]
+def _write_keys(new_keys, sides, placement, *parts):
+    """Write the keys and values of a tile's own area to their places in those of the image, which are row by row."""
+    stride = _key_stride(sides)
+    y, x = (
+        np.arange(-(-start // stride) * stride, stop, stride)
+        for start, stop in zip(placement.start, placement.stop, strict=True)
+    )
+    target = (y[:, None] // stride * -(-sides[1] // stride) + x // stride).ravel()
+    for array, part in zip(new_keys, parts, strict=False):
+        own = part[np.ix_(y - placement.output[0], x - placement.output[1])]
         array[target] = own.reshape(-1, *array.shape[1:])
 
 
-def _stacked(places: Sequence[Place]) -> Place:
-    return Place(*map(np.stack, zip(*places, strict=True)))
+def _stack_placements(placements: Sequence[TilePlacement]) -> TilePlacement:
+    return TilePlacement(*map(np.stack, zip(*placements, strict=True)))
 
 
-def _of_sample(sampled: Sampled) -> Keys:
-    """The sample's keys, in arrays of the size that holds any picture's: a single shape to compile for."""
-    step = -(-len(sampled.keys) // MOST_KEYS)
-    count = len(sampled.keys[::step])
-    arrays = [np.zeros((MOST_KEYS, *array.shape[1:]), np.float32) for array in (sampled.keys, sampled.values)]
-    for array, own in zip(arrays, (sampled.keys, sampled.values), strict=True):
-        array[:count] = own[::step]
-    return Keys(*arrays, np.int32(count))
+def _keys_of_sample(sample: SampleMeasurements) -> AttentionKeys:
+    """Return the keys of the sample in arrays of MAX_KEYS, so that one compilation serves images of every size."""
+    stride = -(-len(sample.keys) // MAX_KEYS)
+    count = len(sample.keys[::stride])
+    arrays = [np.zeros((MAX_KEYS, *array.shape[1:]), np.float32) for array in (sample.keys, sample.values)]
+    for array, own in zip(arrays, (sample.keys, sample.values), strict=True):
+        array[:count] = own[::stride]
+    return AttentionKeys(*arrays, np.int32(count))
 
 
-def _pooled(stats, moments):
-    """The statistics of the whole picture from moments around the means of `stats`."""
+def _combine_moments(statistics, moments):
+    """Return mean and variance of the image from its moments around the means in `statistics`."""
     mean, square = moments[:, 0], moments[:, 1]
-    return np.stack([stats[:, 0] + mean, np.maximum(square - mean**2, 0)], axis=1).astype(np.float32)
+    return np.stack([statistics[:, 0] + mean, np.maximum(square - mean**2, 0)], axis=1).astype(np.float32)
 
 
-def _between(keys: Keys, other: Keys) -> float:
-    """Relative difference (root mean square) of two sets of keys of the same picture."""
+def _key_difference(keys: AttentionKeys, other: AttentionKeys) -> float:
+    """Return the relative root mean square difference between two sets of keys of the same image."""
     count = other.count
     return float(np.linalg.norm(keys.keys[:count] - other.keys[:count]) / np.linalg.norm(other.keys[:count]))

@@ -1,4 +1,4 @@
-"""Any function over overlapping windows, blended with Gaussian weights; every window has the same, static shape."""
+"""Apply a function to overlapping windows and blend the results with Gaussian weights."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Window(NamedTuple):
     width: int
 
 
-def windows(height: int, width: int, tile: int, overlap: int) -> list[Window]:
-    """Windows of `tile` (a shorter side: that side) that cover height x width, row by row.
+def window_grid(height: int, width: int, tile: int, overlap: int) -> list[Window]:
+    """Return windows that cover height x width, row by row; their sides are `tile` or, if shorter, the array's.
 
     They start every tile - overlap; the last one along each axis is moved back to end at the border.
 
@@ -35,8 +35,11 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, last, tile - overlap), last]
 
 
-def gaussian(length: int) -> Float[np.ndarray, "length"]:
-    """Blending weights exp(-(k - (n - 1) / 2)^2 / (2 n^2 0.01)) / sqrt(2 pi 0.01) along one axis of a window."""
+def gaussian_weights(length: int) -> Float[np.ndarray, "length"]:
+    """Return the blending weights along one axis of a window, as in the original PiSA-SR program.
+
+    exp(-(k - (n - 1) / 2)^2 / (2 n^2 0.01)) / sqrt(2 pi 0.01) for k = 0 ... n - 1.
+    """
     offset = np.arange(length) - (length - 1) / 2
     return np.exp(-(offset**2) / (2 * length**2 * 0.01)) / np.sqrt(2 * np.pi * 0.01)
 
@@ -48,23 +51,23 @@ def blend_windows(
     overlap: int,
     batch_size: int,
 ) -> Float[np.ndarray, "b height width d"]:
-    """`function` over the windows of every array of the batch, `batch_size` at a time, as their weighted mean.
+    """Apply `function` to batches of windows and return the weighted mean of the results.
 
-    The last, shorter batch is filled up with its last window, so `function` sees a single shape.
+    The last batch is padded with copies of its last window, so `function` is compiled for a single shape.
     """
     batch, height, width, _ = array.shape
-    grid = windows(height, width, tile, overlap)
-    places = [(sample, window) for sample in range(batch) for window in grid]
-    weight = np.outer(gaussian(grid[0].height), gaussian(grid[0].width))[..., None]
+    grid = window_grid(height, width, tile, overlap)
+    jobs = [(sample, window) for sample in range(batch) for window in grid]
+    weight = np.outer(gaussian_weights(grid[0].height), gaussian_weights(grid[0].width))[..., None]
     total, weights = None, np.zeros((height, width, 1))
     for y, x, h, w in grid:
         weights[y : y + h, x : x + w] += weight
-    for first in range(0, len(places), batch_size):
-        now = places[first : first + batch_size]
-        filled = now + [now[-1]] * (batch_size - len(now))
-        out = function(np.stack([array[sample, y : y + h, x : x + w] for sample, (y, x, h, w) in filled]))
+    for first in range(0, len(jobs), batch_size):
+        current = jobs[first : first + batch_size]
+        padded = current + [current[-1]] * (batch_size - len(current))
+        out = function(np.stack([array[sample, y : y + h, x : x + w] for sample, (y, x, h, w) in padded]))
         if total is None:
             total = np.zeros((batch, height, width, out.shape[-1]))
-        for (sample, (y, x, h, w)), values in zip(now, out, strict=False):
+        for (sample, (y, x, h, w)), values in zip(current, out, strict=False):
             total[sample, y : y + h, x : x + w] += values * weight
     return (total / weights).astype(np.float32)

@@ -10,13 +10,13 @@ import pytest
 from conftest import golden
 from tiny import close, nhwc, random_backbone, read_json, recorded_adapters, recorded_backbone, recorded_model
 
-from pisa_jax.adapters import lora
+from pisa_jax.adapters import injection, registry
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.trees import flatten
 from pisa_jax.sd import backbone, random_model
 
 
-@pytest.fixture(params=sorted(lora.DECOMPOSITIONS))
+@pytest.fixture(params=sorted(registry.DECOMPOSITIONS))
 def spec(request):
     return AdapterSpec(decomposition=request.param, rank=3, alpha=5.0)
 
@@ -39,7 +39,7 @@ def net(spec):
     params = Net().init(jax.random.key(0), x)["params"]
     trained = {}
     for index, name in enumerate(("one", "two")):
-        tree = lora.init(jax.random.key(2 + index), params, spec)
+        tree = injection.init_adapter(jax.random.key(2 + index), params, spec)
         leaves, structure = jax.tree.flatten(tree)
         keys = jax.random.split(jax.random.key(9 + index), len(leaves))
         moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
@@ -48,20 +48,20 @@ def net(spec):
 
 
 def adapted(x, params, adapters, specs, scales):
-    with nn.intercept_methods(lora.interceptor(adapters, specs, scales)):
+    with nn.intercept_methods(injection.interceptor(adapters, specs, scales)):
         return Net().apply({"params": params}, x)
 
 
 def test_identity_at_init(net, spec):
     x, params, *_ = net
-    tree = lora.init(jax.random.key(0), params, spec)
+    tree = injection.init_adapter(jax.random.key(0), params, spec)
     assert sorted(tree) == ["conv1", "conv2", "conv_shortcut", "to_k", "to_q"]
     plain = Net().apply({"params": params}, x)
     assert jnp.array_equal(adapted(x, params, {"one": tree}, {"one": spec}, {"one": jnp.float32(0.7)}), plain)
 
 
 def test_same_shaped_layers_differ(net, spec):
-    tree = lora.init(jax.random.key(0), net[1], spec)
+    tree = injection.init_adapter(jax.random.key(0), net[1], spec)
     first = sorted(tree["to_q"])[0]
     assert tree["to_q"][first].shape == tree["to_k"][first].shape
     assert not jnp.array_equal(tree["to_q"][first], tree["to_k"][first])
@@ -69,7 +69,7 @@ def test_same_shaped_layers_differ(net, spec):
 
 def test_a_layer_draws_the_same_whatever_else_is_adapted(net, spec):
     few = AdapterSpec(spec.decomposition, spec.rank, spec.alpha, targets="to_q")
-    a, b = (lora.init(jax.random.key(0), net[1], s)["to_q"] for s in (spec, few))
+    a, b = (injection.init_adapter(jax.random.key(0), net[1], s)["to_q"] for s in (spec, few))
     assert all(jnp.array_equal(a[name], b[name]) for name in a)
 
 
@@ -77,7 +77,7 @@ def test_merge_and_interceptor_agree(net):
     x, params, adapters, specs = net
     scales = {"one": jnp.float32(0.7), "two": jnp.float32(-1.3)}
     plain = Net().apply({"params": params}, x)
-    merged = Net().apply({"params": lora.merge(params, adapters, specs, scales)}, x)
+    merged = Net().apply({"params": injection.merge(params, adapters, specs, scales)}, x)
     assert jnp.abs(merged - plain).max() > 0.1
     close(adapted(x, params, adapters, specs, scales), merged, 2e-5)
 
@@ -85,8 +85,10 @@ def test_merge_and_interceptor_agree(net):
 def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
     """A UNet in bfloat16 is given a prompt in float32."""
     kernel, x = jnp.ones((6, 5)), jnp.ones((2, 6), jnp.float32)
-    tree = {"": jax.tree.map(jnp.ones_like, lora.decomposition(spec).init(jax.random.key(0), (6, 5), spec.rank))}
-    with nn.intercept_methods(lora.interceptor({"a": tree}, {"a": spec}, {"a": jnp.ones(())})):
+    tree = {
+        "": jax.tree.map(jnp.ones_like, registry.get_decomposition(spec).init(jax.random.key(0), (6, 5), spec.rank))
+    }
+    with nn.intercept_methods(injection.interceptor({"a": tree}, {"a": spec}, {"a": jnp.ones(())})):
         y = nn.Dense(5, use_bias=False, dtype=jnp.bfloat16).apply({"params": {"kernel": kernel}}, x)
     assert y.dtype == jnp.bfloat16
     assert float(y[0, 0]) > 6.0
@@ -96,7 +98,10 @@ def test_donated_kernels_are_used_up_and_nothing_else_is(net):
     _, params, adapters, specs = net
     scales = {"one": 0.7, "two": 0.4}
     given = jax.tree.map(jnp.copy, params)
-    donated, kept = lora.merge(given, adapters, specs, scales, donate=True), lora.merge(params, adapters, specs, scales)
+    donated, kept = (
+        injection.merge(given, adapters, specs, scales, donate=True),
+        injection.merge(params, adapters, specs, scales),
+    )
     jax.tree.map(np.testing.assert_array_equal, donated, kept)
     adapted = {f"{path}/kernel" for tree in adapters.values() for path in tree}
     assert {path for path, leaf in flatten(given).items() if leaf.is_deleted()} == adapted
@@ -104,8 +109,8 @@ def test_donated_kernels_are_used_up_and_nothing_else_is(net):
 
 def test_merging_nothing_and_taking_it_back(net):
     _, params, adapters, specs = net
-    there = lora.merge(params, adapters, specs, {"one": 0.7, "two": 0.4})
-    back = flatten(lora.merge(there, adapters, specs, {"one": -0.7, "two": -0.4}))
+    there = injection.merge(params, adapters, specs, {"one": 0.7, "two": 0.4})
+    back = flatten(injection.merge(there, adapters, specs, {"one": -0.7, "two": -0.4}))
     for path, leaf in flatten(params).items():
         np.testing.assert_allclose(back[path], leaf, atol=1e-6)
         assert path.startswith("norm") or path.endswith("bias") or not jnp.array_equal(flatten(there)[path], leaf)
@@ -119,10 +124,10 @@ def test_a_scale_per_sample(net):
 
 
 def test_linear_in_the_scale(net, spec):
-    functions = lora.decomposition(spec)
+    functions = registry.get_decomposition(spec)
     factors = net[2]["one"]["conv1"]
     x = net[0]
-    difference = lora.merge(net[1], {"one": {"conv1": factors}}, {"one": spec}, {"one": 2.0})["conv1"]["kernel"]
+    difference = injection.merge(net[1], {"one": {"conv1": factors}}, {"one": spec}, {"one": 2.0})["conv1"]["kernel"]
     close(difference, net[1]["conv1"]["kernel"] + 2 * functions.delta(factors), 1e-6)
     layer = nn.Conv(8, (3, 3), padding=((1, 1), (1, 1)), use_bias=False)
     if functions.apply:
@@ -151,19 +156,19 @@ def test_new_scales_do_not_retrace_and_dtype_is_kept(net):
 
 def test_unknown_decomposition_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'lorra', known: lora, loha; did you mean 'lora'\?"):
-        lora.decomposition(AdapterSpec(decomposition="lorra"))
+        registry.get_decomposition(AdapterSpec(decomposition="lorra"))
 
 
 def test_targets_on_sd21_are_those_of_the_published_adapters():
     golden_lists = read_json(golden("sd21_lora_modules.json"))
 
-    shapes = backbone.param_shapes(backbone.build(*random_model.configs("sd21")))["unet"]
-    found = lora.target_shapes(shapes, AdapterSpec().targets)
+    shapes = backbone.param_shapes(backbone.build_modules(*random_model.model_configs("sd21")))["unet"]
+    found = injection.target_shapes(shapes, AdapterSpec().targets)
     assert len(found) == golden_lists["counts"]["total"] == 258
     kinds = [sum(1 for shape in found.values() if test(shape)) for test in (
         lambda s: len(s) == 2, lambda s: s[:2] == (3, 3), lambda s: s[:2] == (1, 1))]  # fmt: skip
     assert kinds == [192, 52, 14]
-    tree = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, AdapterSpec(rank=4)))
+    tree = jax.eval_shape(lambda: injection.init_adapter(jax.random.key(0), shapes, AdapterSpec(rank=4)))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == golden_lists["lora_params_rank4"] == 4_055_712
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == golden_lists["unet_params"]
 
@@ -172,7 +177,7 @@ def test_targets_on_sd21_are_those_of_the_published_adapters():
 def eps(modules, params, trees, x, timestep, prompt):
     """The UNet with these of the recorded adapters on paths of their own."""
     scales = dict.fromkeys(trees, jnp.ones(()))
-    with nn.intercept_methods(lora.interceptor(trees, recorded_adapters().specs, scales)):
+    with nn.intercept_methods(injection.interceptor(trees, recorded_adapters().specs, scales)):
         return backbone.eps(modules, params, x, timestep, prompt)
 
 
@@ -186,13 +191,13 @@ def test_unet_with_adapters_equals_the_original(names, index, timestep):
     expected = nhwc(arrays[f"{''.join(names)}{index}_t{timestep}"])
     trees = {name: adapters.trees[name] for name in names}
     scales = dict.fromkeys(names, jnp.ones(()))
-    merged = lora.merge(model.params["unet"], trees, adapters.specs, scales)
+    merged = injection.merge(model.params["unet"], trees, adapters.specs, scales)
     close(eps(recorded_backbone(), merged, {}, x, timestep, prompt), expected)
     close(eps(recorded_backbone(), model.params["unet"], trees, x, timestep, prompt), expected)
 
 
 def test_unet_targets_exclude_the_time_embedding():
     _, params = random_backbone()
-    found = lora.target_shapes(params["unet"], AdapterSpec().targets)
+    found = injection.target_shapes(params["unet"], AdapterSpec().targets)
     assert not [path for path in found if "time" in path or "norm" in path]
     assert "conv_in" in found

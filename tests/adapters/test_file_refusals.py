@@ -9,10 +9,12 @@ import pytest
 from conftest import golden
 from small_adapters import CONV, DENSE, KERNELS, made, original_state
 
-from pisa_jax.adapters import files
-from pisa_jax.adapters.files import check_adapters, load_adapters, save_adapters
+from pisa_jax.adapters import files, pisa_sr_file
+from pisa_jax.adapters.checks import check_adapters
+from pisa_jax.adapters.files import load_adapters, save_adapters
 from pisa_jax.config import AdapterSpec
-from pisa_jax.runtime.tensor_files import UnsafePickleError, read_metadata, read_tensors, read_torch, write_safetensors
+from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, write_safetensors
+from pisa_jax.runtime.torch_pickle import UnsafePickleError, read_torch
 from pisa_jax.runtime.trees import flatten
 
 
@@ -24,7 +26,7 @@ def refused(path, *parts):
 
 
 def rewrite(path, tensors, adapters):
-    metadata = files._metadata(adapters.specs, adapters.base_model) if adapters else {}
+    metadata = files._format_metadata(adapters.specs, adapters.base_model) if adapters else {}
     write_safetensors(path, tensors, metadata)
     return path
 
@@ -54,9 +56,7 @@ def test_mistyped_factor(tmp_path):
 
 def test_foreign_keys(tmp_path):
     path = rewrite(tmp_path / "x.safetensors", {"encoder.layers.0.weight": np.ones(2)}, None)
-    refused(
-        path, "'encoder.layers.0.weight' is no key of an adapter", "pix/conv_in/a", "conv_in.lora_A.default_encoder"
-    )
+    refused(path, "'encoder.layers.0.weight' is not an adapter key", "pix/conv_in/a", "conv_in.lora_A.default_encoder")
 
 
 def test_module_in_the_wrong_part(tmp_path):
@@ -64,7 +64,11 @@ def test_module_in_the_wrong_part(tmp_path):
     right = "down_blocks.0.resnets.0.conv1.lora_A.default_encoder_pix.weight"
     wrong = right.replace("encoder", "others")
     state[wrong] = state.pop(right)
-    refused(rewrite(tmp_path / "x.safetensors", state, None), f"{wrong!r} is in the wrong part", f"expected {right!r}")
+    refused(
+        rewrite(tmp_path / "x.safetensors", state, None),
+        f"{wrong!r} names the wrong part of the UNet",
+        f"expected {right!r}",
+    )
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -98,7 +102,7 @@ def test_adapters_that_the_metadata_does_not_describe(tmp_path):
     adapters = made()
     tensors = {key.replace("sem/", "other/"): value for key, value in ours(adapters).items()}
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
-    refused(path, "describes the adapters pix, sem but holds pix, sem, other")
+    refused(path, "the metadata lists the adapters pix, sem, the keys pix, sem, other")
 
 
 @pytest.mark.parametrize(
@@ -147,17 +151,17 @@ def published(**changes):
 )
 def test_pickles_that_are_no_checkpoint(content, parts):
     with pytest.raises(ValueError, match=r"x\.pkl") as error:
-        files._unpack_original("x.pkl", content)
+        pisa_sr_file.unpack_pickle("x.pkl", content)
     for part in parts:
         assert part in str(error.value)
 
 
 def test_checkpoints_that_do_not_agree_with_themselves():
-    unpack = files._unpack_original
+    unpack = pisa_sr_file.unpack_pickle
     modules = published()["unet_lora_encoder_modules_pix"]
     with pytest.raises(ValueError, match="missing unet_lora_encoder_modules_pix"):
         unpack("x", published(unet_lora_encoder_modules_pix=None))
-    with pytest.raises(ValueError, match="lora_rank_unet_sem is a str, expected a int"):
+    with pytest.raises(ValueError, match="lora_rank_unet_sem is a str, expected int"):
         unpack("x", published(lora_rank_unet_sem="6"))
     with pytest.raises(ValueError, match="state_dict_unet: expected 658, found 660: unexpected conv_in"):
         unpack("x", published(unet_lora_encoder_modules_pix=modules[1:]))

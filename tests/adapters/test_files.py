@@ -11,10 +11,14 @@ import pytest
 from conftest import golden
 from small_adapters import CONV, DENSE, KERNELS, assert_same, made, original_state
 
-from pisa_jax.adapters import files
-from pisa_jax.adapters.files import Adapters, check_adapters, export_original, load_adapters, save_adapters
+from pisa_jax.adapters import pisa_sr_file
+from pisa_jax.adapters.adapter_tree import Adapters
+from pisa_jax.adapters.checks import check_adapters
+from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
 from pisa_jax.config import AdapterSpec
-from pisa_jax.runtime.tensor_files import read_tensors, read_torch, write_safetensors
+from pisa_jax.runtime import torch_layout
+from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
+from pisa_jax.runtime.torch_pickle import read_torch
 from pisa_jax.runtime.trees import flatten
 
 
@@ -28,9 +32,9 @@ def read_json(relative):
 def test_module_names_map_one_to_one():
     lists = read_json("sd21_lora_modules.json")
     names = [*lists["encoder"], *lists["decoder"], *lists["others"], *lists["not_adapted_matrices"]]
-    paths = [files.flax_path(name) for name in names]
+    paths = [torch_layout.flax_module_path(name) for name in names]
     assert len(set(paths)) == len(names) == 258 + 24
-    assert [files.torch_name(path) for path in paths] == names
+    assert [torch_layout.torch_module_name(path) for path in paths] == names
     assert not any("." in path or "/0" in path for path in paths)
 
 
@@ -55,14 +59,14 @@ def test_module_names_map_one_to_one():
     ],
 )
 def test_named_modules(name, path):
-    assert files.flax_path(name) == path
-    assert files.torch_name(path) == name
+    assert torch_layout.flax_module_path(name) == path
+    assert torch_layout.torch_module_name(path) == name
 
 
 def test_each_module_is_in_the_part_that_the_original_lists_it_in():
     lists = read_json("sd21_lora_modules.json")
     for group in ("encoder", "decoder", "others"):
-        assert {files._group(name) for name in lists[group]} == {group}
+        assert {pisa_sr_file.unet_part(name) for name in lists[group]} == {group}
 
 
 def test_difference_of_a_layer_is_that_of_the_original():
@@ -71,7 +75,7 @@ def test_difference_of_a_layer_is_that_of_the_original():
     trees = load_adapters(golden("pisa_sr.pkl")).trees
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
     a, b = (state[f"{name}.lora_{side}.default_encoder_sem.weight"] for side in "AB")
-    factors = trees["sem"][files.flax_path(name)]
+    factors = trees["sem"][torch_layout.flax_module_path(name)]
     np.testing.assert_allclose(factors["a"] @ factors["b"], (b @ a).T, rtol=0, atol=1e-6)
     a, b = (state[f"mid_block.resnets.0.conv1.lora_{side}.default_others_pix.weight"] for side in "AB")
     factors = trees["pix"]["mid_block/resnets_0/conv1"]
@@ -91,7 +95,7 @@ def test_published_checkpoint():
         spec = adapters.specs[name]
         assert spec.alpha / spec.rank == meta["observed"]["scaling"][f"default_encoder_{name}"]
         lists = [meta[f"unet_lora_{group}_modules_{name}"] for group in ("encoder", "decoder", "others")]
-        assert sorted(tree) == sorted(files.flax_path(module) for modules in lists for module in modules)
+        assert sorted(tree) == sorted(torch_layout.flax_module_path(module) for modules in lists for module in modules)
     assert len(flatten(adapters.trees)) == meta["n_tensors"]
 
 
@@ -167,8 +171,10 @@ def test_other_decompositions_round_trip_but_have_no_original_form(tmp_path):
     save_adapters(tmp_path / "a", adapters)
     assert_same(load_adapters(tmp_path / "a"), adapters)
     check_adapters(adapters.trees, KERNELS)
-    with pytest.raises(ValueError, match="'pix' is a loha; the original program knows only lora"):
-        export_original(tmp_path / "b", adapters)
+    with pytest.raises(
+        ValueError, match="adapter 'pix' has decomposition 'loha'; the original PiSA-SR supports only lora"
+    ):
+        export_pisa_sr(tmp_path / "b", adapters)
     del tree[CONV]["b2"]
     save_adapters(tmp_path / "a", adapters)
     with pytest.raises(ValueError, match=f"missing {CONV}/b2"):
@@ -177,7 +183,7 @@ def test_other_decompositions_round_trip_but_have_no_original_form(tmp_path):
 
 def test_export_gives_the_same_difference_under_the_originals_alpha(tmp_path):
     adapters = made(alpha=3.0)
-    export_original(tmp_path / "a", adapters)
+    export_pisa_sr(tmp_path / "a", adapters)
     found = load_adapters(tmp_path / "a")
     assert found.specs["pix"].alpha == 8.0
     assert found.base_model == "owner/name"

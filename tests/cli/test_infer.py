@@ -17,7 +17,7 @@ from pisa_jax.sd import random_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    random_model.write(folder)
+    random_model.write_random_model(folder)
     return folder
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from pisa_jax.runtime.atomic_write import whole_file
+from pisa_jax.runtime.atomic_write import atomic_write
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "figures.json"
     path.write_text("old")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         assert file.parent == tmp_path
         assert file.suffix == ".json"
         file.write_text("new")
@@ -23,7 +23,7 @@ def test_after_an_error_the_old_file_is_there_and_no_rest(tmp_path, error):
     path.write_text("old")
 
     def half_written():
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write_text("ne")
             raise error
 
@@ -38,7 +38,7 @@ def test_a_place_that_cannot_be_written_is_an_os_error(tmp_path):
     folder.mkdir()
 
     def write():
-        with whole_file(folder) as file:
+        with atomic_write(folder) as file:
             file.write_text("x")
 
     with pytest.raises(OSError, match="folder"):

@@ -22,7 +22,7 @@ def test_a_full_disk_is_told_and_nothing_waits_for_it(folder):
         with pytest.raises(
             OSError, match=r"tensorboard cannot be written; free space and continue with --resume: .*27"
         ):
-            log.scalars(20, {f"pix/{index}": 1.0 for index in range(100)})
+            log.log_scalars(20, {f"pix/{index}": 1.0 for index in range(100)})
         log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -30,10 +30,10 @@ def test_a_full_disk_is_told_and_nothing_waits_for_it(folder):
 
 def test_what_is_logged_can_be_read(folder, capsys):
     log = run_log.RunLog(folder, batch_size=6, total=40, first=10)
-    log.waited(0.001)
+    log.add_data_wait(0.001)
     log.log(20, {"pix/l2": 0.25, "pix/skipped": 0.0})
-    log.scalars(20, {"validation/psnr": 31.5})
-    log.image(20, "validation", Image.new("RGB", (30, 20), (10, 20, 30)))
+    log.log_scalars(20, {"validation/psnr": 31.5})
+    log.log_image(20, "validation", Image.new("RGB", (30, 20), (10, 20, 30)))
     log.close()
     found = events(folder / "tensorboard")
     assert found["pix/l2"][20].simple_value == 0.25

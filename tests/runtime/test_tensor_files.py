@@ -12,7 +12,8 @@ import pytest
 from conftest import DATA, golden
 from safetensors import safe_open
 
-from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, read_torch, release, write_safetensors
+from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, release_mapped_pages, write_safetensors
+from pisa_jax.runtime.torch_pickle import read_torch
 
 FILES = DATA / "weights"
 KINDS = ["zip", "legacy"]
@@ -243,7 +244,7 @@ def test_released_arrays_take_no_memory_and_keep_their_values(tmp_path):
     before = mapped_kib()
     np.testing.assert_array_equal(view, values.T)
     assert mapped_kib() - before > 0.9 * values.nbytes / 2**10
-    release(view)
+    release_mapped_pages(view)
     assert mapped_kib() - before < 0.1 * values.nbytes / 2**10
     np.testing.assert_array_equal(view, values.T)
-    release(values)  # is no view of a file: nothing to give back
+    release_mapped_pages(values)  # is no view of a file: nothing to give back

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pisa_jax.runtime.tensor_files import UnsafePickleError, read_tensors, read_torch, write_safetensors
+from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
+from pisa_jax.runtime.torch_pickle import UnsafePickleError, read_torch
 
 KINDS = ["zip", "legacy"]
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -77,8 +77,8 @@ def test_unet_takes_latents_of_any_size(size):
 
 
 def test_bfloat16_modules_return_float32_near_the_float32_ones():
-    unet, vae, text = random_model.configs("tiny")
-    half = backbone.build(unet, vae, text, "bfloat16", "bfloat16")
+    unet, vae, text = random_model.model_configs("tiny")
+    half = backbone.build_modules(unet, vae, text, "bfloat16", "bfloat16")
     modules, params = random_backbone()
     cast = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
     latents = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
@@ -103,7 +103,7 @@ def instructions(jaxpr):
 
 def programs(dtype):
     """The encoder, the UNet and the decoder, by name."""
-    modules = backbone.build(*random_model.configs("tiny"), dtype, dtype)
+    modules = backbone.build_modules(*random_model.model_configs("tiny"), dtype, dtype)
     shapes = backbone.param_shapes(modules)
     image, latents, prompt = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 3, 32))
     traced = {
@@ -148,19 +148,19 @@ def test_every_product_of_bfloat16_modules_is_of_bfloat16():
     ],
 )
 def test_configs_that_would_be_ignored_are_refused(part, key, value):
-    parts = list(random_model.configs("tiny"))
+    parts = list(random_model.model_configs("tiny"))
     parts[part] = parts[part] | {key: value}
     with pytest.raises(ValueError, match=f"cannot honour {key} = "):
-        backbone.build(*parts)
+        backbone.build_modules(*parts)
 
 
 def test_unknown_blocks_are_refused():
-    unet, vae, text = random_model.configs("tiny")
+    unet, vae, text = random_model.model_configs("tiny")
     with pytest.raises(ValueError, match=r"down_block_types has .'AttnDownBlock2D'.*knows.*CrossAttnDownBlock2D"):
-        backbone.build(unet | {"down_block_types": ["AttnDownBlock2D"] * 4}, vae, text)
+        backbone.build_modules(unet | {"down_block_types": ["AttnDownBlock2D"] * 4}, vae, text)
 
 
 def test_recorded_config_is_accepted_with_every_key_that_diffusers_writes():
     configs = [read_json(golden(f"sd_tiny/{part}/config.json")) for part in ("unet", "vae", "text_encoder")]
-    built = backbone.build(*configs)
-    assert (built.factor, built.latent_channels, built.latent_scale) == (8, 4, 0.18215)
+    built = backbone.build_modules(*configs)
+    assert (built.vae_scale_factor, built.latent_channels, built.latent_scale) == (8, 4, 0.18215)

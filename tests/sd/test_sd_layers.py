@@ -57,10 +57,10 @@ def test_attention_equals_the_definition(queries, keys, heads):
 def test_attention_on_a_gpu_without_cudnn(monkeypatch, dtype):
     q, k, v = (normal(1, 512, 2, 16, seed=seed).astype(dtype) for seed in range(3))
     expected = jax.nn.dot_product_attention(q, k, v)
-    layers.cudnn_computes.cache_clear()
+    layers.cudnn_attention_compiles.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     found = layers.attention(q, k, v)
-    layers.cudnn_computes.cache_clear()
+    layers.cudnn_attention_compiles.cache_clear()
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
@@ -69,7 +69,9 @@ def test_attention_with_cudnn(monkeypatch, positions, kernel):
     """What is lowered for CUDA, which needs its libraries and no card."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs pip install -e '.[cuda]'", exc_type=ImportError)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(layers, "cudnn_computes", lambda dtype, channels: (dtype, channels) == (jnp.bfloat16, 64))
+    monkeypatch.setattr(
+        layers, "cudnn_attention_compiles", lambda dtype, channels: (dtype, channels) == (jnp.bfloat16, 64)
+    )
     heads = jax.ShapeDtypeStruct((1, positions, 5, 64), jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda *heads: layers.attention(*heads).sum(), argnums=(0, 1, 2)))
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -87,13 +89,15 @@ def test_long_attention_holds_no_score_matrix():
 @pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 1, 1, 3), (1, 2, 9, 3)], ids=str)
 def test_double_conv_is_a_convolution_of_the_doubled_image(shape):
     x, kernel, bias = normal(*shape), normal(3, 3, 3, 4, seed=1), normal(4, seed=2)
-    plain = nn.Conv(4, (3, 3), padding=1).apply({"params": {"kernel": kernel, "bias": bias}}, layers.double(x))
-    np.testing.assert_allclose(layers.double_conv(x, kernel, bias), plain, atol=2e-5)
+    plain = nn.Conv(4, (3, 3), padding=1).apply(
+        {"params": {"kernel": kernel, "bias": bias}}, layers.upsample_nearest(x)
+    )
+    np.testing.assert_allclose(layers.upsample_conv(x, kernel, bias), plain, atol=2e-5)
 
 
 def test_double_repeats_pixels():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    assert layers.double(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert layers.upsample_nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
 def test_compiler_options_are_accepted():
@@ -105,7 +109,7 @@ def test_compiler_options_are_accepted():
 def test_attention_over_some_keys(count):
     query, key, value = (jax.random.normal(jax.random.key(i), (n, 2, 8)) for i, n in enumerate((300, 5000, 5000)))
     expected = jax.nn.dot_product_attention(query[None], key[None, :count], value[None, :count])[0]
-    close(jax.jit(layers.attention_over)(query, key, value, jnp.array(count)), expected, 1e-5)
+    close(jax.jit(layers.attention_over_first_keys)(query, key, value, jnp.array(count)), expected, 1e-5)
 
 
 def test_group_norm_and_silu_are_one_pass_over_the_picture():

@@ -34,8 +34,8 @@ def half_flat(height, width, seed=0):
 @functools.cache
 def two_levels():
     """A model of factor 2: quick to compile, and with none of Stable Diffusion's numbers."""
-    unet, vae, text = random_model.configs("tiny")
-    modules = bb.build(
+    unet, vae, text = random_model.model_configs("tiny")
+    modules = bb.build_modules(
         unet | {"block_out_channels": [32, 32], "attention_head_dim": [2, 2],
                 "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
                 "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
@@ -64,8 +64,8 @@ def directions():
             compiled[key] = jax.jit(functools.partial(stage, *static))
         return compiled[key](weights, *arrays)
 
-    mesh = distributed.first_devices(1)
-    return [make(modules, params["vae"], mesh, run) for make in (vae_tiling.encoder, vae_tiling.decoder)]
+    mesh = distributed.local_mesh(1)
+    return [make(modules, params["vae"], mesh, run) for make in (vae_tiling.tiled_encoder, vae_tiling.tiled_decoder)]
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def untiled():
 
 def test_tiles_decode_like_the_whole():
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
     assert off < vae_tiles.TOLERANCE
     difference = np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1))
     assert difference.max() < WORST
@@ -94,24 +94,24 @@ def test_tiles_decode_like_the_whole():
 
 def test_tiles_encode_like_the_whole():
     source, expected, _, _ = untiled()
-    found, off = vae_tiles.walk(directions()[0], source, 16)
+    found, off = vae_tiles.process_in_tiles(directions()[0], source, 16)
     assert off < vae_tiles.TOLERANCE
     assert np.abs(found - expected).max() < 0.03 * np.std(expected)
 
 
 def test_a_single_pass_is_not_enough(monkeypatch):
     # What the passes are for, and that the bounds above can fail.
-    monkeypatch.setattr(vae_tiles, "MOST_PASSES", 1)
+    monkeypatch.setattr(vae_tiles, "MAX_PASSES", 1)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
     assert off > vae_tiles.TOLERANCE
     assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > WORST
 
 
 def test_fewer_keys_than_latents(monkeypatch):
-    monkeypatch.setattr(vae_tiles, "MOST_KEYS", 400)
+    monkeypatch.setattr(vae_tiles, "MAX_KEYS", 400)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.walk(directions()[1], latents, 16)
+    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
     assert off < vae_tiles.TOLERANCE
     assert 0 < np.abs(found - expected).mean() < 0.5 * np.std(expected)
 
@@ -121,12 +121,12 @@ def test_every_position_is_one_tiles_own(height, width):
     size = (min(8, height), min(8, width))
     source = np.arange(height * width, dtype=np.float32).reshape(height, width, 1)
     owners, copy = np.zeros((height, width), int), np.full_like(source, -1)
-    for place in vae_tiles.lay((height, width), size, 3):
+    for place in vae_tiles.tile_grid((height, width), size, 3):
         (top, left), (bottom, right) = place.start, place.stop
         owners[top:bottom, left:right] += 1
-        window = vae_tiles.cut(source, [place], size, 3)[0]
+        window = vae_tiles.extract_windows(source, [place], size, 3)[0]
         assert window.shape[:2] == tuple(min(8 + 6, side) for side in (height, width))
-        vae_tiles.paste(copy, place, window, place.window)
+        vae_tiles.write_tile(copy, place, window, place.window)
     assert (owners == 1).all()
     assert np.array_equal(copy, source)
 
@@ -134,9 +134,9 @@ def test_every_position_is_one_tiles_own(height, width):
 def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
     rng = np.random.default_rng(0)
     one, other = (np.float32(np.abs(rng.normal(size=(3, 2, 4))) + 0.1) for _ in range(2))
-    shift = vae_tiles.shift_between(one, other)
+    shift = vae_tiles.statistics_shift(one, other)
     for index in range(3):
-        close(vae_tiling.shifted(one[index], shift[index]), other[index], 1e-5)
+        close(vae_tiling.apply_shift(one[index], shift[index]), other[index], 1e-5)
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet", "none"])
@@ -150,7 +150,7 @@ def test_colours_of_tiles_are_those_of_the_whole(fix):
         color.adain_in_place(content, style, rows=64)
         close(content, expected, 1e-5)
     else:
-        found = vae_tiles.over_windows(
+        found = vae_tiles.map_tiles(
             lambda c, s: function(jnp.asarray(c + 1) / 2, jnp.asarray(s + 1) / 2) * 2 - 1,
             (content, style), 64, color.WAVELET_REACH,
         )  # fmt: skip
@@ -170,12 +170,12 @@ def test_an_upscaler_with_tiles_is_near_one_without():
 
 
 def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
-    monkeypatch.setattr(vae_tiles, "MOST_PASSES", 2)
+    monkeypatch.setattr(vae_tiles, "MAX_PASSES", 2)
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
     upscaler(picture(28, 33))
     # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
-    assert sorted(what.split()[0] for what in compiled) == ["predict", *["sample"] * 4, *["tiles"] * 2]
+    assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
     upscaler(picture(35, 30))
     assert len(compiled) == 7
     runner = upscaler.pipeline.runner
@@ -185,7 +185,7 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
     assert np.array_equal(session.render(), session.render())
     # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
-    assert order == ["sample", "tiles"] * 2 + ["predict"] + ["sample", "tiles"] * 4
+    assert order == ["measure_sample", "process_tiles"] * 2 + ["predict"] + ["measure_sample", "process_tiles"] * 4
 
 
 def test_out_of_memory_halves_the_tile_and_goes_on():
@@ -195,7 +195,7 @@ def test_out_of_memory_halves_the_tile_and_goes_on():
     run = runner.run
 
     def short_of_memory(stage, static, *arrays):
-        if stage.__name__ in ("encode", "tiles"):
+        if stage.__name__ in ("encode", "process_tiles"):
             asked.append(arrays[0].shape[1:3])
             if len(asked) == 1:
                 raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
@@ -203,14 +203,14 @@ def test_out_of_memory_halves_the_tile_and_goes_on():
 
     runner.run = short_of_memory
     found = upscaler(picture(36, 32))
-    assert said == ["out of memory with the whole picture: now tiles of 72 pixels"]
+    assert said == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
     assert asked[0] == (144, 128)
     assert found.shape == (144, 128, 3)
 
 
 def test_memory_remembers_and_gives_up():
     said = []
-    limit = memory.Memory(512, 0, said.append)
+    limit = memory.TileSizePolicy(512, 0, said.append)
     needed = memory.Footprint(1, 1, 0)
 
     def tiled(tile):
@@ -218,25 +218,28 @@ def test_memory_remembers_and_gives_up():
             raise MemoryError
         return tile
 
-    assert limit.run(needed, 2000, lambda: None, tiled) == 128
-    assert limit.run(needed, 2000, lambda: None, tiled) == 128
-    assert said == [f"out of memory with VAE tiles of {tile}: now tiles of {tile // 2} pixels" for tile in (512, 256)]
+    assert limit.execute(needed, 2000, lambda: None, tiled) == 128
+    assert limit.execute(needed, 2000, lambda: None, tiled) == 128
+    assert said == [
+        f"out of memory with VAE tiles of {tile} pixels: retrying with tiles of {tile // 2} pixels"
+        for tile in (512, 256)
+    ]
     with pytest.raises(MemoryError):
-        limit.run(needed, 100, lambda: tiled(999), tiled)
+        limit.execute(needed, 100, lambda: tiled(999), tiled)
     with pytest.raises(RuntimeError, match="something else"):
-        limit.run(needed, 2000, lambda: None, lambda tile: (_ for _ in ()).throw(RuntimeError("something else")))
+        limit.execute(needed, 2000, lambda: None, lambda tile: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(MemoryError):
-        memory.Memory(0, 0, said.append).run(needed, 2000, lambda: tiled(999), tiled)
+        memory.TileSizePolicy(0, 0, said.append).execute(needed, 2000, lambda: tiled(999), tiled)
 
 
 def test_auto_takes_the_whole_where_it_fits_and_the_largest_tile_where_not():
-    needed = memory.Footprint(whole=4096 * 2048**2, per_pixel=4096, margin=96)
-    assert memory.choose_tile(needed, 2 * needed.whole) == 0
+    needed = memory.Footprint(untiled_bytes=4096 * 2048**2, bytes_per_pixel=4096, margin=96)
+    assert memory.choose_tile(needed, 2 * needed.untiled_bytes) == 0
     free = 8 * 2**30
     tile = memory.choose_tile(needed, free)
     assert tile == 512
-    assert 4096 * (tile + 192) ** 2 <= memory.SHARE * free < 4096 * (2 * tile + 192) ** 2
-    assert memory.choose_tile(needed, 0) == memory.LEAST_TILE
+    assert 4096 * (tile + 192) ** 2 <= memory.MEMORY_FRACTION * free < 4096 * (2 * tile + 192) ** 2
+    assert memory.choose_tile(needed, 0) == memory.MIN_TILE
     assert memory.free_bytes(jax.devices()[0]) > 2**20
 
 
@@ -252,7 +255,7 @@ from test_inference import picture
 from test_vae_tiles import small_upscaler
 from pisa_jax.imaging import image_io
 from pisa_jax.tiling import vae_tiles
-vae_tiles.MOST_PASSES = 2
+vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
 # A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):

@@ -3,13 +3,12 @@ import pytest
 from conftest import golden
 from tiny import read_json
 
-from pisa_jax.tiling import windows
-from pisa_jax.tiling.windows import blend_windows, gaussian
+from pisa_jax.tiling.windows import blend_windows, gaussian_weights, window_grid
 
 
 def test_windows_of_the_original():
     for case in read_json(golden("comp/latent_tile_grids.json")):
-        found = windows(case["h"], case["w"], case["tile"], case["overlap"])
+        found = window_grid(case["h"], case["w"], case["tile"], case["overlap"])
         assert sorted(map(list, found)) == sorted(case["order_y0x0hw"])  # ours go row by row
 
 
@@ -17,14 +16,14 @@ def test_gaussian_of_the_original():
     weights = np.load(golden("comp/gaussian_weights.npz"))
     for name in weights.files:
         side = int(name[1:])
-        np.testing.assert_allclose(np.outer(gaussian(side), gaussian(side)), weights[name], rtol=1e-12)
+        np.testing.assert_allclose(np.outer(gaussian_weights(side), gaussian_weights(side)), weights[name], rtol=1e-12)
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 40), (40, 5), (16, 16), (17, 16), (3, 3), (33, 50)])
 def test_windows_cover_everything_and_stay_inside(height, width):
     # A side below the tile, or below the overlap, is where the original crashes or never ends.
     covered = np.zeros((height, width), int)
-    for y, x, h, w in windows(height, width, tile=16, overlap=6):
+    for y, x, h, w in window_grid(height, width, tile=16, overlap=6):
         assert (h, w) == (min(16, height), min(16, width))
         assert y + h <= height
         assert x + w <= width
@@ -35,7 +34,7 @@ def test_windows_cover_everything_and_stay_inside(height, width):
 @pytest.mark.parametrize("overlap", [16, 20, -1])
 def test_an_overlap_that_never_ends_is_refused(overlap):
     with pytest.raises(ValueError, match=f"not {overlap} with tile 16"):
-        windows(64, 64, 16, overlap)
+        window_grid(64, 64, 16, overlap)
 
 
 def test_blending_a_pointwise_function_changes_nothing():
@@ -55,6 +54,6 @@ def test_blending_weighs_windows_by_their_gaussians():
     array = np.zeros((1, 1, 6, 1), np.float32)
     starts = iter([1.0, 5.0])
     out = blend_windows(lambda tiles: np.full_like(tiles, next(starts)), array, tile=4, overlap=2, batch_size=1)
-    w = gaussian(4)
+    w = gaussian_weights(4)
     expected = [1, 1, (w[2] + 5 * w[0]) / (w[2] + w[0]), (w[3] + 5 * w[1]) / (w[3] + w[1]), 5, 5]
     np.testing.assert_allclose(out[0, 0, :, 0], expected, rtol=1e-6)

@@ -1,0 +1,31 @@
+from .adapters.adapter_tree import Adapters as Adapters
+from .adapters.files import load_adapters as load_adapters
+from .adapters.files import save_adapters as save_adapters
+from .adapters.injection import init_adapter as init_adapter
+from .adapters.injection import interceptor as interceptor
+from .adapters.injection import merge as merge
+from .config import AdapterSpec as AdapterSpec
+from .config import Config as Config
+from .config import Data as Data
+from .config import Stage as Stage
+from .config import Validation as Validation
+from .data.degradation import degrade as degrade
+from .data.loader import make_loader as make_loader
+from .data.sources import folder_source as folder_source
+from .inference import Session as Session
+from .inference import Settings as Settings
+from .inference import Upscaler as Upscaler
+from .model import BaseModel as BaseModel
+from .model import LoadedModel as LoadedModel
+from .model import combine as combine
+from .model import predict as predict
+from .runtime.distributed import make_mesh as make_mesh
+from .sd.pretrained import load_pretrained as load_pretrained
+from .train_step import Batch as Batch
+from .train_step import Objective as Objective
+from .train_step import init_state as init_state
+from .train_step import jit_train_step as jit_train_step
+from .train_step import make_frozen as make_frozen
+from .training import train as train
+
+__version__: str
