@@ -53,7 +53,7 @@ PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
 def vgg_shapes() -> dict[str, Any]:
     """Shapes of the weights of LPIPS."""
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    kernels = lpips.BACKBONES["vgg"].kernels
+    kernels = lpips.FEATURE_NETWORKS["vgg"].kernels
     layers = {name: {"kernel": of(shape), "bias": of(shape[-1:])} for name, shape in kernels.items()}
     heads = {f"lin{index}": of((width,)) for index, width in enumerate((64, 128, 256, 512, 512))}
     return {"vgg": {"layers": layers, "heads": heads}}

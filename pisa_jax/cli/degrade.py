@@ -19,19 +19,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
 from tqdm import tqdm
 
-from pisa_jax.data.degradation import PISA_SR, degrade_and_reduce
+from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
 from pisa_jax.imaging.image_io import from_array, read_rgb8, write_picture
 from pisa_jax.metrics.pairing import list_pictures
+from pisa_jax.metrics.psnr_ssim import RGB8
 
 SIDES = ("lq", "gt")
 
-Picture = UInt8[np.ndarray, "_ _ 3"]
 
-
-def degraded_pair(picture: Picture, seed: int, name: str) -> tuple[Picture, Picture]:
+def degraded_pair(picture: RGB8, seed: int, name: str) -> tuple[RGB8, RGB8]:
     """The (LQ, GT) made of a picture: GT cut at the right and below to multiples of 4, LQ with a quarter of its sides.
 
     ValueError for a picture with a side below 8.
@@ -40,7 +38,7 @@ def degraded_pair(picture: Picture, seed: int, name: str) -> tuple[Picture, Pict
     gt = picture[:height, :width]
     # The name is an entropy of the generator, so that pictures differ and none depends on which others are there.
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big")
-    return degrade_and_reduce(gt / np.float32(255), np.random.default_rng((seed, digest))), gt
+    return degrade_and_downscale(gt / np.float32(255), np.random.default_rng((seed, digest))), gt
 
 
 def write_pairs(files: Sequence[Path], out: Path, seed: int, report: Callable[[str], None]) -> int:

@@ -25,7 +25,7 @@ from pisa_jax.imaging.contact_sheet import contact_sheet
 from pisa_jax.imaging.image_io import WRITABLE, from_pil, read_rgb8, write_picture
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics import registry, report
-from pisa_jax.metrics.pairing import Item, pair_files
+from pisa_jax.metrics.pairing import EvaluationItem, pair_files
 from pisa_jax.runtime.atomic_write import whole_file
 
 Pair = tuple[float, float]
@@ -49,7 +49,9 @@ def label_of(pair: Pair) -> str:
     return f"pix {pair[0]:g} sem {pair[1]:g}"
 
 
-def produce(item: Item, scale: float, pairs: Sequence[Pair], upscale: Upscale | None) -> dict[str, np.ndarray]:
+def produce(
+    item: EvaluationItem, scale: float, pairs: Sequence[Pair], upscale: Upscale | None
+) -> dict[str, np.ndarray]:
     """Every method's picture of one item: the file, the model at each pair, and MATLAB's bicubic of the LQ picture."""
     results = {"sr": read_rgb8(item.sr)} if item.sr else {}
     if item.lq:
@@ -61,8 +63,8 @@ def produce(item: Item, scale: float, pairs: Sequence[Pair], upscale: Upscale | 
 
 
 def evaluate(
-    items: Sequence[Item],
-    functions: dict[str, registry.Measure],
+    items: Sequence[EvaluationItem],
+    functions: dict[str, registry.MetricFunction],
     scale: float = 4.0,
     pairs: Sequence[Pair] = (),
     upscale: Upscale | None = None,
@@ -72,12 +74,12 @@ def evaluate(
 ) -> Measured:
     """Make and measure every item; one that fails is named with the reason and the others go on.
 
-    `functions` come from `registry.build`; `advance` is called after each item; the pictures of the item called
+    `functions` come from `registry.make_metrics`; `advance` is called after each item; the pictures of the item called
     `sheet_of` are kept. Threads do: NumPy, OpenCV and JAX release the interpreter lock (1.9x on two cores, more than
     processes give).
     """
 
-    def work(item: Item) -> tuple[dict[str, np.ndarray], dict[str, dict], list[str]]:
+    def work(item: EvaluationItem) -> tuple[dict[str, np.ndarray], dict[str, dict], list[str]]:
         try:
             pictures = produce(item, scale, pairs, upscale)
             gt = read_rgb8(item.gt) if item.gt else None
@@ -86,7 +88,7 @@ def evaluate(
         rows, wrong = {}, []
         for label, picture in pictures.items():
             try:
-                rows[label], failed = registry.apply(functions, picture, gt)
+                rows[label], failed = registry.compute_metrics(functions, picture, gt)
             except ValueError as error:
                 failed = [str(error)]
             wrong += [f"{label}: {text}" for text in failed]
@@ -106,7 +108,7 @@ def evaluate(
     return measured
 
 
-def _run(work: Callable, items: Sequence[Item], workers: int) -> Iterator:
+def _run(work: Callable, items: Sequence[EvaluationItem], workers: int) -> Iterator:
     if workers == 1:
         yield from map(work, items)
         return
@@ -296,7 +298,7 @@ def measure_folders(args: argparse.Namespace, problems: dict[str, str]) -> dict[
 def write_reports(args: argparse.Namespace, names: list[str], measured: Measured, whole_set: dict) -> None:
     """Print the table of means and write the files that were asked for."""
     methods, problems = measured.methods, measured.problems
-    means = report.means_of(methods, whole_set)
+    means = report.method_means(methods, whole_set)
     settings = settings_of(args, names)
     conditions = "; ".join(settings["metrics"].values()) + "."
     print(report.mean_table(methods, means, names), conditions, sep="\n\n")
@@ -330,7 +332,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> i
     args.scales = list(dict.fromkeys(args.scales or [(1.0, 1.0)])) if args.model else []
     try:
         weights = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex, "perceptual": args.perceptual}
-        functions = registry.build(names, args.color, args.crop_border, weights)
+        functions = registry.make_metrics(names, args.color, args.crop_border, weights)
         items, unpaired = pair_files(args.sr, args.gt, args.lq)
         upscale = load_upscale(args) if args.model and items else None
     except (OSError, ValueError) as error:

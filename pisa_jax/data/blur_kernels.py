@@ -5,7 +5,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, Float32
 
-Image = Float32[np.ndarray, "h w 3"]
+RGBFloat = Float32[np.ndarray, "h w 3"]
 Kernel = Float[np.ndarray, "k k"]
 
 
@@ -67,7 +67,7 @@ def _separate(kernel: Float[np.ndarray, "a b"]) -> tuple[Float[np.ndarray, " a"]
     return (column + column[::-1]) / 2, (row + row[::-1]) / 2
 
 
-def filter2d(image: Image, kernel: Kernel) -> Image:
+def filter2d(image: RGBFloat, kernel: Kernel) -> RGBFloat:
     """Correlate each channel with an odd-sized kernel, borders reflected without repeating the edge pixel.
 
     Exact to 1e-4 for images in [0, 1]: taps too small to matter are left out, and isotropic Gaussians, two fifths of

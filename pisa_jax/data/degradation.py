@@ -13,14 +13,14 @@ import scipy.sparse
 import scipy.special
 from jaxtyping import Float32, UInt8
 
-from pisa_jax.data.blur_kernels import Image, Kernel, filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
+from pisa_jax.data.blur_kernels import Kernel, RGBFloat, filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
 
 Plane = Float32[np.ndarray, "h w"]
 Table = Float32[np.ndarray, "8 8"]
 Resized = Float32[np.ndarray, "rows columns 3"]
 
-MODES = ("area", "bilinear", "bicubic")
-KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
+RESIZE_MODES = ("area", "bilinear", "bicubic")
+KERNEL_KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 MIN_SIDE = 8
 
 
@@ -83,7 +83,7 @@ class DegradationParams:
     kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
     # Probability that a blur kernel is a sinc filter (Real-ESRGAN).
     sinc_prob: float = 0.1
-    # Probability of each of KINDS where it is not (Real-ESRGAN).
+    # Probability of each of KERNEL_KINDS where it is not (Real-ESRGAN).
     kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
     # Exponent of generalized Gaussians: half the draws lie below 1, half above (Real-ESRGAN).
     generalized_beta: tuple[float, float] = (0.5, 4.0)
@@ -99,7 +99,7 @@ class DegradationParams:
     scale: int = 4
 
     def __post_init__(self):
-        _check_probabilities("kernel_probs", self.kernel_probs, len(KINDS))
+        _check_probabilities("kernel_probs", self.kernel_probs, len(KERNEL_KINDS))
         if any(size < 1 or size % 2 == 0 for size in self.kernel_sizes):
             raise ValueError(f"kernel_sizes = {self.kernel_sizes}: give odd numbers of pixels")
 
@@ -112,12 +112,12 @@ def _random_beta(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def random_kernel(rng: np.random.Generator, sigma: tuple[float, float], params: DegradationParams = PISA_SR) -> Kernel:
-    """Draw a blur kernel: its size, sinc or one of KINDS, and its parameters."""
+    """Draw a blur kernel: its size, sinc or one of KERNEL_KINDS, and its parameters."""
     size = int(rng.choice(params.kernel_sizes))
     if rng.random() < params.sinc_prob:
         # Low cut-offs ring further than a small kernel reaches.
         return sinc_kernel(size, rng.uniform(np.pi / (3 if size < 13 else 5), np.pi))
-    kind = KINDS[rng.choice(len(KINDS), p=params.kernel_probs)]
+    kind = KERNEL_KINDS[rng.choice(len(KERNEL_KINDS), p=params.kernel_probs)]
     sigma_x = rng.uniform(*sigma)
     sigma_y, theta = (rng.uniform(*sigma), rng.uniform(-np.pi, np.pi)) if "aniso" in kind else (sigma_x, 0.0)
     if kind.startswith("plateau"):
@@ -140,22 +140,22 @@ def _averaging_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array((weights, columns, offset), shape=(target, source))
 
 
-def _resize_area(image: Image, rows: int, columns: int) -> Resized:
+def _resize_area(image: RGBFloat, rows: int, columns: int) -> Resized:
     height, width = image.shape[:2]
     image = (_averaging_matrix(height, rows) @ image.reshape(height, width * 3)).reshape(rows, width, 3)
     image = cv2.transpose(image).reshape(width, rows * 3)
     return cv2.transpose((_averaging_matrix(width, columns) @ image).reshape(columns, rows, 3))
 
 
-def resize(image: Image, size: tuple[int, int] | float, mode: str) -> Resized:
+def resize(image: RGBFloat, size: tuple[int, int] | float, mode: str) -> Resized:
     """Resample to (height, width), or by a factor, without antialiasing; pixel centres lie at halves.
 
     "area" averages, unweighted, the source pixels that a target pixel touches (adaptive average pooling); "bicubic" is
     Keys' with a = -0.75. A factor gives floor(side * factor) samples exactly 1 / factor pixels apart, as in the
     original: the far border may lose up to 1 / factor pixels. An unchanged size returns the image itself.
     """
-    if mode not in MODES:
-        raise ValueError(f"resize mode {mode!r}: use one of {', '.join(MODES)}")
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize mode {mode!r}: use one of {', '.join(RESIZE_MODES)}")
     height, width = image.shape[:2]
     rows, columns = size if isinstance(size, tuple) else (max(1, int(height * size)), max(1, int(width * size)))
     if (rows, columns) == (height, width):
@@ -206,7 +206,7 @@ def _along_rows(matrix: Table, plane: Plane) -> Plane:
     return (matrix @ plane.reshape(-1, 8, plane.shape[1])).reshape(plane.shape)
 
 
-def _quantise(plane: Plane, table: Table) -> Plane:
+def _quantize(plane: Plane, table: Table) -> Plane:
     """DCT of 8 x 8 blocks, rounded to multiples of `table` (one row per horizontal frequency), and back."""
     coefficients = _along_rows(_DCT, cv2.transpose(_along_rows(_DCT, plane)))
     blocks = coefficients.reshape(-1, 8, plane.shape[0])
@@ -217,7 +217,7 @@ def _quantise(plane: Plane, table: Table) -> Plane:
     return _along_rows(_DCT.T, cv2.transpose(_along_rows(_DCT.T, coefficients)))
 
 
-def jpeg(image: Image, quality: float) -> Image:
+def jpeg(image: RGBFloat, quality: float) -> RGBFloat:
     """What a JPEG of this quality (1..100, fractions allowed) leaves of an image in [0, 1]; the result is in [0, 1].
 
     As in the original: 4:2:0, chroma averaged and repeated, only coefficients rounded, sides padded with black to
@@ -228,9 +228,9 @@ def jpeg(image: Image, quality: float) -> Image:
     image = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_CONSTANT, value=0)
     size = image.shape[1], image.shape[0]
     halved = cv2.resize(image, (size[0] // 2, size[1] // 2), interpolation=cv2.INTER_AREA)
-    luma = _quantise(cv2.transform(image, _TO_YCC[:1]), _LUMA_TABLE * scale)
+    luma = _quantize(cv2.transform(image, _TO_YCC[:1]), _LUMA_TABLE * scale)
     chroma = np.concatenate(cv2.split(cv2.transform(halved, _TO_YCC[1:])))
-    chroma = cv2.merge(np.split(_quantise(chroma, _CHROMA_TABLE * scale), 2))
+    chroma = cv2.merge(np.split(_quantize(chroma, _CHROMA_TABLE * scale), 2))
     chroma = cv2.resize(chroma, size, interpolation=cv2.INTER_NEAREST)
     image = cv2.transform(cv2.merge([luma, chroma]), _FROM_YCC)
     return np.clip(image[:height, :width], 0, 1, out=np.empty((height, width, 3), np.float32))
@@ -267,19 +267,19 @@ def _to_levels(image: Float32[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     return cv2.convertScaleAbs(np.clip(image, 0, 1), alpha=255)
 
 
-def _add_clipped(image: Image, noise: Float32[np.ndarray, "h w _"], strength: float) -> Image:
+def _add_clipped(image: RGBFloat, noise: Float32[np.ndarray, "h w _"], strength: float) -> RGBFloat:
     noise = noise if noise.shape[2] == 3 else cv2.merge([noise] * 3)
     result = cv2.scaleAdd(noise, strength, image)
     return np.clip(result, 0, 1, out=result)
 
 
-def gaussian_noise(image: Image, sigma: float, gray: bool, rng: np.random.Generator) -> Image:
+def gaussian_noise(image: RGBFloat, sigma: float, gray: bool, rng: np.random.Generator) -> RGBFloat:
     """Add normal noise of `sigma` grey levels of 255, one for all channels if gray; clipped to [0, 1]."""
     noise = _NORMAL.take(_random_words(rng, (*image.shape[:2], 1 if gray else 3)))
     return _add_clipped(image, noise, sigma / 255)
 
 
-def poisson_noise(image: Image, scale: float, gray: bool, rng: np.random.Generator) -> Image:
+def poisson_noise(image: RGBFloat, scale: float, gray: bool, rng: np.random.Generator) -> RGBFloat:
     """Add `scale` times the shot noise of the 8-bit image, or of its luma to all channels if gray; clipped to [0, 1].
 
     Shot noise is Poisson(v x) / v - x, v the number of distinct levels rounded up to a power of two (Real-ESRGAN).
@@ -301,17 +301,19 @@ def _random_factor(rng: np.random.Generator, step: DegradationRound) -> float:
 
 
 def _random_mode(rng: np.random.Generator) -> str:
-    return MODES[rng.integers(len(MODES))]
+    return RESIZE_MODES[rng.integers(len(RESIZE_MODES))]
 
 
-def _add_noise(image: Image, rng: np.random.Generator, step: DegradationRound, params: DegradationParams) -> Image:
+def _add_noise(
+    image: RGBFloat, rng: np.random.Generator, step: DegradationRound, params: DegradationParams
+) -> RGBFloat:
     gray = rng.random() < params.gray_noise_prob
     if rng.random() < params.gaussian_noise_prob:
         return gaussian_noise(image, rng.uniform(*step.noise_sigma), gray, rng)
     return poisson_noise(image, rng.uniform(*step.poisson_scale), gray, rng)
 
 
-def _reduced(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams) -> Image:
+def _degrade_to_low_resolution(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams) -> RGBFloat:
     """All of `degrade` but the way back to full size: 1 / scale of the size of `gt`, not rounded, may leave [0, 1]."""
     if gt.dtype != np.float32 or gt.ndim != 3 or gt.shape[2] != 3 or min(gt.shape[:2]) < MIN_SIDE:
         raise ValueError(
@@ -343,19 +345,19 @@ def _reduced(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams
     return image
 
 
-def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> Image:
+def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> RGBFloat:
     """A degraded copy of `gt` (float32 HWC in [0, 1]) at the same size, every value some k / 255.
 
     blur - resize - noise - JPEG, then the same at about 1 / scale of the size with a sinc filter before or after the
     JPEG, then back to full size by a random interpolation (Real-ESRGAN, figure 2; PiSA-SR, training details).
     Raises ValueError for another type or shape, or a side below 8.
     """
-    image = resize(_reduced(gt, rng, params), gt.shape[:2], _random_mode(rng))
+    image = resize(_degrade_to_low_resolution(gt, rng, params), gt.shape[:2], _random_mode(rng))
     return cv2.LUT(_to_levels(image), _LEVELS)
 
 
-def degrade_and_reduce(
+def degrade_and_downscale(
     gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR
 ) -> UInt8[np.ndarray, "h w 3"]:
     """What `degrade` enlarges again, for the same rng: the picture of floor(side / scale) pixels, in 8 bit."""
-    return _to_levels(_reduced(gt, rng, params))
+    return _to_levels(_degrade_to_low_resolution(gt, rng, params))

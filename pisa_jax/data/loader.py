@@ -25,11 +25,11 @@ from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from pisa_jax.data.sources import MixedSource, Record, Source
+from pisa_jax.data.sources import MixedSource, Source, SourceImage
 
 logger = logging.getLogger(__name__)
 
-Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+DegradeFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # Consecutive unreadable draws that stop a worker: at a bad share of 10 % this happens once in 1e10 records by chance.
 MAX_FAILURES = 10
@@ -37,7 +37,7 @@ MAX_FAILURES = 10
 ENDLESS = 2**40
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """One training pair as it travels between processes: 8 bit, a quarter of the float32 it becomes."""
 
     gt: UInt8[np.ndarray, "c c 3"]
@@ -66,8 +66,8 @@ def read_prompts(path: str | os.PathLike) -> dict[str, str]:
     return prompts
 
 
-def read_record(source: Source, index: int, rng: np.random.Generator) -> tuple[Record, tuple[str, ...]]:
-    """Record `index`, or where it cannot be read one drawn by rng; also the reasons, one per file passed over.
+def read_source_image(source: Source, index: int, rng: np.random.Generator) -> tuple[SourceImage, tuple[str, ...]]:
+    """SourceImage `index`, or where it cannot be read one drawn by rng; also the reasons, one per file passed over.
 
     Raises OSError with all reasons after MAX_FAILURES unreadable files in a row: the source as a whole is broken.
     """
@@ -82,7 +82,9 @@ def read_record(source: Source, index: int, rng: np.random.Generator) -> tuple[R
     raise OSError(f"{MAX_FAILURES} pictures in a row cannot be read:\n" + "\n".join(skipped))
 
 
-def crop_pair(record: Record, crop: int, flip: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+def crop_pair(
+    record: SourceImage, crop: int, flip: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The same random crop x crop window of image and lq, mirrored left-right half of the time if `flip`.
 
     Pictures smaller than the crop are first enlarged (bicubic) until their shorter side equals it.
@@ -100,7 +102,7 @@ def crop_pair(record: Record, crop: int, flip: bool, rng: np.random.Generator) -
     return windows[0], windows[1] if len(windows) > 1 else None
 
 
-def make_sample(
+def make_training_sample(
     index: int,
     rng: np.random.Generator,
     *,
@@ -108,10 +110,10 @@ def make_sample(
     crop: int,
     flip: bool,
     null_prompt_probability: float,
-    degrade: Degrade | None,
-) -> Sample:
+    degrade: DegradeFunction | None,
+) -> TrainingSample:
     """Read, crop, flip and degrade record `index`, all by rng. A record that brings its own lq is not degraded."""
-    record, skipped = read_record(source, index, rng)
+    record, skipped = read_source_image(source, index, rng)
     gt, lq = crop_pair(record, crop, flip, rng)
     use_prompt = bool(rng.random() >= null_prompt_probability)
     if lq is None:
@@ -119,10 +121,10 @@ def make_sample(
         if degraded.shape != gt.shape:
             raise ValueError(f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; it must keep it")
         lq = np.rint(np.clip(degraded, 0, 1) * 255).astype(np.uint8)
-    return Sample(gt, lq, record.path, use_prompt, skipped)
+    return TrainingSample(gt, lq, record.path, use_prompt, skipped)
 
 
-def _stack(samples: Sequence[Sample]) -> dict[str, Any]:
+def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
     """Samples as one dict: the two picture arrays, and lists for what is not worth shared memory."""
     return {
         "gt": np.stack([sample.gt for sample in samples]),
@@ -187,7 +189,7 @@ class Loader:
             self._running.append(self._start())
         batch = next(self._running[0])
         self._position += 1
-        self._count_bad(batch["skipped"])
+        self._count_unreadable(batch["skipped"])
         return {
             "lq": to_float(batch["lq"]),
             "gt": to_float(batch["gt"]),
@@ -207,7 +209,7 @@ class Loader:
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return iter(dataset)
 
-    def _count_bad(self, reasons: Sequence[str]) -> None:
+    def _count_unreadable(self, reasons: Sequence[str]) -> None:
         for reason in sorted(set(reasons) - self.bad_files):
             self.bad_files.add(reason)
             logger.warning("skipped unreadable picture %d: %s", len(self.bad_files), reason)
@@ -238,7 +240,7 @@ class Loader:
 
 
 def _check_arguments(
-    source: Source, prompts: Mapping[str, str], degrade: Degrade | None, **numbers: int | float
+    source: Source, prompts: Mapping[str, str], degrade: DegradeFunction | None, **numbers: int | float
 ) -> None:
     for name in ("batch_size", "crop", "process_count"):
         if numbers[name] < 1:
@@ -265,7 +267,7 @@ def make_loader(
     batch_size: int,
     crop: int,
     seed: int,
-    degrade: Degrade | None,
+    degrade: DegradeFunction | None,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -284,7 +286,7 @@ def make_loader(
     stays reproducible. The reason travels with the batch to the consuming process, the one place that sees what all
     workers met: it logs every bad file once, counts it, and raises OSError with the whole list once more than
     `max_bad_share` of the source is bad. (Each process of a multi-process run counts what it met itself.) A source that
-    gives nothing but errors is stopped earlier, see `read_record`.
+    gives nothing but errors is stopped earlier, see `read_source_image`.
     """
     prompts = prompts or {}
     numbers = {"batch_size": batch_size, "crop": crop, "process_index": process_index, "process_count": process_count}
@@ -293,7 +295,7 @@ def make_loader(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which nobody parses outside absl.app
     sample = functools.partial(
-        make_sample,
+        make_training_sample,
         source=source,
         crop=crop,
         flip=flip,
@@ -305,7 +307,7 @@ def make_loader(
     epochs = -(-ENDLESS // len(source))
     samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs).random_map(sample)
     return Loader(
-        samples.batch(batch_size, batch_fn=_stack),
+        samples.batch(batch_size, batch_fn=_stack_samples),
         shard=(process_index, process_count),
         workers=workers,
         prompts=prompts,

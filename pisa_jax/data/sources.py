@@ -1,6 +1,6 @@
-"""Where training pictures come from: folders, text lists, LQ/GT pairs, made-up pictures (tfds: tfds_files.py).
+"""Sources of training images: folders, text lists, LQ/GT pairs and generated images; tfds.py has data sets of tfds.
 
-A source has a length, gives a `Record` per index and raises OSError naming the file where a picture cannot be read.
+A source has a length, returns a `SourceImage` per index and raises OSError naming an image that cannot be read.
 """
 
 import functools
@@ -17,15 +17,17 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from pisa_jax.metrics.psnr_ssim import RGB8
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 
-class Record(NamedTuple):
+class SourceImage(NamedTuple):
     """One picture: 8-bit RGB, the name by which prompts know it, and its degraded version if it is half of a pair."""
 
-    image: UInt8[np.ndarray, "h w 3"]
+    image: RGB8
     path: str
-    lq: UInt8[np.ndarray, "h w 3"] | None = None
+    lq: RGB8 | None = None
 
 
 @runtime_checkable
@@ -38,7 +40,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> SourceImage: ...
 
 
 def decode_rgb(file: Path | io.BytesIO, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -91,13 +93,13 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         name = self.names[index]
         image = decode_rgb(self.root / name, str(self.root / name))
         if not self.lq_names:
-            return Record(image, name)
+            return SourceImage(image, name)
         lq_path = self.root / self.lq_names[index]
-        return Record(image, name, match_size(decode_rgb(lq_path, str(lq_path)), image, str(self.root / name)))
+        return SourceImage(image, name, match_size(decode_rgb(lq_path, str(lq_path)), image, str(self.root / name)))
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,11 @@ class MixedSource:
     def __len__(self) -> int:
         return len(self.general)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         return self.general[index]
 
-    def draw(self, index: int, rng: np.random.Generator) -> Record:
-        """Record `index` of the general list, or, by the record's own rng, any record of the high-quality list."""
+    def draw(self, index: int, rng: np.random.Generator) -> SourceImage:
+        """SourceImage `index` of the general list, or, by the record's own rng, any record of the high-quality list."""
         if rng.random() < self.hq_probability:
             return self.hq[int(rng.integers(len(self.hq)))]
         return self.general[index]
@@ -220,10 +222,10 @@ class FakeSource:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         if not 0 <= index < self.count:
             raise IndexError(f"picture {index} of {self.count}")
-        return Record(_draw_picture(self.size, np.random.default_rng((self.seed, index))), f"fake/{index:06d}")
+        return SourceImage(_draw_image(self.size, np.random.default_rng((self.seed, index))), f"fake/{index:06d}")
 
 
 def fake_source(count: int, size: int, seed: int = 0) -> FakeSource:
@@ -233,7 +235,7 @@ def fake_source(count: int, size: int, seed: int = 0) -> FakeSource:
     return FakeSource(count, size, seed)
 
 
-def _draw_picture(size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "s s 3"]:
+def _draw_image(size: int, rng: np.random.Generator) -> RGB8:
     """A colour gradient, a few filled shapes, and band-limited grain that is stronger in the shadows."""
     along = np.linspace(0, 1, size, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pisa_jax.data.sources import Record, decode_rgb, match_size
+from pisa_jax.data.sources import SourceImage, decode_rgb, match_size
 
 VERSION = "1.0.0"
 
@@ -52,18 +52,18 @@ class TfdsSource:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         if not 0 <= index < self.count:
             raise IndexError(f"record {index} of {self.count}")
         example = self._examples[index]
         path = example["path"].decode() if "path" in example else f"{self.split}/{index}"
         image = decode_rgb(io.BytesIO(example[self.gt_key]), path)
         if self.lq_key is None:
-            return Record(image, path)
-        return Record(image, path, match_size(decode_rgb(io.BytesIO(example[self.lq_key]), path), image, path))
+            return SourceImage(image, path)
+        return SourceImage(image, path, match_size(decode_rgb(io.BytesIO(example[self.lq_key]), path), image, path))
 
 
-def _open(name_or_dir: str):
+def _open_builder(name_or_dir: str):
     """The tfds builder of a folder holding one data set, or of a name in tfds' own data folder."""
     import tensorflow_datasets as tfds
 
@@ -87,7 +87,7 @@ def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSou
     of one in tfds' own data folder. Its features are `gt` + `lq` (pairs), or `image`; a `path` feature names pictures
     for the prompts. Raises ValueError if the folder, the features or the split are not so.
     """
-    builder = _open(os.fspath(name_or_dir))
+    builder = _open_builder(os.fspath(name_or_dir))
     keys, splits = set(builder.info.features), builder.info.splits
     if not {"gt", "lq"} <= keys and "image" not in keys:
         raise ValueError(f"{name_or_dir} has the features {sorted(keys)}; expected 'image', or 'gt' and 'lq'")

@@ -1,6 +1,6 @@
 """Perceptual distances between pictures: LPIPS 0.1 (VGG16, AlexNet) and plain SqueezeNet 1.1 features.
 
-All functions are pure and take a weights tree whose one top-level key names the backbone:
+All functions are pure and take a weights tree whose one top-level key names the network:
 
     {"vgg": {"layers": {"features.0": {"kernel": [3, 3, 3, 64], "bias": [64]}, ...},
              "heads": {"lin0": [64], "lin1": [128], ...}}}            ("squeeze" has no "heads")
@@ -45,7 +45,7 @@ class Block(NamedTuple):
     convs: tuple[Conv, ...]
 
 
-class Backbone(NamedTuple):
+class FeatureNetwork(NamedTuple):
     """What one feature extractor is: its name in logs, `features(layers, x)`, and the kernels it needs (HWIO)."""
 
     label: str
@@ -142,31 +142,35 @@ def _squeezenet_kernels() -> dict[str, tuple[int, int, int, int]]:
     return kernels
 
 
-BACKBONES: Mapping[str, Backbone] = {
-    "vgg": Backbone("LPIPS 0.1 (VGG16)", partial(_sequential_features, VGG16), _sequential_kernels(VGG16), True),
-    "alex": Backbone("LPIPS 0.1 (AlexNet)", partial(_sequential_features, ALEXNET), _sequential_kernels(ALEXNET), True),
-    "squeeze": Backbone(
+FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
+    "vgg": FeatureNetwork("LPIPS 0.1 (VGG16)", partial(_sequential_features, VGG16), _sequential_kernels(VGG16), True),
+    "alex": FeatureNetwork(
+        "LPIPS 0.1 (AlexNet)", partial(_sequential_features, ALEXNET), _sequential_kernels(ALEXNET), True
+    ),
+    "squeeze": FeatureNetwork(
         "SqueezeNet 1.1 feature distance, no heads", _squeezenet_features, _squeezenet_kernels(), False
     ),
 }
 
 
-def _backbone(name: str) -> Backbone:
-    if name not in BACKBONES:
-        raise ValueError(f"unknown perceptual backbone {name!r}: use one of {', '.join(BACKBONES)}")
-    return BACKBONES[name]
+def _feature_network(name: str) -> FeatureNetwork:
+    if name not in FEATURE_NETWORKS:
+        raise ValueError(f"unknown perceptual network {name!r}: use one of {', '.join(FEATURE_NETWORKS)}")
+    return FEATURE_NETWORKS[name]
 
 
-def _open(weights: Mapping) -> tuple[Backbone, Mapping]:
+def _unpack(weights: Mapping) -> tuple[FeatureNetwork, Mapping]:
     if len(weights) != 1:
-        raise ValueError(f"perceptual weights need one top-level key out of {list(BACKBONES)}, got {list(weights)}")
+        raise ValueError(
+            f"perceptual weights need one top-level key out of {list(FEATURE_NETWORKS)}, got {list(weights)}"
+        )
     ((name, tree),) = weights.items()
-    return _backbone(name), tree
+    return _feature_network(name), tree
 
 
-def describe(weights: Mapping) -> str:
+def distance_name(weights: Mapping) -> str:
     """Name of the distance that these weights give, for logs and tables: "LPIPS 0.1 (VGG16)"."""
-    return _open(weights)[0].label
+    return _unpack(weights)[0].label
 
 
 def features(weights: Mapping, x: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b _ _ _"], ...]:
@@ -174,10 +178,10 @@ def features(weights: Mapping, x: Float[Array, "b h w 3"]) -> tuple[Float[Array,
 
     Raises ValueError when the picture is so small that a map would be empty.
     """
-    backbone, tree = _open(weights)
-    maps = backbone.features(tree["layers"], x.astype(jnp.float32))
+    network, tree = _unpack(weights)
+    maps = network.features(tree["layers"], x.astype(jnp.float32))
     if any(m.size == 0 for m in maps):
-        raise ValueError(f"pictures of {x.shape[1]}x{x.shape[2]} are too small for {backbone.label}: use 32x32 or more")
+        raise ValueError(f"pictures of {x.shape[1]}x{x.shape[2]} are too small for {network.label}: use 32x32 or more")
     return maps
 
 
@@ -195,7 +199,7 @@ def layer_terms(
     weights: Mapping, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]
 ) -> tuple[Float[Array, " b"], ...]:
     """Term of each layer: mean over positions of sum_c w_c (u_c(a) - u_c(b))^2; u = unit features, w = head or 1."""
-    _, tree = _open(weights)
+    _, tree = _unpack(weights)
     terms = []
     # Two passes rather than one on a doubled batch: the gradient is wanted for one side only.
     for k, (fa, fb) in enumerate(zip(features(weights, a), features(weights, b), strict=True)):
@@ -260,19 +264,19 @@ def _layer(tensors: Mapping, name: str) -> dict[str, np.ndarray] | None:
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
-def load_weights(source: str | Path | None, backbone: str) -> dict:
-    """Weights tree (numpy, float32) of one backbone: "vgg", "alex" or "squeeze". LPIPS heads come with the package.
+def load_weights(source: str | Path | None, network: str) -> dict:
+    """Weights tree (numpy, float32) of one network: "vgg", "alex" or "squeeze". LPIPS heads come with the package.
 
     source: a torchvision-named state dict (`features.0.weight`, ...; .safetensors, .pth), an .npz of arrays
     `conv1/kernel`, ..., a hub id such as timm/vgg16.tv_in1k, or None for the copy in the package (squeeze only).
     Other tensors in the file (the classifier) are ignored.
     Raises ValueError for missing or misshapen tensors and OSError for what cannot be read.
     """
-    spec = _backbone(backbone)
+    spec = _feature_network(network)
     if source is None and spec.heads:
         raise ValueError(
-            f"{spec.label} needs the weights of its backbone, which do not ship with this package: give a torchvision "
-            "state dict" + (" or the hub id timm/vgg16.tv_in1k" if backbone == "vgg" else "")
+            f"{spec.label} needs the weights of its network, which do not ship with this package: give a torchvision "
+            "state dict" + (" or the hub id timm/vgg16.tv_in1k" if network == "vgg" else "")
         )
     path = ASSETS / "squeezenet1_1.safetensors" if source is None else _locate(str(source))
     tensors = _read(path)
@@ -289,12 +293,12 @@ def load_weights(source: str | Path | None, backbone: str) -> dict:
     if problems:
         expected = f"expected {len(spec.kernels)} layers: {', '.join(spec.kernels)}"
         raise ValueError(
-            f"{path} does not hold {backbone} features: {'; '.join(problems[:4])}"
+            f"{path} does not hold {network} features: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. {expected}. "
             f"The file has: {', '.join(sorted(tensors)[:6])}{', ...' if len(tensors) > 6 else ''}"
         )
     tree = {"layers": layers}
     if spec.heads:
         heads = read_tensors(ASSETS / "heads.safetensors")
-        tree["heads"] = {f"lin{k}": heads[f"{backbone}.lin{k}"] for k in range(5)}
-    return {backbone: tree}
+        tree["heads"] = {f"lin{k}": heads[f"{network}.lin{k}"] for k in range(5)}
+    return {network: tree}

@@ -14,7 +14,7 @@ from pisa_jax.imaging.image_io import READABLE
 _TAIL = re.compile(r"([-_ ]?x\d+|[-_ ](lr|hr|sr|lq|gt)\d*)+$", re.IGNORECASE)
 
 
-class Item(NamedTuple):
+class EvaluationItem(NamedTuple):
     """The files of one picture; `name` is the file name of the first that is given of sr, lq."""
 
     name: str
@@ -41,23 +41,23 @@ def bare_stem(path: Path) -> str:
     return _TAIL.sub("", path.stem) or path.stem
 
 
-def _keys(path: Path) -> tuple[str, str, str]:
+def _match_keys(path: Path) -> tuple[str, str, str]:
     """What files are matched by, one after the other."""
     return path.name, path.stem, bare_stem(path)
 
 
-def _index(files: Sequence[Path]) -> list[dict[str, list[Path]]]:
-    """The files by each of `_keys`."""
-    index = [defaultdict(list) for _ in _keys(Path())]
+def _index_by_key(files: Sequence[Path]) -> list[dict[str, list[Path]]]:
+    """The files by each of `_match_keys`."""
+    index = [defaultdict(list) for _ in _match_keys(Path())]
     for path in files:
-        for known, key in zip(index, _keys(path), strict=True):
+        for known, key in zip(index, _match_keys(path), strict=True):
             known[key].append(path)
     return index
 
 
 def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
-    """The one file that shares the first of `_keys` that any file shares; else what is wrong."""
-    for key, files in zip(_keys(path), index, strict=True):
+    """The one file that shares the first of `_match_keys` that any file shares; else what is wrong."""
+    for key, files in zip(_match_keys(path), index, strict=True):
         found = files.get(key, ())
         if len(found) == 1:
             return found[0]
@@ -66,7 +66,7 @@ def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
     return "no file of that name"
 
 
-def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[Item], dict[str, str]]:
+def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[EvaluationItem], dict[str, str]]:
     """Items to measure and, by file name, what could not be paired.
 
     The pictures of `sr`, or of `lq` without it, are looked up in the other folders: by equal file name, else by equal
@@ -75,7 +75,7 @@ def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[
     """
     leaders = list_pictures(sr or lq)
     others = {name: list_pictures(path) for name, path in (("gt", gt), ("lq", lq if sr else None)) if path}
-    indices = {name: _index(files) for name, files in others.items()}
+    indices = {name: _index_by_key(files) for name, files in others.items()}
     two_files = {name: path.is_file() and (sr or lq).is_file() for name, path in (("gt", gt), ("lq", lq)) if path}
     items, problems = [], {}
     for path in leaders:
@@ -84,15 +84,17 @@ def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[
         if wrong:
             problems[path.name] = "; ".join(wrong)
             continue
-        items.append(Item(path.name, path if sr else None, matches.get("gt"), matches.get("lq", path if lq else None)))
+        items.append(
+            EvaluationItem(path.name, path if sr else None, matches.get("gt"), matches.get("lq", path if lq else None))
+        )
     used = Counter(item.gt for item in items if item.gt)
     shared = {item.name for item in items if item.gt and used[item.gt] > 1}
     problems |= {item.name: f"gt: {item.gt.name} belongs to several pictures" for item in items if item.name in shared}
-    problems |= _unused(others.get("gt", []), used, problems)
+    problems |= _unmatched(others.get("gt", []), used, problems)
     return [item for item in items if item.name not in shared], problems
 
 
-def _unused(truths: list[Path], used: Mapping[Path, int], problems: Mapping[str, str]) -> dict[str, str]:
+def _unmatched(truths: list[Path], used: Mapping[Path, int], problems: Mapping[str, str]) -> dict[str, str]:
     """Ground truths without a picture, less those whose picture was reported already."""
     reported = {bare_stem(Path(name)) for name in problems}
     left = [p for p in truths if not used[p] and bare_stem(p) not in reported]

@@ -15,7 +15,9 @@ def rgb_to_y(image: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "h w"]:
     return image @ (np.array([65.481, 128.553, 24.966]) / 255) + 16.0
 
 
-def _prepare(image: np.ndarray, other: np.ndarray, color: str, crop_border: int) -> tuple[np.ndarray, np.ndarray]:
+def _crop_and_convert(
+    image: np.ndarray, other: np.ndarray, color: str, crop_border: int
+) -> tuple[np.ndarray, np.ndarray]:
     if image.shape != other.shape:
         raise ValueError(f"images differ in size: {image.shape[:2]} and {other.shape[:2]} (height, width)")
     if color not in ("y", "rgb"):
@@ -33,7 +35,7 @@ def psnr(sr: RGB8, gt: RGB8, color: Color = "y", crop_border: int = 0) -> float:
     color "y": luma, not rounded (the convention of pyiqa with test_y_channel and of the SR papers); "rgb": all values.
     crop_border pixels are cut off each side first (the scale factor for Set5 / Set14 figures, 0 for real photographs).
     """
-    a, b = _prepare(sr, gt, color, crop_border)
+    a, b = _crop_and_convert(sr, gt, color, crop_border)
     error = np.mean((a - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
@@ -66,7 +68,7 @@ def ssim(sr: RGB8, gt: RGB8, color: Color = "y", crop_border: int = 0) -> float:
     luma is rounded to integers and the contrast-structure term clamped at 0 from below, as pyiqa does.
     Reference: Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 2004, equation 13.
     """
-    a, b = _prepare(sr, gt, color, crop_border)
+    a, b = _crop_and_convert(sr, gt, color, crop_border)
     if min(a.shape[:2]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels or more after cropping, got {a.shape[0]}x{a.shape[1]}")
     if color == "y":

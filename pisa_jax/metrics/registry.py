@@ -17,7 +17,7 @@ from pisa_jax.metrics import niqe, psnr_ssim
 from pisa_jax.runtime.trees import suggest
 
 # (result, ground truth or None), uint8 RGB arrays of equal size -> value
-Measure = Callable[[np.ndarray, np.ndarray | None], float]
+MetricFunction = Callable[[np.ndarray, np.ndarray | None], float]
 
 
 class Metric(NamedTuple):
@@ -27,7 +27,7 @@ class Metric(NamedTuple):
     higher_is_better: bool
     needs_gt: bool
     digits: int
-    source: Literal["numpy", "features", "pyiqa", "pyiqa folders"]
+    backend: Literal["numpy", "features", "pyiqa", "pyiqa folders"]
 
 
 METRICS: Mapping[str, Metric] = {
@@ -43,7 +43,7 @@ METRICS: Mapping[str, Metric] = {
     "maniqa-pipal": Metric("MANIQA", True, False, 4, "pyiqa"),
     "fid": Metric("FID", False, True, 2, "pyiqa folders"),
 }
-BACKBONES = {"lpips-alex": "alex", "lpips-vgg": "vgg", "perceptual": "squeeze"}
+DISTANCE_NETWORKS = {"lpips-alex": "alex", "lpips-vgg": "vgg", "perceptual": "squeeze"}
 FIDELITY = ("psnr", "ssim")
 # What pyiqa and published tables call LPIPS is the AlexNet one.
 ALIASES = {"lpips": "lpips-alex"}
@@ -58,7 +58,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def require_pyiqa(names: Sequence[str]) -> None:
     """ValueError if one of the metrics needs pyiqa and it is not installed."""
-    theirs = [name for name in names if METRICS[name].source.startswith("pyiqa")]
+    theirs = [name for name in names if METRICS[name].backend.startswith("pyiqa")]
     if theirs and importlib.util.find_spec("pyiqa") is None:
         raise ValueError(
             f"{', '.join(theirs)} {'is' if len(theirs) == 1 else 'are'} computed by pyiqa, which is not installed: "
@@ -66,9 +66,9 @@ def require_pyiqa(names: Sequence[str]) -> None:
         )
 
 
-def build(
+def make_metrics(
     names: Sequence[str], color: psnr_ssim.Color = "y", crop_border: int = 0, weights: Mapping[str, Any] | None = None
-) -> dict[str, Measure]:
+) -> dict[str, MetricFunction]:
     """A function for every metric that is measured picture by picture (all but fid), in the given order.
 
     color and crop_border concern PSNR and SSIM only, as in publications. weights: metric -> file or hub id of its
@@ -77,26 +77,26 @@ def build(
     """
     check_names(names)
     require_pyiqa(names)
-    own: dict[str, Measure] = {
+    own: dict[str, MetricFunction] = {
         "psnr": lambda sr, gt: psnr_ssim.psnr(sr, gt, color, crop_border),
         "ssim": lambda sr, gt: psnr_ssim.ssim(sr, gt, color, crop_border),
         "niqe": lambda sr, gt: niqe.niqe(sr),
     }
     makers = {
         "numpy": lambda name: own[name],
-        "features": lambda name: _feature_distance((weights or {}).get(name), BACKBONES[name]),
+        "features": lambda name: _feature_distance((weights or {}).get(name), DISTANCE_NETWORKS[name]),
         "pyiqa": _pyiqa,
     }
-    return {name: makers[METRICS[name].source](name) for name in names if METRICS[name].source in makers}
+    return {name: makers[METRICS[name].backend](name) for name in names if METRICS[name].backend in makers}
 
 
-def _feature_distance(source: str | Path | None, backbone: str) -> Measure:
+def _feature_distance(source: str | Path | None, network: str) -> MetricFunction:
     import jax
     import jax.numpy as jnp
 
     from pisa_jax.metrics import lpips
 
-    weights = jax.device_put(lpips.load_weights(source, backbone))
+    weights = jax.device_put(lpips.load_weights(source, network))
     distance = jax.jit(lpips.distance)
 
     def measure(sr: np.ndarray, gt: np.ndarray) -> float:
@@ -107,7 +107,7 @@ def _feature_distance(source: str | Path | None, backbone: str) -> Measure:
     return _one_at_a_time(measure)
 
 
-def _pyiqa(name: str) -> Measure:
+def _pyiqa(name: str) -> MetricFunction:
     import pyiqa
 
     metric = pyiqa.create_metric(name)
@@ -120,7 +120,7 @@ def _pyiqa(name: str) -> Measure:
     return _one_at_a_time(measure)
 
 
-def _one_at_a_time(measure: Measure) -> Measure:
+def _one_at_a_time(measure: MetricFunction) -> MetricFunction:
     """Networks use all cores themselves, and two threads would compile or fetch the same thing twice."""
     lock = threading.Lock()
 
@@ -143,7 +143,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def apply(measures: Mapping[str, Measure], sr: np.ndarray, gt: np.ndarray | None) -> tuple[dict[str, float], list[str]]:
+def compute_metrics(
+    measures: Mapping[str, MetricFunction], sr: np.ndarray, gt: np.ndarray | None
+) -> tuple[dict[str, float], list[str]]:
     """Values by metric, and "metric: reason" for those that this picture has none of (too small, flat).
 
     ValueError if the two pictures differ in size.

@@ -15,18 +15,18 @@ from pisa_jax.metrics.registry import FIDELITY, METRICS
 # Not a contestant: it wins PSNR against most models and would hide which of their settings is best.
 REFERENCE = "bicubic"
 
-Values = Mapping[str, Mapping[str, float]]
-Methods = Mapping[str, Values]
+ImageScores = Mapping[str, Mapping[str, float]]
+MethodScores = Mapping[str, ImageScores]
 
 
-def mean(values: Values) -> dict[str, float]:
+def mean_scores(values: ImageScores) -> dict[str, float]:
     """Mean of every metric over the pictures that have it."""
     names = dict.fromkeys(name for row in values.values() for name in row)
     columns = {name: [row[name] for row in values.values() if name in row] for name in names}
     return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
-def best(means: Mapping[str, Mapping[str, float]], metric: str) -> str | None:
+def best_label(means: Mapping[str, Mapping[str, float]], metric: str) -> str | None:
     """The label with the best mean of a metric (the first of equals), less REFERENCE; None without any value."""
     having = {label: row[metric] for label, row in means.items() if metric in row and label != REFERENCE}
     if not having:
@@ -34,12 +34,12 @@ def best(means: Mapping[str, Mapping[str, float]], metric: str) -> str | None:
     return (max if METRICS[metric].higher_is_better else min)(having, key=having.get)
 
 
-def means_of(methods: Methods, whole_set: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def method_means(methods: MethodScores, whole_set: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Means by label, with the figures that exist for a whole set only (FID) added."""
-    return {label: mean(values) | dict(whole_set.get(label, {})) for label, values in methods.items()}
+    return {label: mean_scores(values) | dict(whole_set.get(label, {})) for label, values in methods.items()}
 
 
-def as_json(methods: Methods, means: Mapping, settings: Mapping[str, Any], problems: Mapping[str, str]) -> dict:
+def as_json(methods: MethodScores, means: Mapping, settings: Mapping[str, Any], problems: Mapping[str, str]) -> dict:
     """{"per_image": {name: {metric: value}}, "mean": {metric: value}, "settings": {...}} of the first method.
 
     With several methods "methods" has {"per_image", "mean"} of each by label; "problems" is there if there are any.
@@ -61,7 +61,7 @@ def as_json(methods: Methods, means: Mapping, settings: Mapping[str, Any], probl
     return result
 
 
-def as_csv(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
+def as_csv(methods: MethodScores, means: Mapping, metrics: Sequence[str]) -> str:
     """One row per method and picture, then a row "mean" per method; empty where there is no value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -85,10 +85,10 @@ def _header(metrics: Sequence[str]) -> list[str]:
     return [f"{METRICS[m].label} {'↑' if METRICS[m].higher_is_better else '↓'}" for m in metrics]
 
 
-def mean_table(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
+def mean_table(methods: MethodScores, means: Mapping, metrics: Sequence[str]) -> str:
     """Markdown: one row per method, the best mean of each metric bold if several contend."""
     contend = len(methods.keys() - {REFERENCE}) > 1
-    winners = {metric: best(means, metric) for metric in metrics} if contend else {}
+    winners = {metric: best_label(means, metric) for metric in metrics} if contend else {}
     rows = []
     for label, values in methods.items():
         cells = [_cell(m, means[label].get(m)) for m in metrics]
@@ -97,14 +97,14 @@ def mean_table(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
     return _table(["", "pictures", *_header(metrics)], rows)
 
 
-def picture_table(values: Values, metrics: Sequence[str]) -> str:
+def image_table(values: ImageScores, metrics: Sequence[str]) -> str:
     """Markdown: one row per picture."""
     rows = [[name, *(_cell(m, row.get(m)) for m in metrics)] for name, row in values.items()]
     return _table(["picture", *_header(metrics)], rows)
 
 
 def as_markdown(
-    methods: Methods, means: Mapping, metrics: Sequence[str], conditions: str, problems: Mapping[str, str]
+    methods: MethodScores, means: Mapping, metrics: Sequence[str], conditions: str, problems: Mapping[str, str]
 ) -> str:
     """Means, the conditions they hold under, what went wrong, and a table of pictures per method."""
     parts = [mean_table(methods, means, metrics), conditions]
@@ -112,7 +112,7 @@ def as_markdown(
         lines = [f"- `{name}`: {text}" for name, text in problems.items()]
         parts.append("\n".join([f"Not (fully) measured ({len(problems)}):", "", *lines]))
     for label, values in methods.items():
-        parts += [f"## {label}", picture_table(values, metrics)]
+        parts += [f"## {label}", image_table(values, metrics)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,7 +134,7 @@ def plot(means: Mapping[str, Mapping[str, float]], metrics: Sequence[str], path:
     for axes, (up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.scatter(*zip(*points.values(), strict=True), zorder=2)
         for metric, marker in ((across, ">"), (up, "^")):
-            winner = best(means, metric)
+            winner = best_label(means, metric)
             if winner in points:
                 axes.scatter(*points[winner], s=160, marker=marker, facecolors="none", edgecolors="tab:red",
                              label=f"best {METRICS[metric].label}: {winner}", zorder=3)  # fmt: skip

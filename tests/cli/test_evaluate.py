@@ -119,7 +119,7 @@ def test_single_files_belong_together_and_equal_ones_have_no_psnr_in_json(tmp_pa
 
 def test_many_workers_measure_what_one_does(tmp_path, folders):
     items, _ = pair_files(*folders, None)
-    functions = registry.build(["psnr", "ssim", "perceptual"])
+    functions = registry.make_metrics(["psnr", "ssim", "perceptual"])
     assert evaluate.evaluate(items, functions, workers=2) == evaluate.evaluate(items, functions, workers=1)
 
 
@@ -312,7 +312,7 @@ def test_grid_of_scales_table_plot_and_sheet(model, tmp_path, capsys):
     assert means["pix 1 sem 0"]["psnr"] > means["pix 0 sem 0"]["psnr"] + 1
     table = capsys.readouterr().out
     for metric, digits in (("psnr", 2), ("perceptual", 4), ("niqe", 3)):
-        assert f"**{means[report.best(means, metric)][metric]:.{digits}f}**" in table
+        assert f"**{means[report.best_label(means, metric)][metric]:.{digits}f}**" in table
 
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
     # two columns (sem 0, 1), two rows of pairs, then bicubic and ground truth
@@ -457,15 +457,15 @@ def test_pictures_are_read_as_8_bit_rgb_without_change(tmp_path):
 
 def test_best_knows_which_way_is_up():
     means = {"x": {"psnr": 30.0, "niqe": 5.0}, "y": {"psnr": 29.0, "niqe": 4.0}, "z": {}}
-    assert report.best(means, "psnr") == "x"
-    assert report.best(means, "niqe") == "y"
-    assert report.best(means, "musiq") is None
+    assert report.best_label(means, "psnr") == "x"
+    assert report.best_label(means, "niqe") == "y"
+    assert report.best_label(means, "musiq") is None
 
 
 def test_bicubic_does_not_contend():
     methods = {"x": {"a": {"psnr": 30.0}}, "y": {"a": {"psnr": 29.0}}, "bicubic": {"a": {"psnr": 31.0}}}
-    means = report.means_of(methods, {})
-    assert report.best(means, "psnr") == "x"
+    means = report.method_means(methods, {})
+    assert report.best_label(means, "psnr") == "x"
     table = report.mean_table(methods, means, ["psnr"])
     assert "| **30.00** |" in table
     assert "| 31.00 |" in table

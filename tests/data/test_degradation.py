@@ -13,11 +13,11 @@ from conftest import golden
 from pisa_jax.data import degradation
 from pisa_jax.data.blur_kernels import filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
 from pisa_jax.data.degradation import (
-    MODES,
     PISA_SR,
+    RESIZE_MODES,
     DegradationParams,
     degrade,
-    degrade_and_reduce,
+    degrade_and_downscale,
     gaussian_noise,
     jpeg,
     poisson_noise,
@@ -140,8 +140,10 @@ def test_filter2d_is_a_correlation_within_its_tolerance(shape):
 
 
 def recorded_resizes():
-    factors = [f"{mode}_sf{f}" for mode in MODES for f in ("0p37", "0p5", "0p83", "1", "1p29", "1p5")]
-    return factors + [f"{mode}_size{s}" for mode in MODES for s in ("12x16", "13x15", "48x64", "96x128", "61x50")]
+    factors = [f"{mode}_sf{f}" for mode in RESIZE_MODES for f in ("0p37", "0p5", "0p83", "1", "1p29", "1p5")]
+    return factors + [
+        f"{mode}_size{s}" for mode in RESIZE_MODES for s in ("12x16", "13x15", "48x64", "96x128", "61x50")
+    ]
 
 
 @pytest.mark.parametrize("name", recorded_resizes())
@@ -275,9 +277,9 @@ def test_the_reduced_picture_is_the_one_that_degrade_enlarges():
     # Away from black and white, where rounding the reduced picture would also clip it.
     gt = 0.35 + 0.3 * np.random.default_rng(8).random((62, 97, 3), np.float32)
     for seed in range(12):
-        small, full = (made(gt, np.random.default_rng(seed)) for made in (degrade_and_reduce, degrade))
+        small, full = (made(gt, np.random.default_rng(seed)) for made in (degrade_and_downscale, degrade))
         assert (small.shape, small.dtype) == ((15, 24, 3), np.uint8)
-        enlarged = [resize(small / np.float32(255), (62, 97), mode) for mode in MODES]
+        enlarged = [resize(small / np.float32(255), (62, 97), mode) for mode in RESIZE_MODES]
         assert min(np.abs(image - full).max() for image in enlarged) < 1.6 / 255
 
 

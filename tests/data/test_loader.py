@@ -14,7 +14,7 @@ from PIL import Image
 
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.loader import MAX_FAILURES, crop_pair, make_loader, read_prompts, to_float
-from pisa_jax.data.sources import Record, fake_source, folder_source
+from pisa_jax.data.sources import SourceImage, fake_source, folder_source
 
 
 def noisy(gt, rng):
@@ -48,7 +48,7 @@ class Coordinates:
             raise OSError(f"{index}.png: broken")
         rows, columns = np.mgrid[: self.height, : self.width]
         image = np.stack([rows, columns, np.full_like(rows, index)], axis=-1).astype(np.uint8)
-        return Record(image, f"{index}.png", 255 - image if self.paired else None)
+        return SourceImage(image, f"{index}.png", 255 - image if self.paired else None)
 
 
 def loader(source, **options):
@@ -121,7 +121,7 @@ def test_a_pair_is_cropped_and_mirrored_together_and_not_degraded():
 def test_small_pictures_are_enlarged_to_the_crop(shape):
     image = np.full((*shape, 3), 77, np.uint8)
     image[0] = 200
-    gt, lq = crop_pair(Record(image, "small", image), 16, False, np.random.default_rng(0))
+    gt, lq = crop_pair(SourceImage(image, "small", image), 16, False, np.random.default_rng(0))
     assert gt.shape == lq.shape == (16, 16, 3)
     short = 16 / min(shape)
     size = (max(16, round(shape[1] * short)), max(16, round(shape[0] * short)))
@@ -293,10 +293,14 @@ def test_worker_processes_give_the_same_batches_and_resume(tmp_path, caplog):
 KILLED = """
 from pisa_jax.data.loader import make_loader
 from pisa_jax.data.sources import fake_source
-from test_data import noisy
+
+
+def unchanged(gt, rng):
+    return gt
+
 
 if __name__ == "__main__":
-    reader = make_loader(fake_source(4, 24), batch_size=2, crop=16, seed=0, degrade=noisy, workers=2)
+    reader = make_loader(fake_source(4, 24), batch_size=2, crop=16, seed=0, degrade=unchanged, workers=2)
     for _ in range(4):
         next(reader)
     print("reading", flush=True)

@@ -36,7 +36,7 @@ def alex(tmp_path_factory):
     """An AlexNet of recipe weights: RandomState(7), uniform in +-sqrt(6 / fan in), biases in +-0.1."""
     draw = np.random.RandomState(7)
     state = {}
-    for name, (height, width, c_in, c_out) in lpips.BACKBONES["alex"].kernels.items():
+    for name, (height, width, c_in, c_out) in lpips.FEATURE_NETWORKS["alex"].kernels.items():
         shape = (c_out, c_in, height, width)
         state[f"{name}.weight"] = ((draw.random_sample(shape) * 2 - 1) * np.sqrt(6 / np.prod(shape[1:]))).astype("f4")
         state[f"{name}.bias"] = ((draw.random_sample(c_out) * 2 - 1) * 0.1).astype(np.float32)
@@ -57,7 +57,7 @@ def weights(request):
 
 distance = jax.jit(lpips.distance)
 layer_terms = jax.jit(lpips.layer_terms)
-every_backbone = pytest.mark.parametrize("weights", ["vgg", "alex", "squeeze"], indirect=True)
+every_network = pytest.mark.parametrize("weights", ["vgg", "alex", "squeeze"], indirect=True)
 
 
 def recipe_pair():
@@ -152,7 +152,7 @@ def test_shipped_heads_are_those_of_lpips_0_1(vgg):
     assert sum(x.size for name, x in heads.items() if name.startswith("alex.")) == 1152
 
 
-@every_backbone
+@every_network
 def test_properties_of_a_distance(weights):
     a, b = (x[:, :48, :40] for x in recipe_pair())
     np.testing.assert_allclose(distance(weights, a, a), 0, atol=1e-12)
@@ -186,9 +186,9 @@ def test_bfloat16_pictures_give_a_float32_distance_and_their_own_gradient(squeez
 
 
 def test_names_for_logs(vgg, alex, squeeze):
-    assert lpips.describe(vgg) == "LPIPS 0.1 (VGG16)"
-    assert lpips.describe(alex) == "LPIPS 0.1 (AlexNet)"
-    assert lpips.describe(squeeze) == "SqueezeNet 1.1 feature distance, no heads"
+    assert lpips.distance_name(vgg) == "LPIPS 0.1 (VGG16)"
+    assert lpips.distance_name(alex) == "LPIPS 0.1 (AlexNet)"
+    assert lpips.distance_name(squeeze) == "SqueezeNet 1.1 feature distance, no heads"
 
 
 def test_too_small_pictures_are_refused(vgg):
@@ -206,7 +206,7 @@ def test_wrong_files_name_what_was_expected(tmp_path):
     assert "expected 13 layers" in str(caught.value)
     with pytest.raises(ValueError, match="conv1 is missing"):
         lpips.load_weights(path, "squeeze")
-    with pytest.raises(ValueError, match=r"unknown perceptual backbone 'resnet': use one of vgg, alex, squeeze"):
+    with pytest.raises(ValueError, match=r"unknown perceptual network 'resnet': use one of vgg, alex, squeeze"):
         lpips.load_weights(path, "resnet")
     with pytest.raises(ValueError, match=r"hub id timm/vgg16\.tv_in1k"):
         lpips.load_weights(None, "vgg")

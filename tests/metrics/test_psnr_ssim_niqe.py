@@ -203,7 +203,7 @@ def test_impossible_requests_are_refused_with_their_values():
     with pytest.raises(ValueError, match=r"differ in size: \(16, 20\) and \(16, 21\)"):
         psnr_ssim.psnr(flat(0), flat(0, 16, 21))
     with pytest.raises(ValueError, match="unknown color 'luma'"):
-        psnr_ssim._prepare(flat(0), flat(0), "luma", 0)
+        psnr_ssim._crop_and_convert(flat(0), flat(0), "luma", 0)
     with pytest.raises(ValueError, match="crop_border 8 leaves nothing of a 16x20"):
         psnr_ssim.ssim(flat(0), flat(0), crop_border=8)
     with pytest.raises(ValueError, match="11x11 pixels or more after cropping, got 10x14"):
