@@ -4,13 +4,14 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
+
+from pisa_jax.imaging.arrays import RGB8
 
 Color = Literal["y", "rgb"]
-RGB8 = UInt8[np.ndarray, "_ _ 3"]
 
 
-def rgb_to_y(image: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "h w"]:
+def rgb_to_y(image: RGB8) -> Float64[np.ndarray, "_ _"]:
     """Luma of ITU-R BT.601 in 16..235, not rounded: Y = 16 + 65.481 R + 128.553 G + 24.966 B with R, G, B in 0..1."""
     return image @ (np.array([65.481, 128.553, 24.966]) / 255) + 16.0
 
@@ -18,6 +19,7 @@ def rgb_to_y(image: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "h w"]:
 def _crop_and_convert(
     image: np.ndarray, other: np.ndarray, color: str, crop_border: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Check the arguments, crop both images and convert them to float64 luma or RGB."""
     if image.shape != other.shape:
         raise ValueError(f"images differ in size: {image.shape[:2]} and {other.shape[:2]} (height, width)")
     if color not in ("y", "rgb"):
@@ -33,7 +35,7 @@ def psnr(sr: RGB8, gt: RGB8, color: Color = "y", crop_border: int = 0) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean (sr - gt)^2); infinite for equal images.
 
     color "y": luma, not rounded (the convention of pyiqa with test_y_channel and of the SR papers); "rgb": all values.
-    crop_border pixels are cut off each side first (the scale factor for Set5 / Set14 figures, 0 for real photographs).
+    crop_border pixels are cropped at each side first (tables of Set5 and Set14: the upscale factor; photographs: 0).
     """
     a, b = _crop_and_convert(sr, gt, color, crop_border)
     error = np.mean((a - b) ** 2)
