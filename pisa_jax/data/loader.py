@@ -164,7 +164,14 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 
 
 class Loader:
-    """Endless iterator of batches; see `make_loader`. `close()` ends its worker processes."""
+    """Endless iterator of batches, made by `make_loader`. `close()` ends its worker processes.
+
+    An unreadable image is replaced by a random other image, drawn with the rng of the sample, so batches remain full
+    and the sequence reproducible. The reason is sent with the batch to the process that consumes the batches, which
+    logs every bad file once and raises OSError with the list of all when their share exceeds `max_bad_share`. Each
+    process of a multi-process run counts only the files that it read. `read_source_image` stops earlier if many images
+    in a row are unreadable.
+    """
 
     def __init__(
         self,
@@ -294,11 +301,7 @@ def make_loader(
         null_prompt_probability: probability that `use_prompt` is False, per sample.
         max_bad_share: largest allowed share of unreadable images.
 
-    An unreadable image is replaced by a random other image, drawn with the rng of the sample, so batches remain full
-    and the sequence reproducible. Its reason is sent with the batch to the process that consumes the batches, which
-    logs every bad file once and raises OSError with the list of all when their share exceeds `max_bad_share`. Each
-    process of a multi-process run counts only the files that it read. `read_source_image` stops earlier if many images
-    in a row are unreadable.
+    Unreadable images are replaced, see `Loader`. Raises ValueError for invalid arguments.
     """
     prompts = prompts or {}
     numbers = {"batch_size": batch_size, "crop": crop, "process_index": process_index, "process_count": process_count}
@@ -306,14 +309,8 @@ def make_loader(
     _check_arguments(source, prompts, degrade, **numbers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only absl.app parses
-    sample = functools.partial(
-        make_training_sample,
-        source=source,
-        crop=crop,
-        flip=flip,
-        null_prompt_probability=null_prompt_probability,
-        degrade=degrade,
-    )
+    options = {"crop": crop, "flip": flip, "null_prompt_probability": null_prompt_probability}
+    sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
     # random_map comes after repeat and before the partition over processes: its rng then depends only on the seed and
     # the global position, and no two samples share one.
     epochs = -(-ENDLESS // len(source))
@@ -329,8 +326,6 @@ def make_loader(
             "records": len(source),
             "seed": seed,
             "global_batch": batch_size * process_count,
-            "crop": crop,
-            "flip": flip,
-            "null_prompt_probability": null_prompt_probability,
+            **options,
         },
     )

@@ -1,12 +1,12 @@
 """The command evaluate: published values end to end, failures, a model at several scales, reports."""
 
 import csv
-import functools
 import inspect
 import json
 import re
 import sys
 import types
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from pisa_jax.cli import evaluate
 from pisa_jax.imaging.image_io import read_rgb8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
-from pisa_jax.inference import Upscaler
+from pisa_jax.inference import Session, Upscaler
 from pisa_jax.metrics import evaluation, niqe, psnr_ssim, registry, report
 
 
@@ -298,32 +298,23 @@ def test_an_image_that_the_model_cannot_upscale_does_not_stop_the_others(model, 
 
 
 def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
-    """Calls are checked against the real signatures; the partial binds `self` of `many`."""
-    real = {"load": inspect.signature(Upscaler.load), "many": inspect.signature(functools.partial(Upscaler.many, None))}
-    calls = {}
+    """Stand-ins check the calls against the real signatures."""
+    upscaler, session = (mock.create_autospec(kind, instance=True) for kind in (Upscaler, Session))
+    monkeypatch.setattr(Upscaler, "load", mock.create_autospec(Upscaler.load, return_value=upscaler))
+    upscaler.open.return_value = session
+    session.render.return_value = colors(0)
 
-    def record(name, answer):
-        def call(*arguments, **options):
-            calls[name] = real[name].bind(*arguments, **options).arguments
-            return answer(calls[name])
+    def arguments(function):
+        return inspect.signature(function).bind(*function.call_args.args, **function.call_args.kwargs).arguments
 
-        return call
-
-    upscaler = types.SimpleNamespace(many=record("many", lambda call: [call["image"] for _ in call["pairs"]]))
-    monkeypatch.setattr(Upscaler, "load", record("load", lambda call: upscaler))
     lq = write(tmp_path / "lq", a=colors(0))
     assert run("--model", "folder", "--adapters", "a.pkl", "--lq", lq, "--gt", lq, "--metrics", "psnr", "-s", 1,
                "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32") == 0  # fmt: skip
-    assert {key: calls["load"][key] for key in ("model", "adapters", "dtype")} == {
-        "model": "folder",
-        "adapters": "a.pkl",
-        "dtype": "float32",
-    }
-    assert {key: calls["many"][key] for key in ("scale", "pairs", "seed")} == {
-        "scale": 1.0,
-        "pairs": [(0.5, 0.5), (1.0, 0.7)],
-        "seed": 3,
-    }
+    loaded = {"model": "folder", "adapters": "a.pkl", "dtype": "float32"}
+    assert loaded.items() <= arguments(Upscaler.load).items()
+    opened = arguments(upscaler.open)
+    assert (opened["scale"], opened["seed"], opened["adjustable"]) == (1.0, 3, True)
+    assert session.render.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]
 
 
 @pytest.mark.slow
