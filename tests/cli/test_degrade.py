@@ -73,7 +73,7 @@ def test_an_image_depends_only_on_its_name_and_the_seed(photos, tmp_path):
 
 
 def test_invalid_images_are_reported_and_skipped(photos, tmp_path, capsys):
-    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "broken.png").write_bytes(b"not an image")
     write(photos, {"small": (96, 7)})
     assert run("--gt", photos, "--out", tmp_path / "set") == 1
     output = capsys.readouterr()
@@ -102,10 +102,10 @@ def test_a_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_path, m
     before = contents(tmp_path / "set")
     write_picture = degrade.write_picture
 
-    def full_disk(path, picture):
+    def full_disk(path, image):
         if path.name == "b.png":
             raise OSError(28, "No space left on device")
-        return write_picture(path, picture)
+        return write_picture(path, image)
 
     if failure == "full disk":
         monkeypatch.setattr(degrade, "write_picture", full_disk)

@@ -129,7 +129,7 @@ def test_missing_unreadable_and_mismatched_files_are_reported_and_the_others_mea
     sr, gt = folders
     write(sr, lonely=colors(2), other_size=colors(3))
     write(gt, other_size=colors(3, 64, 40), broken=colors(4), waiting=colors(5))
-    (sr / "broken.png").write_bytes(b"no picture")
+    (sr / "broken.png").write_bytes(b"not an image")
     out = tmp_path / "o.json"
     assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,ssim", "--json", out) == 1
     output, result = capsys.readouterr(), json.loads(out.read_text())
