@@ -1,10 +1,10 @@
-"""Seconds of encoder, UNet (one pass) and decoder here and in PyTorch on the same machine, in turn.
+"""Time of the encoder, one UNet pass and the decoder in this package and in PyTorch on the same machine.
 
     python -m venv .venv-torch && .venv-torch/bin/pip install -r benchmarks/requirements-torch.txt
     python benchmarks/make_checkpoint.py sd21
     python benchmarks/against_torch.py --model sd21 --torch .venv-torch/bin/python
 
-Both read the same weights; both use all cores. PyTorch runs eagerly, in the better of its two memory layouts.
+Both use the same weights and all cores, and their runs alternate. PyTorch runs eagerly, with both memory layouts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LAYOUTS = ("contiguous_format", "channels_last")
 
 
 class Torch:
-    """benchmarks/torch_stages.py in its own interpreter."""
+    """A process of benchmarks/torch_stages.py in another interpreter."""
 
     def __init__(self, python: str, folder: str, layout: str):
         command = [python, Path(__file__).with_name("torch_stages.py"), folder, layout]
@@ -37,7 +37,7 @@ class Torch:
         print(self._process.stdout.readline().strip(), flush=True)
 
     def seconds(self, stage: str, side: int) -> float:
-        """Seconds of a stage for a picture of side x side."""
+        """Time a stage for an image of side x side pixels, in seconds."""
         print(stage, side, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
@@ -47,7 +47,7 @@ class Torch:
 
 
 def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
-    """For every stage: side of the picture -> the same stage here, as a function without arguments."""
+    """{stage: function of the side of the image that returns the jitted stage without arguments}."""
     loaded = pretrained.load_pretrained(folder)
     base = loaded.base
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
@@ -71,24 +71,28 @@ def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.A
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a diffusers folder")
-    parser.add_argument("--torch", required=True, help="the interpreter of an environment with PyTorch and diffusers")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="of the enlarged picture, in pixels")
+    parser.add_argument("--torch", required=True, help="interpreter of an environment with PyTorch and diffusers")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[256, 512], help="sides of the upscaled image in pixels"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
-    here = compiled_stages(args.model)
-    there = {layout: Torch(args.torch, args.model, layout) for layout in LAYOUTS}
-    for side, (stage, program) in itertools.product(args.sides, here.items()):
+    ours = compiled_stages(args.model)
+    torch_processes = {layout: Torch(args.torch, args.model, layout) for layout in LAYOUTS}
+    for side, (stage, program) in itertools.product(args.sides, ours.items()):
         timed = {"pisa_jax": functools.partial(seconds, program(side))}
-        timed |= {layout: functools.partial(process.seconds, stage, side) for layout, process in there.items()}
+        timed |= {
+            layout: functools.partial(process.seconds, stage, side) for layout, process in torch_processes.items()
+        }
         medians = {name: statistics.median(values) for name, values in alternate(timed, args.repeats).items()}
         best = min(medians[layout] for layout in LAYOUTS)
         figures = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
-        print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of PyTorch's better", flush=True)
-    for process in there.values():
+        print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of the faster PyTorch layout", flush=True)
+    for process in torch_processes.values():
         process.close()
 
 

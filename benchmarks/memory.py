@@ -1,12 +1,12 @@
-"""Memory by size of picture and tile: what XLA's plan of a stage says, and what real runs hold.
+"""Memory by size of image and tile: XLA's plan of every stage, and peak memory of runs.
 
     python benchmarks/make_checkpoint.py tiny --size tiny
     python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
     python benchmarks/memory.py plan
     python benchmarks/memory.py plot
 
-`plan` compiles the decoder and the encoder at Stable Diffusion 2.1's size, whole and by tiles, and runs nothing. `runs`
-takes one picture of each size through the VAE, encoder, decoder and colours, in a process of its own. Both append to
+`plan` compiles the decoder and the encoder of Stable Diffusion 2.1's VAE, whole and in tiles, without running them.
+`runs` processes one image of each size with encoder, decoder and color fix, each in a separate process. Both append to
 --records, from which `plot` draws docs/memory.png.
 """
 
@@ -34,14 +34,14 @@ GIB = 2**30
 
 
 def plan(pixels: int) -> list[dict]:
-    """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
+    """Bytes of temporaries of one call of each stage; attention is computed in chunks, as on CPUs."""
     modules = backbone.build_modules(*random_model.model_configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
     weights, mesh = Weights(None, None, params, None), distributed.local_mesh(1)
     tile, side = (
         pixels // modules.vae_scale_factor,
         2**13 // modules.vae_scale_factor,
-    )  # tiles of a picture of 8192 pixels
+    )  # tiles of an image of 8192 pixels
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=compiler_options())
@@ -64,18 +64,18 @@ def plan(pixels: int) -> list[dict]:
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:
-    """Of float32."""
+    """Shape of a float32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def integers(*shape: int) -> jax.ShapeDtypeStruct:
-    """Of int32."""
+    """Shape of an int32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def one_run(model: str, pixels: int, tile: int) -> dict:
-    """Peak resident memory of one picture through encoder, decoder and colours, above that of the loaded model."""
-    # Memory depends on neither, and time does: one pass over the tiles, few keys.
+    """Peak resident memory for one image (encoder, decoder, color fix), minus that of the loaded model."""
+    # One pass over the tiles and few keys: both reduce the time and do not affect the memory.
     vae_tiles.MAX_PASSES, vae_tiles.MAX_KEYS = 1, 2**12
     upscaler = Upscaler.load(model, Path(model) / "adapters.safetensors", vae_tile=tile)
     before, start = _peak(), time.perf_counter()
@@ -90,7 +90,7 @@ def one_run(model: str, pixels: int, tile: int) -> dict:
 
 
 def in_process(model: str, pixels: int, tile: int) -> dict:
-    """`one_run` in a process of its own: a peak is that of a process's whole life."""
+    """Call `one_run` in a separate process: the peak is that of the whole lifetime of a process."""
     command = [sys.executable, __file__, "one", "--model", model, "--sizes", str(pixels), "--tile", str(tile)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -101,7 +101,7 @@ def _peak() -> int:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Peak against size: plans at Stable Diffusion 2.1's size, and real runs of the small model."""
+    """Plot memory against size: plans of Stable Diffusion 2.1, and runs of the small model."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
@@ -113,19 +113,19 @@ def plot(records: list[dict], path: Path) -> None:
         if kind == "run":
             sides = sorted({r["pixels"] for r in records if r["kind"] == kind})
             axis.loglog(sides, [24 * s**2 / GIB for s in sides], "k:", base=2, label="input and output")
-        of = "the tile" if kind == "plan" else "the picture"
+        of = "the tile" if kind == "plan" else "the image"
         axis.set(title=titles[kind], xlabel=f"pixels a side of {of}", ylabel="GiB")
         axis.legend()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plan", "runs", "plot", "one"])
     parser.add_argument("--model", help="a folder of make_checkpoint.py")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--tile", type=int, default=512, help="0: the whole picture")
+    parser.add_argument("--tile", type=int, default=512, help="side of the tiles in pixels; 0: no tiles")
     parser.add_argument("--records", type=Path, default=Path("memory.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("docs/memory.png"))
     args = parser.parse_args()

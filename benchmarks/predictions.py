@@ -1,9 +1,10 @@
-"""The two predictions: one UNet call on a batch of two with the low-rank path in its second half, or two calls.
+"""Time of the two noise predictions: one UNet call with a batch of two, or two calls.
 
     python benchmarks/make_checkpoint.py sd21 && python benchmarks/predictions.py --model sd21 --size 128
 
-"a batch of two" is what `Upscaler` does. "two calls, merged" keeps a second UNet, with both adapters merged; "two
-calls, low-rank" keeps one. Also: two decodes one after the other against one of a batch of two. Runs alternate.
+"a batch of two" is the implementation of `Upscaler`: the low-rank path of sem applies to the second half of the batch.
+"two calls, merged" needs a second UNet with both adapters merged; "two calls, low-rank" needs one. The benchmark also
+compares two decodes with one decode of a batch of two. Runs alternate.
 """
 
 import functools
@@ -21,20 +22,22 @@ from pisa_jax.inference import predict
 from pisa_jax.runtime.compilation import compiler_options
 
 
-def report(title: str, programs: dict, repeats: int) -> None:
-    """Medians, their ratios to the first program's, and how far results are from its."""
+def compare(title: str, programs: dict, repeats: int) -> None:
+    """Print the median time of each program, and its ratio and largest difference to the first program."""
     print(title)
     results = {name: np.asarray(program()) for name, program in programs.items()}
     found = alternate({name: functools.partial(seconds, program) for name, program in programs.items()}, repeats)
     medians = {name: statistics.median(values) for name, values in found.items()}
     first = next(iter(programs))
     for name, value in medians.items():
-        off = np.abs(results[name] - results[first]).max()
-        print(f"  {name}: {value:.2f} s ({value / medians[first]:.2f}), largest difference {off:.1e}", flush=True)
+        difference = np.abs(results[name] - results[first]).max()
+        print(
+            f"  {name}: {value:.2f} s ({value / medians[first]:.2f}), largest difference {difference:.1e}", flush=True
+        )
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     args = model_parser(__doc__).parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, VAE {args.vae_dtype}")
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"
@@ -59,7 +62,7 @@ def main() -> None:
         "two calls, merged": lambda: two(lambda: alone(full)),
         "two calls, low-rank": lambda: two(lambda: low_rank(weights, latents)),
     }
-    report("UNet", programs, args.repeats)
+    compare("UNet", programs, args.repeats)
 
     decode = compiled(base.decode)
     twice = jnp.concatenate([latents, -latents])
@@ -67,7 +70,7 @@ def main() -> None:
         "two decodes": lambda: jnp.concatenate([decode(weights.vae, latents), decode(weights.vae, -latents)]),
         "a batch of two": lambda: decode(weights.vae, twice),
     }
-    report("decoder", programs, args.repeats)
+    compare("decoder", programs, args.repeats)
 
 
 if __name__ == "__main__":

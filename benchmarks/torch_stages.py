@@ -1,7 +1,7 @@
-"""The stages of inference in PyTorch: a process that computes one whenever benchmarks/against_torch.py asks.
+"""The stages of inference in PyTorch, as a subprocess of benchmarks/against_torch.py.
 
-Runs in an environment of its own (benchmarks/requirements-torch.txt). Every line on its input names a stage and
-the side of a picture in pixels; every line of its output is the seconds that took.
+Needs a separate environment (benchmarks/requirements-torch.txt). Every input line is the name of a stage and the side
+of the image in pixels; the output line is the time of that stage in seconds.
 """
 
 import functools
@@ -15,7 +15,7 @@ TIMESTEP = 1
 
 
 def main() -> None:
-    """Arguments: model folder, "channels_last" or "contiguous_format"."""
+    """Answer requests; arguments: model folder, "channels_last" or "contiguous_format"."""
     folder, layout = sys.argv[1], getattr(torch, sys.argv[2])
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval().to(memory_format=layout)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval().to(memory_format=layout)

@@ -1,12 +1,12 @@
-"""The training step: operations, memory and seconds, with adapters as a low-rank path and merged into the weights.
+"""FLOPs, memory and time of the training step, with adapters as a low-rank path or merged into the weights.
 
-    python benchmarks/train_step.py --size half --crop 256                # compiles and runs both, in turn
+    python benchmarks/train_step.py --size half --crop 256                # compiles both and runs them alternately
     python benchmarks/train_step.py --stages pix sem --batch-sizes 1 4    # SD 2.1 at 512: compiles only
-    python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU that is not there (libtpu)
+    python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU without having one (libtpu)
 
-Weights are random, which changes neither. Memory is what one device needs while a step runs: arguments (weights,
-optimiser, batch), results that do not take an argument's place, and temporaries, from the compiled program's own
-analysis. Merged weights compute W + dW inside the step and differentiate through it.
+Weights are random. Memory is that of one device during a step, according to the analysis of the compiled program:
+arguments (weights, optimizer state, batch), results that do not reuse the memory of an argument, and temporaries. With
+merged weights, the step computes W + dW and differentiates through it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ADDITIVE = train_step.loss
 
 
 def merged_loss(adapter, frozen, batch, draws, base, objective):
-    """`train_step.loss` with W + dW in every adapted kernel instead of the low-rank path."""
+    """`train_step.loss` with merged weights W + dW instead of the low-rank path."""
     unet = injection.merge(frozen.unet, {"": adapter}, {"": objective.spec}, {"": 1.0})
     return ADDITIVE({}, frozen._replace(unet=unet), batch, draws, base, objective)
 
@@ -51,16 +51,16 @@ PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
 
 
 def vgg_shapes() -> dict[str, Any]:
-    """Shapes of the weights of LPIPS."""
+    """Shapes of the weights of LPIPS (VGG16)."""
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    kernels = lpips.BACKBONES["vgg"].kernels
+    kernels = lpips.FEATURE_NETWORKS["vgg"].kernels
     layers = {name: {"kernel": of(shape), "bias": of(shape[-1:])} for name, shape in kernels.items()}
     heads = {f"lin{index}": of((width,)) for index, width in enumerate((64, 128, 256, 512, 512))}
     return {"vgg": {"layers": layers, "heads": heads}}
 
 
 def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Shapes of what `train_step.train_step` takes: frozen weights, state, batch, key."""
+    """Shapes of the arguments of `train_step.train_step`: frozen weights, state, batch, key."""
     of, shapes = jax.ShapeDtypeStruct, bb.param_shapes(modules)
 
     def cast(tree, dtype):
@@ -90,7 +90,7 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
 
 
 def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Random values for `arguments`."""
+    """Random arrays of the shapes of `arguments`."""
     frozen, _, batch, _ = shapes
     rng, key = np.random.default_rng(0), jax.random.key(0)
 
@@ -115,13 +115,13 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
     state = train_step.init_state(
         injection.init_adapter(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
     )
-    pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
+    images = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
-    return frozen, state, train_step.Batch(*pictures, ids, seen), key
+    return frozen, state, train_step.Batch(*images, ids, seen), key
 
 
 def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
-    """The compiled step and the seconds that took."""
+    """Compile the step; returns it and the compile time in seconds."""
     step = functools.partial(
         train_step.train_step,
         base=base_model(modules),
@@ -131,7 +131,7 @@ def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, 
     on_cpu = device.platform == "cpu"
     options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not config.remat}
     start = time.perf_counter()
-    # Attention is formulated for the back end that computes it, not for the one that compiles it.
+    # The implementation of attention is chosen by the default backend, which is not the one that runs the program.
     backend = (
         contextlib.nullcontext() if on_cpu else mock.patch.object(jax, "default_backend", return_value=device.platform)
     )
@@ -146,8 +146,8 @@ def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, 
     return compiled, time.perf_counter() - start
 
 
-def describe(compiled: Any) -> str:
-    """Operations and memory of a compiled program."""
+def summarize(compiled: Any) -> str:
+    """Format the FLOPs and the memory of a compiled program."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = held + memory.temp_size_in_bytes
@@ -155,23 +155,23 @@ def describe(compiled: Any) -> str:
 
 
 def step_seconds(program: Any, arrays: tuple[Any, ...]) -> float:
-    """Seconds of a step; every one starts from the same state."""
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, arrays[1]))  # the program takes its memory
+    """Time one step, in seconds; every step starts from the same state."""
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, arrays[1]))  # the step donates its memory
     return seconds(lambda: program(arrays[0], state, *arrays[2:]))
 
 
 def device_for(topology: str | None) -> Any:
-    """The first device here, or of a TPU topology such as "v5p:2x2x1" that is only compiled for."""
+    """The first local device, or one of a TPU topology such as "v5p:2x2x1", for compilation only."""
     if topology is None:
         return jax.devices()[0]
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or libtpu looks for the machine's own TPUs first
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu otherwise looks for local TPUs first
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")
     parser.add_argument("--crop", type=int, default=512)
@@ -179,9 +179,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["pix"])
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
     parser.add_argument("--remat", choices=["no", "yes", "both"], default="no")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of UNet and VAE")
-    parser.add_argument("--topology", help="compile for this TPU instead of the device here")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; SD 2.1's size is never run on a CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of UNet and VAE")
+    parser.add_argument("--topology", help="compile for this TPU instead of the local device")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed steps; size sd21 is not run on a CPU")
     args = parser.parse_args()
     device = device_for(args.topology)
     print(f"{device.device_kind}, jax {jax.__version__}, {args.size}, crops of {args.crop}, {args.dtype}")
@@ -207,7 +207,7 @@ def main() -> None:
             except jax.errors.JaxRuntimeError as error:
                 print(f"{what}: {' '.join(str(error).split())[:200]}", flush=True)
                 continue
-            print(f"{what}: compiled in {compiling:5.1f} s, {describe(programs[path])}", flush=True)
+            print(f"{what}: compiled in {compiling:5.1f} s, {summarize(programs[path])}", flush=True)
         if not runs:
             continue
         arrays = filled(shapes, config, stage)

@@ -1,11 +1,11 @@
-"""Does training learn? Both stages on photographs, with a random base model that is small enough for a CPU.
+"""Learning test: both stages on photographs, with a random base model that is small enough for a CPU.
 
     python train.py configs/learn.py --data.path PHOTOS --validation.path OTHER_PHOTOS
 
-A random decoder cannot draw, so the pictures are poor; but errors that adapters can lower must fall on pictures that no
-step has seen: in the pixel stage l2, in the semantic stage the perceptual distance. No CSD: a random teacher knows
-nothing. Hardware: 2 CPU cores, a few minutes. Expected: in the pixel stage l2 falls by a third, in the semantic stage
-the perceptual distance by a twentieth (`test_it_learns`). Measured on the first 6 pictures of Kodak24, trained on 352
+A random decoder limits the image quality, but the loss that a stage optimizes must fall on held-out images: l2 in the
+pixel stage, the perceptual distance in the semantic stage. CSD is off, because a random teacher has no knowledge.
+Hardware: 2 CPU cores, a few minutes. Expected: l2 falls by a third in the pixel stage, the perceptual distance by a
+twentieth in the semantic stage (`test_it_learns`). Measured on the first 6 images of Kodak24, trained on 352
 photographs, 2026-11-25:
 
 | step | l2 | PSNR | SqueezeNet distance |

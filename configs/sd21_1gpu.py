@@ -1,9 +1,9 @@
-"""The published recipe (configs/sd21.py) on one GPU of 24 GB: batches of 16 in parts of 1, recomputed activations.
+"""The published recipe (configs/sd21.py) on one GPU of 24 GB: gradient accumulation 16 x 1 and rematerialization.
 
     python train.py configs/sd21_1gpu.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Hardware: meant for one GPU of 24 GB; not yet run on one (docs/training.md has compiled memory).
-Expected: same steps, same effective batch, same figures as configs/sd21.py. Measured: not yet run.
+Hardware: one GPU of 24 GB, according to the compiled memory in docs/training.md.
+Expected: the results of configs/sd21.py, with the same steps and effective batch size. Measured: not yet run.
 """
 
 import dataclasses

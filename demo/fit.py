@@ -14,7 +14,7 @@ import optax
 
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.loader import make_loader
-from pisa_jax.data.sources import FileSource, Record
+from pisa_jax.data.sources import FileSource, SourceImage
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.compilation import compiler_options
 
@@ -51,7 +51,7 @@ class Remembered:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         if index not in self._records:
             self._records[index] = self._source[index]
         return self._records[index]

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+# (pix, sem): the two scales of the method (PiSA-SR, eq. 8).
+Scales = tuple[float, float]
+
 # Every UNet weight the published adapters change: names with one of these parts and without "norm" (PiSA-SR, sec. 4.1
 # and the module lists of its checkpoint). time_embedding and time_emb_proj have none of them.
 UNET_TARGETS = r"^(?!.*norm).*(to_q|to_k|to_v|to_out_0|conv|proj_in|proj_out|ff/net_0/proj|ff/net_2)"

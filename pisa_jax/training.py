@@ -307,7 +307,7 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
         return None
     weights = lpips.load_weights(config.perceptual_weights, config.perceptual)
     if jax.process_index() == 0:
-        print(f"perceptual loss: {lpips.describe(weights)}")
+        print(f"perceptual loss: {lpips.distance_name(weights)}")
     return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
 
 

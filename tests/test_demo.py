@@ -46,7 +46,7 @@ def test_infer_alone_upscales_the_samples_and_says_where(first_run):
 
 def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
     """Means over the samples, whose originals no training has seen (docs/results.md has whole sets)."""
-    perceptual = registry.build(["perceptual"])["perceptual"]
+    perceptual = registry.make_metrics(["perceptual"])["perceptual"]
     found = {name: [] for name in ("bicubic", *PAIRS)}
     for path in SAMPLES:
         truth = np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))

@@ -11,14 +11,14 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation distributed run_log torch_layout torch_pickle trees | tensor_files checkpoint",
-    "imaging": "color contact_sheet encode icc matlab_resize | decode | image_io | network_input",
+    "runtime": "atomic_write compilation distributed messages run_log torch_layout torch_pickle trees | tensor_files checkpoint",
+    "imaging": "arrays color contact_sheet encode icc matlab_resize | decode | image_io | network_input",
     "losses": "",
     "tiling": "memory vae_tiles windows",
     "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
     "model": "",
     "data": "blur_kernels sources | degradation tfds loader",
-    "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report",
+    "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",
     "inference": "",

@@ -1,10 +1,10 @@
-"""Make a fixed set of degraded pictures to evaluate on: 8-bit LQ pictures at a quarter of the size of their GT.
+"""Make a fixed evaluation set: 8-bit LQ images with a quarter of the width and height of their GT.
 
     pisa-sr degrade --gt DIR --out DIR [--seed 0] [--overwrite]
 
-OUT/lq and OUT/gt get PNG files of equal names, the GT cut to a multiple of 4 pixels. Degraded as in training, but
-without the enlargement at the end, which is the model's work. What is drawn depends on the seed and the picture's name.
-Bad files are named and left out, and the exit code is then 1. The folders appear only when they are complete.
+Writes PNG files of equal names to OUT/lq and OUT/gt; the GT is cropped to multiples of 4 pixels. The degradation is
+that of training without the final upscaling, and depends only on the seed and the file name. Files that cannot be
+degraded are reported and skipped, and the exit code is then 1. The output folders appear only when they are complete.
 """
 
 import argparse
@@ -19,58 +19,57 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
 from tqdm import tqdm
 
-from pisa_jax.data.degradation import PISA_SR, degrade_and_reduce
+from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
+from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_io import from_array, read_rgb8, write_picture
 from pisa_jax.metrics.pairing import list_pictures
+from pisa_jax.runtime.messages import error_text
 
 SIDES = ("lq", "gt")
 
-Picture = UInt8[np.ndarray, "_ _ 3"]
 
+def degraded_pair(image: RGB8, seed: int, name: str) -> tuple[RGB8, RGB8]:
+    """Make (LQ, GT) of an image: GT is cropped (right, bottom) to multiples of 4, LQ has a quarter of its sides.
 
-def degraded_pair(picture: Picture, seed: int, name: str) -> tuple[Picture, Picture]:
-    """The (LQ, GT) made of a picture: GT cut at the right and below to multiples of 4, LQ with a quarter of its sides.
-
-    ValueError for a picture with a side below 8.
+    Raises ValueError for an image with a side below 8.
     """
-    height, width = (side - side % PISA_SR.scale for side in picture.shape[:2])
-    gt = picture[:height, :width]
-    # The name is an entropy of the generator, so that pictures differ and none depends on which others are there.
+    height, width = (side - side % PISA_SR.scale for side in image.shape[:2])
+    gt = image[:height, :width]
+    # The name seeds the generator too: images get different degradations, independent of the other files.
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big")
-    return degrade_and_reduce(gt / np.float32(255), np.random.default_rng((seed, digest))), gt
+    return degrade_and_downscale(gt / np.float32(255), np.random.default_rng((seed, digest))), gt
 
 
-def write_pairs(files: Sequence[Path], out: Path, seed: int, report: Callable[[str], None]) -> int:
-    """Write out/lq and out/gt, replacing older ones; returns how many pairs.
+def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str], None]) -> int:
+    """Write out/lq and out/gt, replacing existing folders; returns the number of pairs.
 
-    What cannot be degraded goes to `report`. Raises OSError, and leaves what was there, if the folders cannot be
-    written, and ValueError if there is nothing to write.
+    `warn` is called with the reason of every skipped file. Raises OSError if a folder cannot be written, ValueError if
+    no file can be degraded; existing folders then remain unchanged.
     """
     unfinished = out / ".incomplete"
     shutil.rmtree(unfinished, ignore_errors=True)
 
-    def make(file: Path) -> str | None:
+    def write_pair(file: Path) -> str | None:
         try:
             pair = degraded_pair(read_rgb8(file), seed, file.stem)
         except (OSError, ValueError, MemoryError) as error:
-            return f"{file}: {error or type(error).__name__}"
-        for side, picture in zip(SIDES, pair, strict=True):
-            write_picture(unfinished / side / f"{file.stem}.png", from_array(picture))
+            return f"{file}: {error_text(error)}"
+        for side, image in zip(SIDES, pair, strict=True):
+            write_picture(unfinished / side / f"{file.stem}.png", from_array(image))
         return None
 
     try:
         for side in SIDES:
             (unfinished / side).mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            results = tqdm(threads.map(make, files), total=len(files), unit="picture", disable=None)
+            results = tqdm(threads.map(write_pair, files), total=len(files), unit="image", disable=None)
             problems = [problem for problem in results if problem]
         for problem in problems:
-            report(problem)
+            warn(problem)
         if len(problems) == len(files):
-            raise ValueError(f"none of the {len(files)} pictures could be degraded")
+            raise ValueError(f"none of the {len(files)} images could be degraded")
         for side in SIDES:
             shutil.rmtree(out / side, ignore_errors=True)
             (unfinished / side).rename(out / side)
@@ -83,35 +82,35 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gt", type=Path, required=True, metavar="DIR", help="pictures of high quality")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the folders lq and gt")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (default 0)")
+    parser.add_argument("--gt", type=Path, required=True, metavar="DIR", help="folder of high-quality images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder of the folders lq and gt")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT/lq and OUT/gt if they exist")
     arguments = parser.parse_args(argv)
     if arguments.seed < 0:
-        parser.error(f"--seed {arguments.seed}: give a whole number of at least 0")
+        parser.error(f"--seed {arguments.seed}: give an integer of at least 0")
     for folder in (arguments.out / side for side in SIDES):
         if arguments.gt.resolve().is_relative_to(folder.resolve()):
-            parser.error(f"--gt {arguments.gt} lies in {folder}, which would be replaced; give another --out")
+            parser.error(f"--gt {arguments.gt} is inside {folder}, which would be replaced; give another --out")
         if folder.exists() and not arguments.overwrite:
             parser.error(f"{folder} exists; add --overwrite to replace it, or give another --out")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr degrade") -> int:
-    """The exit code: 0 all degraded, 1 something was not, 2 wrong usage (through argparse)."""
+    """Run the command; returns 0 if all images were degraded, else 1. Wrong usage exits with 2."""
     arguments = _parse(argv, prog)
-    # Pictures are made side by side; OpenCV's own threads would only get in the way.
+    # Images are degraded in parallel threads; OpenCV's own threads would compete with them.
     cv2.setNumThreads(1)
     try:
         files = list_pictures(arguments.gt)
         shared = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
         if shared:
-            raise ValueError(f"names that differ in the ending only would overwrite each other: {', '.join(shared)}")
-        made = write_pairs(files, arguments.out, arguments.seed, lambda text: print(text, file=sys.stderr))
+            raise ValueError(f"files that differ in the suffix only would overwrite each other: {', '.join(shared)}")
+        count = write_pairs(files, arguments.out, arguments.seed, lambda text: print(text, file=sys.stderr))
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments.out}: {made} pairs, {len(files) - made} left out; seed {arguments.seed}")
+    print(f"{arguments.out}: {count} pairs, {len(files) - count} skipped; seed {arguments.seed}")
     print(f"use it with: pisa-sr evaluate --lq {arguments.out / 'lq'} --gt {arguments.out / 'gt'}")
-    return 0 if made == len(files) else 1
+    return 0 if count == len(files) else 1

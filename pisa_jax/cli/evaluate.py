@@ -1,7 +1,7 @@
-"""Measure results, or upscale and measure: `pisa-sr evaluate --sr DIR --gt DIR --metrics psnr,ssim`.
+"""`pisa-sr evaluate`: measure the quality of result files, or upscale with a model and measure.
 
-With --model and --lq the pictures are made first, at every pair of --scales. Results are paired with ground truths by
-file name: equal names, else equal stems, else stems that are equal without marks such as _x4, _LR4, _SR.
+With --model and --lq the results are computed first, at every pair of --scales. Results are matched with ground truths
+by file name: equal names, else equal stems, else stems that are equal without marks such as _x4, _LR4, _SR.
 """
 
 import argparse
@@ -9,124 +9,29 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from pisa_jax import __version__
-from pisa_jax.imaging.contact_sheet import contact_sheet
-from pisa_jax.imaging.image_io import WRITABLE, from_pil, read_rgb8, write_picture
-from pisa_jax.imaging.matlab_resize import matlab_bicubic
+from pisa_jax.config import Scales
+from pisa_jax.imaging.image_io import WRITABLE
 from pisa_jax.metrics import registry, report
-from pisa_jax.metrics.pairing import Item, pair_files
+from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
+from pisa_jax.metrics.pairing import EvaluationItem, pair_files
 from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.messages import error_text
 
-Pair = tuple[float, float]
-# An RGB uint8 picture and (pix, sem) pairs -> the enlarged picture at each pair.
-Upscale = Callable[[np.ndarray, Sequence[Pair]], list[np.ndarray]]
-
-# Endings of --plot and --sheet.
-DRAWINGS = {"plot": (".png", ".svg", ".pdf"), "sheet": tuple(WRITABLE)}
-
-
-class Measured(NamedTuple):
-    """{method: {picture: {metric: value}}}, what went wrong by picture, and the pictures of the contact sheet."""
-
-    methods: dict[str, dict[str, dict[str, float]]]
-    problems: dict[str, str]
-    sheet: dict[str, np.ndarray]
-
-
-def label_of(pair: Pair) -> str:
-    """How a pair of scales is called in tables: "pix 1 sem 0.5"."""
-    return f"pix {pair[0]:g} sem {pair[1]:g}"
-
-
-def produce(item: Item, scale: float, pairs: Sequence[Pair], upscale: Upscale | None) -> dict[str, np.ndarray]:
-    """Every method's picture of one item: the file, the model at each pair, and MATLAB's bicubic of the LQ picture."""
-    results = {"sr": read_rgb8(item.sr)} if item.sr else {}
-    if item.lq:
-        lq = read_rgb8(item.lq)
-        if upscale:
-            results |= dict(zip(map(label_of, pairs), upscale(lq, pairs), strict=True))
-        results[report.REFERENCE] = matlab_bicubic(lq, scale)
-    return results
-
-
-def evaluate(
-    items: Sequence[Item],
-    functions: dict[str, registry.Measure],
-    scale: float = 4.0,
-    pairs: Sequence[Pair] = (),
-    upscale: Upscale | None = None,
-    sheet_of: str | None = None,
-    workers: int = 1,
-    advance: Callable[[], Any] = lambda: None,
-) -> Measured:
-    """Make and measure every item; one that fails is named with the reason and the others go on.
-
-    `functions` come from `registry.build`; `advance` is called after each item; the pictures of the item called
-    `sheet_of` are kept. Threads do: NumPy, OpenCV and JAX release the interpreter lock (1.9x on two cores, more than
-    processes give).
-    """
-
-    def work(item: Item) -> tuple[dict[str, np.ndarray], dict[str, dict], list[str]]:
-        try:
-            pictures = produce(item, scale, pairs, upscale)
-            gt = read_rgb8(item.gt) if item.gt else None
-        except (OSError, ValueError, MemoryError, RuntimeError) as error:  # a full device is a RuntimeError
-            return {}, {}, [registry.one_line(error)]
-        rows, wrong = {}, []
-        for label, picture in pictures.items():
-            try:
-                rows[label], failed = registry.apply(functions, picture, gt)
-            except ValueError as error:
-                failed = [str(error)]
-            wrong += [f"{label}: {text}" for text in failed]
-        kept = pictures | ({"ground truth": gt} if item.gt else {}) if item.name == sheet_of else {}
-        return kept, rows, wrong
-
-    measured = Measured({}, {}, {})
-    # The model is driven by one thread: it uses all cores, and its results must not pile up.
-    for item, (pictures, rows, wrong) in zip(items, _run(work, items, 1 if upscale else workers), strict=True):
-        measured.sheet.update(pictures)
-        for label, row in rows.items():
-            if row or not functions:
-                measured.methods.setdefault(label, {})[item.name] = row
-        if wrong:
-            measured.problems[item.name] = "; ".join(wrong)
-        advance()
-    return measured
-
-
-def _run(work: Callable, items: Sequence[Item], workers: int) -> Iterator:
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(work, items)
-
-
-def save_sheet(pictures: dict[str, np.ndarray], pairs: Sequence[Pair], path: Path) -> None:
-    """Labelled contact sheet: a row per pix scale if the pairs are a full grid; bicubic and ground truth come last."""
-    columns = len({sem for _, sem in pairs})
-    if len(pairs) != columns * len({pix for pix, _ in pairs}):
-        columns = min(len(pairs), 4)
-    order = [label_of(pair) for pair in sorted(pairs)]
-    order += [label for label in pictures if label not in order]
-    cells = [(label, Image.fromarray(pictures[label])) for label in order]
-    write_picture(path, from_pil(contact_sheet(cells, columns=columns or len(cells))))
+# File name suffixes that --plot and --sheet can write.
+FIGURE_SUFFIXES = {"plot": (".png", ".svg", ".pdf"), "sheet": tuple(WRITABLE)}
 
 
 def _numbers(text: str, counts: Sequence[int], least: float, kind: type) -> list:
-    """One or more comma-separated finite numbers, or argparse's error."""
+    """Parse comma-separated finite numbers of at least `least`; argparse reports other texts."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
@@ -139,7 +44,7 @@ def _numbers(text: str, counts: Sequence[int], least: float, kind: type) -> list
     return values
 
 
-def _pair(text: str) -> Pair:
+def _scales(text: str) -> Scales:
     values = _numbers(text, (1, 2), -math.inf, float)
     return values[0], values[-1]
 
@@ -148,51 +53,52 @@ def _count(text: str) -> int:
     return _numbers(text, (1,), 0.0, int)[0]
 
 
-def _enlargement(text: str) -> float:
+def _upscale_factor(text: str) -> float:
     return _numbers(text, (1,), 1.0, float)[0]
 
 
 def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
-    """Every flag."""
+    """The argument parser of the command."""
     p = argparse.ArgumentParser(
         prog=prog,
-        description="Image quality as this field publishes it, of results or of a model over a grid of scales.",
+        description="Measure image quality with the metrics of published tables, of results or of a model at several "
+        "scales.",
         epilog=f"Metrics: {', '.join(registry.METRICS)}; lpips is lpips-alex. dists, clipiqa, musiq, maniqa-pipal and "
-        "fid are computed by pyiqa: pip install -e '.[metrics]'. Exit code: 0 all measured, 1 something was not (it is "
-        "named), 2 usage.",
+        "fid are computed by pyiqa: pip install -e '.[metrics]'. Exit code: 0 all images measured, 1 some images "
+        "not measured (the reasons are printed), 2 wrong usage.",
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("--sr", type=Path, metavar="PATH", help="results: a folder of pictures, or one")
-    add("--gt", type=Path, metavar="PATH", help="their ground truths")
+    add("--sr", type=Path, metavar="PATH", help="results: a folder of images, or one image")
+    add("--gt", type=Path, metavar="PATH", help="ground truths of the results")
     add("--lq", type=Path, metavar="PATH", help="low-quality inputs; MATLAB's bicubic of them is measured too")
-    add("--metrics", metavar="LIST", help="comma separated; default: psnr,ssim, LPIPS with the weights that are given "
-        "or else perceptual, and niqe")  # fmt: skip
-    add("--color", choices=["y", "rgb"], default="y", help="PSNR and SSIM of luma or of RGB (default y)")
+    add("--metrics", metavar="LIST", help="comma-separated names (default: psnr, ssim, niqe and LPIPS with the given "
+        "weights, or perceptual without weights)")  # fmt: skip
+    add("--color", choices=["y", "rgb"], default="y", help="compute PSNR and SSIM on luma or on RGB (default y)")
     add("--crop-border", type=_count, default=0, metavar="N",
-        help="pixels cut off each side for PSNR and SSIM (default 0; Set5 and Set14 figures: the scale)")  # fmt: skip
+        help="pixels to crop at each side for PSNR and SSIM (default 0; Set5, Set14: upscale factor)")  # fmt: skip
     add("--lpips-vgg", metavar="FILE|ID", help="VGG16 weights, such as timm/vgg16.tv_in1k")
     add("--lpips-alex", metavar="FILE|ID", help="AlexNet weights: torchvision's alexnet state dict")
-    add("--perceptual", metavar="FILE", help="SqueezeNet 1.1 weights (default: those in the package)")
-    add("--json", type=Path, metavar="FILE", help="write per_image, mean and settings")
-    add("--csv", type=Path, metavar="FILE", help="write a row per picture")
-    add("--markdown", type=Path, metavar="FILE", help="write tables")
+    add("--perceptual", metavar="FILE", help="SqueezeNet 1.1 weights (default: those of the package)")
+    add("--json", type=Path, metavar="FILE", help="write per_image, mean and settings as JSON")
+    add("--csv", type=Path, metavar="FILE", help="write one row per image as CSV")
+    add("--markdown", type=Path, metavar="FILE", help="write tables as Markdown")
     grid = p.add_argument_group("upscale and measure")
     add = grid.add_argument
-    add("--model", metavar="FOLDER|ID", help="base model, as for infer.py; with --lq")
+    add("--model", metavar="FOLDER|ID", help="base model, as for infer.py; needs --lq")
     add("--adapters", metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
-    add("--scales", nargs="+", type=_pair, metavar="PIX,SEM", help="pairs (default 1,1)")
-    add("-s", "--scale", type=_enlargement, default=4.0, help="enlargement of --lq (default 4)")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the UNet")
-    add("--seed", type=_count, metavar="N", help="sample the latent; without it the result is deterministic")
+    add("--scales", nargs="+", type=_scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
+    add("-s", "--scale", type=_upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
+    add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
+    add("--seed", type=_count, metavar="N", help="sample the latents with this seed (default: deterministic latents)")
     add("--plot", type=Path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
-    add("--sheet", type=Path, metavar="FILE", help="contact sheet of one picture over all methods")
-    add("--sheet-of", metavar="NAME", help="file name of that picture (default: the first)")
+    add("--sheet", type=Path, metavar="FILE", help="write a contact sheet of one image by all methods")
+    add("--sheet-of", metavar="NAME", help="file name of the image of the contact sheet (default: the first)")
     return p
 
 
 def choose_metrics(args: argparse.Namespace) -> list[str]:
-    """--metrics, or what can be measured with what is given."""
+    """Names of the metrics of --metrics, or the default for the given files and weights."""
     if args.metrics:
         names = [name.strip().lower() for name in args.metrics.split(",") if name.strip()]
         return list(dict.fromkeys(registry.ALIASES.get(name, name) for name in names))
@@ -203,32 +109,36 @@ def choose_metrics(args: argparse.Namespace) -> list[str]:
 
 
 def usage_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
-    """Why these arguments cannot work together, if so."""
-    known = [registry.METRICS[name] for name in names]
-    sources = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex}
-    outputs = [path for path in (args.json, args.csv, args.markdown, args.plot, args.sheet) if path]
-    lost = [path for path in outputs if not path.absolute().parent.is_dir()]
+    """The reason why these arguments cannot be used together, or None."""
     if not names:
         return "--metrics is empty"
     if not args.sr and not args.lq:
         return "give --sr (results), or --lq, alone or with --model"
     if args.model and (args.sr or not args.lq):
-        return "--model makes the results from --lq: give --lq and no --sr"
+        return "--model computes the results from --lq: give --lq and no --sr"
     if (args.adapters or args.scales) and not args.model:
         return "--adapters and --scales need --model"
-    if not args.gt and any(metric.needs_gt for metric in known):
-        return f"{', '.join(n for n in names if registry.METRICS[n].needs_gt)} compare with ground truths: give --gt"
-    for name, source in sources.items():
+    compared = [name for name in names if registry.METRICS[name].needs_gt]
+    if compared and not args.gt:
+        return f"ground truths are missing for {', '.join(compared)}: give --gt"
+    for name, source in (("lpips-vgg", args.lpips_vgg), ("lpips-alex", args.lpips_alex)):
         if name in names and not source:
-            return f"{name} needs the weights of its backbone: --{name} FILE, a state dict of torchvision's"
+            return f"{name} needs the weights of its network: --{name} FILE, a state dict of torchvision's"
     if "fid" in names and not (args.sr and args.sr.is_dir() and args.gt.is_dir()):
         return "fid compares two folders: give --sr and --gt as folders"
-    if lost:
-        return f"the folder of {lost[0]} does not exist"
-    for name, endings in DRAWINGS.items():
+    return _output_problem(args, names)
+
+
+def _output_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
+    """The reason why an output file cannot be written, or None."""
+    outputs = [path for path in (args.json, args.csv, args.markdown, args.plot, args.sheet) if path]
+    missing = [path for path in outputs if not path.absolute().parent.is_dir()]
+    if missing:
+        return f"the folder of {missing[0]} does not exist"
+    for name, suffixes in FIGURE_SUFFIXES.items():
         path = getattr(args, name)
-        if path and path.suffix.lower() not in endings:
-            return f"--{name} {path} cannot be written: use a name ending in one of {' '.join(endings)}"
+        if path and path.suffix.lower() not in suffixes:
+            return f"--{name} {path} cannot be written: use a name ending in one of {' '.join(suffixes)}"
     if args.plot and find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install -e '.[plot]'"
     if args.plot and not (set(names) & set(registry.FIDELITY) and set(names) - set(registry.FIDELITY)):
@@ -236,8 +146,8 @@ def usage_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
     return None
 
 
-def load_upscale(args: argparse.Namespace) -> Upscale:
-    """The model of the command line as a function."""
+def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
+    """Load the model of the command line; returns its upscale function."""
     from pisa_jax.inference import Upscaler
 
     def on_compile(what: str, seconds: float) -> None:
@@ -254,10 +164,10 @@ def load_upscale(args: argparse.Namespace) -> Upscale:
 
 
 def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """What the numbers depend on, for the JSON file."""
+    """The settings that the scores depend on, for the JSON file."""
     settings = {
         "version": __version__,
-        "metrics": {name: _describe(name, args) for name in names},
+        "metrics": {name: registry.definition(name, args.color, args.crop_border) for name in names},
         "color": args.color,
         "crop_border": args.crop_border,
         **{key: str(getattr(args, key)) for key in ("sr", "gt", "lq") if getattr(args, key)},
@@ -272,39 +182,18 @@ def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     return settings
 
 
-def _describe(name: str, args: argparse.Namespace) -> str:
-    if name in registry.FIDELITY:
-        colour = "Y of YCbCr" if args.color == "y" else "RGB"
-        return f"{registry.METRICS[name].label} of {colour}, {args.crop_border} pixels of border cropped"
-    return {
-        "lpips-alex": "LPIPS 0.1 (AlexNet)",
-        "lpips-vgg": "LPIPS 0.1 (VGG16)",
-        "perceptual": "SqueezeNet 1.1 feature distance, no heads: not LPIPS",
-        "niqe": "NIQE, statistics of its authors' release",
-    }.get(name, f"{name} of pyiqa")
-
-
-def measure_folders(args: argparse.Namespace, problems: dict[str, str]) -> dict[str, float]:
-    """The figures that exist for a whole folder only; why there is none goes to `problems`."""
-    try:
-        return {"fid": registry.fid(args.sr, args.gt)}
-    except Exception as error:  # whatever pyiqa raises, the other figures stand
-        problems[str(args.sr)] = f"fid: {registry.one_line(error)}"
-        return {}
-
-
-def write_reports(args: argparse.Namespace, names: list[str], measured: Measured, whole_set: dict) -> None:
-    """Print the table of means and write the files that were asked for."""
-    methods, problems = measured.methods, measured.problems
-    means = report.means_of(methods, whole_set)
+def write_reports(args: argparse.Namespace, names: list[str], evaluation: Evaluation, folder_scores: dict) -> None:
+    """Print the table of means and write the requested files."""
+    scores, problems = evaluation.scores, evaluation.problems
+    means = report.method_means(scores, folder_scores)
     settings = settings_of(args, names)
     conditions = "; ".join(settings["metrics"].values()) + "."
-    print(report.mean_table(methods, means, names), conditions, sep="\n\n")
-    as_json = json.dumps(report.as_json(methods, means, settings, problems), indent=1, allow_nan=False) + "\n"
+    print(report.mean_table(scores, means, names), conditions, sep="\n\n")
+    as_json = json.dumps(report.as_json(scores, means, settings, problems), indent=1, allow_nan=False) + "\n"
     for path, text in (
         (args.json, as_json),
-        (args.csv, report.as_csv(methods, means, names)),
-        (args.markdown, report.as_markdown(methods, means, names, conditions, problems)),
+        (args.csv, report.as_csv(scores, means, names)),
+        (args.markdown, report.as_markdown(scores, means, names, conditions, problems)),
     ):
         if path:
             with atomic_write(path) as file:
@@ -312,12 +201,47 @@ def write_reports(args: argparse.Namespace, names: list[str], measured: Measured
     if args.plot:
         with atomic_write(args.plot) as file:
             report.plot(means, names, file)
-    if args.sheet and measured.sheet:
-        save_sheet(measured.sheet, args.scales, args.sheet)
+    if args.sheet and evaluation.sheet_images:
+        write_contact_sheet(evaluation.sheet_images, args.scales, args.sheet)
+
+
+def evaluate_items(
+    args: argparse.Namespace,
+    functions: Mapping[str, registry.MetricFunction],
+    items: Sequence[EvaluationItem],
+    upscale: UpscaleFunction | None,
+) -> Evaluation:
+    """Evaluate the items with the options of the command line and a progress bar."""
+    # Items are evaluated in parallel threads; OpenCV's own threads would compete with them.
+    cv2.setNumThreads(1)
+    sheet_item = (args.sheet_of or (items[0].name if items else None)) if args.sheet else None
+    with tqdm(total=len(items), unit="image", disable=None) as bar:
+        evaluation = evaluate(
+            items,
+            functions,
+            scale=args.scale,
+            scales=args.scales,
+            upscale=upscale,
+            sheet_item=sheet_item,
+            workers=os.cpu_count() or 1,
+            on_done=bar.update,
+        )
+    if args.sheet and not evaluation.sheet_images:
+        evaluation.problems[str(sheet_item)] = "no contact sheet: there is no such image, or it could not be measured"
+    return evaluation
+
+
+def evaluate_folders(args: argparse.Namespace, problems: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Compute FID, which exists for whole folders only: {method: {"fid": value}}; a failure goes to `problems`."""
+    try:
+        return {RESULT: {"fid": registry.fid(args.sr, args.gt)}}
+    except Exception as error:  # pyiqa raises errors of any type; the other scores remain valid
+        problems[str(args.sr)] = f"fid: {error_text(error)}"
+        return {}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> int:
-    """The exit code: 0 all measured, 1 something was not, 2 wrong usage (through argparse)."""
+    """Run the command; returns 0 if everything was measured, else 1. Wrong usage exits with 2."""
     p = parser(prog)
     args = p.parse_args(argv)
     names = choose_metrics(args)
@@ -330,32 +254,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> i
     args.scales = list(dict.fromkeys(args.scales or [(1.0, 1.0)])) if args.model else []
     try:
         weights = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex, "perceptual": args.perceptual}
-        functions = registry.build(names, args.color, args.crop_border, weights)
-        items, unpaired = pair_files(args.sr, args.gt, args.lq)
+        functions = registry.make_metrics(names, args.color, args.crop_border, weights)
+        items, unmatched = pair_files(args.sr, args.gt, args.lq)
         upscale = load_upscale(args) if args.model and items else None
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    # Pictures are measured side by side; OpenCV's own threads would only get in the way.
-    cv2.setNumThreads(1)
-    sheet_of = (args.sheet_of or (items[0].name if items else None)) if args.sheet else None
-    with tqdm(total=len(items), unit="picture", disable=None) as bar:
-        measured = evaluate(
-            items, functions, args.scale, args.scales, upscale, sheet_of, os.cpu_count() or 1, bar.update
-        )
-    measured.problems.update(unpaired)
-    if args.sheet and not measured.sheet:
-        measured.problems[str(sheet_of)] = "no contact sheet: no such picture could be measured"
-    whole_set = {"sr": measure_folders(args, measured.problems)} if "fid" in names else {}
-    for name, text in measured.problems.items():
+    evaluation = evaluate_items(args, functions, items, upscale)
+    evaluation.problems.update(unmatched)
+    folder_scores = evaluate_folders(args, evaluation.problems) if "fid" in names else {}
+    for name, text in evaluation.problems.items():
         print(f"{name}: {text}", file=sys.stderr)
     written = True
-    if measured.methods:
+    if evaluation.scores:
         try:
-            write_reports(args, names, measured, whole_set)
+            write_reports(args, names, evaluation, folder_scores)
         except (OSError, ValueError) as error:
             written = False
             print(f"{prog}: {error}", file=sys.stderr)
-    counted = f"{len(measured.problems)} with problems" if measured.problems else "no problems"
-    print(f"{len(items)} pictures paired, {counted}", file=sys.stderr)
-    return 0 if measured.methods and written and not measured.problems else 1
+    summary = f"{len(evaluation.problems)} with problems" if evaluation.problems else "no problems"
+    print(f"{len(items)} images matched, {summary}", file=sys.stderr)
+    return 0 if evaluation.scores and written and not evaluation.problems else 1

@@ -1,9 +1,9 @@
-"""Pack a folder of pictures, or of LQ/GT pairs, into a tfds data set in array_record format. Needs no TensorFlow.
+"""Pack a folder of images, or of LQ/GT pairs, into a tfds data set in array_record format, without TensorFlow.
 
     pisa-sr prepare DIR --out DIR [--name NAME] [--split train] [--paired] [--overwrite]
 
-Every picture is decoded once to check it; the files themselves are stored unchanged. Bad files are named and left out,
-and the exit code is then 1. The data set appears under its name only when it is complete.
+Every image is decoded once as a check; the files are stored unchanged. Unreadable files are reported and skipped, and
+the exit code is then 1. The data set appears under its name only when it is complete.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 from pisa_jax.data.sources import FileSource, folder_source, pair_source
 
 
-def check_pictures(source: FileSource, report: Callable[[str], None]) -> list[int]:
-    """Indices of the pictures that decode (and, in pairs, fit); each other one's reason goes to `report`."""
+def readable_indices(source: FileSource, warn: Callable[[str], None]) -> list[int]:
+    """Indices of the images that can be decoded; `warn` is called with the reason of every other image."""
 
     def reason(index: int) -> str | None:
         try:
@@ -28,18 +28,18 @@ def check_pictures(source: FileSource, report: Callable[[str], None]) -> list[in
             return str(error)
         return None
 
-    good = []
+    readable = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for index, problem in enumerate(threads.map(reason, range(len(source)))):
             if problem is None:
-                good.append(index)
+                readable.append(index)
             else:
-                report(problem)
-    return good
+                warn(problem)
+    return readable
 
 
 def read_examples(source: FileSource, indices: Sequence[int]) -> Iterator[dict[str, bytes | str]]:
-    """The examples that `tfds_files.write_tfds` takes: undecoded files and their names."""
+    """Yield the examples for `data.tfds.write_tfds`: encoded files and their names."""
     for index in indices:
         name = source.names[index]
         gt = (source.root / name).read_bytes()
@@ -50,9 +50,9 @@ def read_examples(source: FileSource, indices: Sequence[int]) -> Iterator[dict[s
 
 
 def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split: str) -> Path:
-    """Write the data set beside its place and move it there; an older one of that name is replaced. Returns its folder.
+    """Write the data set to a temporary folder and move it to out/name, replacing an existing one; returns its folder.
 
-    Raises whatever writing raises, e.g. OSError on a full disk, and leaves nothing half-written.
+    If writing raises an error, such as OSError on a full disk, an existing data set remains and no partial one is left.
     """
     from pisa_jax.data.tfds import write_tfds
 
@@ -75,10 +75,12 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="pictures, in subfolders too; with --paired it holds lq/ and gt/")
-    parser.add_argument("--out", type=Path, required=True, help="the data set becomes OUT/NAME")
-    parser.add_argument("--name", help="default: the folder's name in lower case")
-    parser.add_argument("--split", default="train", help="name of its one split (default: train)")
+    parser.add_argument(
+        "folder", type=Path, help="folder of images and subfolders; with --paired, folder of lq/ and gt/"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="output folder; the data set is written to OUT/NAME")
+    parser.add_argument("--name", help="name of the data set (default: name of the folder in lower case)")
+    parser.add_argument("--split", default="train", help="name of the split (default: train)")
     parser.add_argument("--paired", action="store_true", help="pack pairs lq/NAME and gt/NAME")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT/NAME if it exists")
     arguments = parser.parse_args(argv)
@@ -87,7 +89,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     for option in ("name", "split"):
         value = getattr(arguments, option)
         if not re.fullmatch(r"[a-z]\w*", value, re.ASCII):
-            parser.error(f"--{option} {value!r}: use letters, digits and _, starting with a small letter")
+            parser.error(f"--{option} {value!r}: use letters, digits and _, starting with a lower-case letter")
     if (arguments.out / arguments.name).exists() and not arguments.overwrite:
         parser.error(
             f"{arguments.out / arguments.name} exists; add --overwrite to replace it, or choose another --name"
@@ -96,17 +98,18 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> int:
+    """Run the command; returns 0 if all images were packed, else 1. Wrong usage exits with 2."""
     arguments = _parse(argv, prog)
     try:
         source = (pair_source if arguments.paired else folder_source)(arguments.folder)
-        good = check_pictures(source, lambda problem: print(f"left out: {problem}", file=sys.stderr))
-        if not good:
-            raise ValueError(f"none of the {len(source)} pictures of {arguments.folder} can be read")
-        folder = pack(source, good, arguments.out, arguments.name, arguments.split)
+        readable = readable_indices(source, lambda problem: print(f"skipped: {problem}", file=sys.stderr))
+        if not readable:
+            raise ValueError(f"none of the {len(source)} images of {arguments.folder} can be read")
+        folder = pack(source, readable, arguments.out, arguments.name, arguments.split)
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    bad = len(source) - len(good)
-    print(f"{folder}: {len(good)} {'pairs' if arguments.paired else 'pictures'}, {bad} left out")
+    skipped = len(source) - len(readable)
+    print(f"{folder}: {len(readable)} {'pairs' if arguments.paired else 'images'}, {skipped} skipped")
     print(f"use it with: pisa-sr train CONFIG --data.source tfds --data.path {folder}")
-    return 1 if bad else 0
+    return 1 if skipped else 0

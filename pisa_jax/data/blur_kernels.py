@@ -5,7 +5,8 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, Float32
 
-Image = Float32[np.ndarray, "h w 3"]
+# An RGB image with values in [0, 1].
+RGBFloat = Float32[np.ndarray, "h w 3"]
 Kernel = Float[np.ndarray, "k k"]
 
 
@@ -44,14 +45,14 @@ def sinc_kernel(size: int, omega: float) -> Kernel:
     return kernel / kernel.sum()
 
 
-# What filter2d may change in a pixel of an image in [0, 1]: 0.03 grey levels of 255.
+# Largest error of filter2d for an image in [0, 1]: 0.03 gray levels of 255.
 _FILTER_TOLERANCE = 1e-4
-# From 130 taps on OpenCV filters through a Fourier transform, which costs as much as 400 taps do directly.
+# From 130 taps on, OpenCV filters with a Fourier transform, which is as slow as direct filtering with 400 taps.
 _DIRECT_TAPS = 129
 
 
 def _crop(kernel: Kernel, tolerance: float) -> Float[np.ndarray, "a b"]:
-    """Take away outer rows and columns, symmetrically, of total magnitude `tolerance` at most."""
+    """Remove outer rows and columns, symmetrically, with a total magnitude of at most `tolerance`."""
     trims = []
     for profile in (np.abs(kernel).sum(1), np.abs(kernel).sum(0)):
         outside = np.cumsum((profile + profile[::-1])[: len(profile) // 2])
@@ -61,17 +62,17 @@ def _crop(kernel: Kernel, tolerance: float) -> Float[np.ndarray, "a b"]:
 
 
 def _separate(kernel: Float[np.ndarray, "a b"]) -> tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]:
-    """The column and row whose outer product comes nearest, made exactly symmetric so that OpenCV can fold the taps."""
+    """Best rank-1 approximation, as column and row; exactly symmetric, so that OpenCV adds mirrored pixels first."""
     u, s, v = np.linalg.svd(kernel)
     column, row = s[0] * u[:, 0], v[0]
     return (column + column[::-1]) / 2, (row + row[::-1]) / 2
 
 
-def filter2d(image: Image, kernel: Kernel) -> Image:
-    """Correlate each channel with an odd-sized kernel, borders reflected without repeating the edge pixel.
+def filter2d(image: RGBFloat, kernel: Kernel) -> RGBFloat:
+    """Correlate each channel with a kernel of odd size; borders are reflected without repeating the edge pixel.
 
-    Exact to 1e-4 for images in [0, 1]: taps too small to matter are left out, and isotropic Gaussians, two fifths of
-    the kernels that training draws, are applied as a column and a row.
+    The error is at most 1e-4 for images in [0, 1]: negligible taps are dropped, and separable kernels (isotropic
+    Gaussians, two fifths of the kernels drawn in training) are applied as a column and a row.
     """
     kernel = _crop(kernel, _FILTER_TOLERANCE / 2)
     column, row = _separate(kernel)

@@ -1,7 +1,8 @@
 """Second-order degradation of Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833, section 3) with PiSA-SR's ranges.
 
 Images are float32 HWC RGB in [0, 1]. Every operation reproduces the one that the published weights were trained with,
-quirks included (named where they occur). Randomness comes from the generator handed in and from nowhere else.
+including its deviations from the paper and from libraries, which the docstrings name. All random numbers come from the
+generator that the caller passes.
 """
 
 import functools
@@ -13,14 +14,14 @@ import scipy.sparse
 import scipy.special
 from jaxtyping import Float32, UInt8
 
-from pisa_jax.data.blur_kernels import Image, Kernel, filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
+from pisa_jax.data.blur_kernels import Kernel, RGBFloat, filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
 
 Plane = Float32[np.ndarray, "h w"]
 Table = Float32[np.ndarray, "8 8"]
 Resized = Float32[np.ndarray, "rows columns 3"]
 
-MODES = ("area", "bilinear", "bicubic")
-KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
+RESIZE_MODES = ("area", "bilinear", "bicubic")
+KERNEL_KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 MIN_SIDE = 8
 
 
@@ -31,21 +32,21 @@ def _check_probabilities(name: str, values: tuple[float, ...], count: int):
 
 @dataclass(frozen=True)
 class DegradationRound:
-    """Ranges of one blur - resize - noise - JPEG round; every draw is uniform."""
+    """Ranges of one round of blur, resize, noise and JPEG; all distributions are uniform."""
 
     # Probability that the round starts with a blur.
     blur_prob: float
-    # Standard deviation of the blur along each axis, in pixels of the image that is blurred.
+    # Standard deviation of the blur along each axis, in pixels of the blurred image.
     blur_sigma: tuple[float, float]
-    # Probabilities of enlarging, reducing and keeping the size.
+    # Probabilities of upscaling, downscaling and keeping the size.
     resize_probs: tuple[float, float, float]
-    # Smallest and largest factor: reducing draws from [smallest, 1], enlarging from [1, largest].
+    # Smallest and largest factor: downscaling draws from [smallest, 1], upscaling from [1, largest].
     resize_factor: tuple[float, float]
-    # Standard deviation of Gaussian noise, in grey levels of 255.
+    # Standard deviation of Gaussian noise, in gray levels of 255.
     noise_sigma: tuple[float, float]
     # Factor on Poisson noise.
     poisson_scale: tuple[float, float]
-    # JPEG quality; fractions are kept.
+    # JPEG quality; it is not rounded.
     jpeg_quality: tuple[float, float]
 
     def __post_init__(self):
@@ -53,14 +54,14 @@ class DegradationRound:
         for name in ("blur_sigma", "resize_factor", "noise_sigma", "poisson_scale", "jpeg_quality"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
-                raise ValueError(f"{name} = {(low, high)}: give (smallest, largest), neither negative")
+                raise ValueError(f"{name} = {(low, high)}: give (smallest, largest), both at least 0")
 
 
 @dataclass(frozen=True)
 class DegradationParams:
-    """Ranges of the whole pipeline; the defaults are what PiSA-SR (Sun et al. 2025) was trained with."""
+    """Ranges of the whole pipeline; the defaults are those of PiSA-SR's training (Sun et al. 2025)."""
 
-    # The two rounds (PiSA-SR; milder than Real-ESRGAN's).
+    # The two rounds (PiSA-SR; weaker than those of Real-ESRGAN).
     first: DegradationRound = DegradationRound(
         blur_prob=1.0,
         blur_sigma=(0.2, 3.0),
@@ -79,27 +80,27 @@ class DegradationParams:
         poisson_scale=(0.05, 1.0),
         jpeg_quality=(60.0, 100.0),
     )
-    # Sides of blur and sinc kernels in pixels, each equally likely (Real-ESRGAN).
+    # Sizes of blur and sinc kernels in pixels, with equal probabilities (Real-ESRGAN).
     kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
     # Probability that a blur kernel is a sinc filter (Real-ESRGAN).
     sinc_prob: float = 0.1
-    # Probability of each of KINDS where it is not (Real-ESRGAN).
+    # Probabilities of KERNEL_KINDS for all other blur kernels (Real-ESRGAN).
     kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-    # Exponent of generalized Gaussians: half the draws lie below 1, half above (Real-ESRGAN).
+    # Exponent of generalized Gaussians: below 1 and above 1 with equal probabilities (Real-ESRGAN).
     generalized_beta: tuple[float, float] = (0.5, 4.0)
-    # Exponent of plateau kernels, drawn likewise (Real-ESRGAN).
+    # Exponent of plateau kernels, drawn in the same way (Real-ESRGAN).
     plateau_beta: tuple[float, float] = (1.0, 2.0)
     # Probability that noise is Gaussian; it is Poisson otherwise (Real-ESRGAN).
     gaussian_noise_prob: float = 0.5
-    # Probability that the three channels share one noise (Real-ESRGAN).
+    # Probability that the three channels have the same noise (Real-ESRGAN).
     gray_noise_prob: float = 0.4
-    # Probability of the last sinc filter (Real-ESRGAN).
+    # Probability of the final sinc filter (Real-ESRGAN).
     final_sinc_prob: float = 0.8
-    # The degraded picture is 1 / scale of the original's size before it is enlarged again.
+    # Downscaling factor: the degraded image has 1 / scale of the size of the ground truth.
     scale: int = 4
 
     def __post_init__(self):
-        _check_probabilities("kernel_probs", self.kernel_probs, len(KINDS))
+        _check_probabilities("kernel_probs", self.kernel_probs, len(KERNEL_KINDS))
         if any(size < 1 or size % 2 == 0 for size in self.kernel_sizes):
             raise ValueError(f"kernel_sizes = {self.kernel_sizes}: give odd numbers of pixels")
 
@@ -112,12 +113,12 @@ def _random_beta(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def random_kernel(rng: np.random.Generator, sigma: tuple[float, float], params: DegradationParams = PISA_SR) -> Kernel:
-    """Draw a blur kernel: its size, sinc or one of KINDS, and its parameters."""
+    """Draw a blur kernel: its size, its kind (sinc or one of KERNEL_KINDS) and its parameters."""
     size = int(rng.choice(params.kernel_sizes))
     if rng.random() < params.sinc_prob:
-        # Low cut-offs ring further than a small kernel reaches.
+        # A small kernel would truncate the wide ringing of a low cut-off.
         return sinc_kernel(size, rng.uniform(np.pi / (3 if size < 13 else 5), np.pi))
-    kind = KINDS[rng.choice(len(KINDS), p=params.kernel_probs)]
+    kind = KERNEL_KINDS[rng.choice(len(KERNEL_KINDS), p=params.kernel_probs)]
     sigma_x = rng.uniform(*sigma)
     sigma_y, theta = (rng.uniform(*sigma), rng.uniform(-np.pi, np.pi)) if "aniso" in kind else (sigma_x, 0.0)
     if kind.startswith("plateau"):
@@ -130,7 +131,7 @@ def random_kernel(rng: np.random.Generator, sigma: tuple[float, float], params: 
 
 
 def _averaging_matrix(source: int, target: int) -> scipy.sparse.csr_array:
-    """Row i averages source pixels floor(i n / m) to ceil((i + 1) n / m) - 1, for n source and m target pixels."""
+    """Matrix (m, n) whose row i averages pixels floor(i n / m) to ceil((i + 1) n / m) - 1; n: source, m: target."""
     index = np.arange(target)
     start, end = index * source // target, -(-(index + 1) * source // target)
     count = end - start
@@ -140,22 +141,23 @@ def _averaging_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array((weights, columns, offset), shape=(target, source))
 
 
-def _resize_area(image: Image, rows: int, columns: int) -> Resized:
+def _resize_area(image: RGBFloat, rows: int, columns: int) -> Resized:
     height, width = image.shape[:2]
     image = (_averaging_matrix(height, rows) @ image.reshape(height, width * 3)).reshape(rows, width, 3)
     image = cv2.transpose(image).reshape(width, rows * 3)
     return cv2.transpose((_averaging_matrix(width, columns) @ image).reshape(columns, rows, 3))
 
 
-def resize(image: Image, size: tuple[int, int] | float, mode: str) -> Resized:
-    """Resample to (height, width), or by a factor, without antialiasing; pixel centres lie at halves.
+def resize(image: RGBFloat, size: tuple[int, int] | float, mode: str) -> Resized:
+    """Resize to (height, width), or by a factor, without antialiasing; pixel centers are at half-integers.
 
-    "area" averages, unweighted, the source pixels that a target pixel touches (adaptive average pooling); "bicubic" is
-    Keys' with a = -0.75. A factor gives floor(side * factor) samples exactly 1 / factor pixels apart, as in the
-    original: the far border may lose up to 1 / factor pixels. An unchanged size returns the image itself.
+    "area" is the unweighted mean of all source pixels that a target pixel overlaps (adaptive average pooling);
+    "bicubic" is Keys' kernel with a = -0.75. A factor gives floor(side * factor) samples at distances of exactly
+    1 / factor pixels, as in the original implementation: up to 1 / factor pixels at the right and bottom are lost.
+    Returns the image itself if the size does not change.
     """
-    if mode not in MODES:
-        raise ValueError(f"resize mode {mode!r}: use one of {', '.join(MODES)}")
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize mode {mode!r}: use one of {', '.join(RESIZE_MODES)}")
     height, width = image.shape[:2]
     rows, columns = size if isinstance(size, tuple) else (max(1, int(height * size)), max(1, int(width * size)))
     if (rows, columns) == (height, width):
@@ -190,7 +192,7 @@ _LUMA_TABLE = np.array(
 _CHROMA_TABLE = np.full((8, 8), 99, np.float32)
 _CHROMA_TABLE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 
-# RGB in [0, 1] to Y - 128, Cb - 128, Cr - 128 in grey levels, and back (JFIF 1.02).
+# RGB in [0, 1] to Y - 128, Cb - 128, Cr - 128 in gray levels, and back (JFIF 1.02).
 _TO_YCC = np.float32(
     [[76.245, 149.685, 29.07, -128], [-43.02768, -84.47232, 127.5, 0], [127.5, -106.76544, -20.73456, 0]]
 )
@@ -202,12 +204,12 @@ _DCT[0] /= np.sqrt(np.float32(2))
 
 
 def _along_rows(matrix: Table, plane: Plane) -> Plane:
-    """Multiply each band of 8 rows (too little for BLAS to split over threads, so the bytes never depend on them)."""
+    """Multiply each band of 8 rows; BLAS does not split so small products over threads, so results are reproducible."""
     return (matrix @ plane.reshape(-1, 8, plane.shape[1])).reshape(plane.shape)
 
 
-def _quantise(plane: Plane, table: Table) -> Plane:
-    """DCT of 8 x 8 blocks, rounded to multiples of `table` (one row per horizontal frequency), and back."""
+def _quantize(plane: Plane, table: Table) -> Plane:
+    """Round the DCT of 8 x 8 blocks to multiples of `table` (one row per horizontal frequency); returns pixels."""
     coefficients = _along_rows(_DCT, cv2.transpose(_along_rows(_DCT, plane)))
     blocks = coefficients.reshape(-1, 8, plane.shape[0])
     step = np.tile(table, plane.shape[0] // 8)
@@ -217,20 +219,21 @@ def _quantise(plane: Plane, table: Table) -> Plane:
     return _along_rows(_DCT.T, cv2.transpose(_along_rows(_DCT.T, coefficients)))
 
 
-def jpeg(image: Image, quality: float) -> Image:
-    """What a JPEG of this quality (1..100, fractions allowed) leaves of an image in [0, 1]; the result is in [0, 1].
+def jpeg(image: RGBFloat, quality: float) -> RGBFloat:
+    """Compress and decompress an image in [0, 1] with a JPEG quality of 1..100, which need not be an integer.
 
-    As in the original: 4:2:0, chroma averaged and repeated, only coefficients rounded, sides padded with black to
-    multiples of 16, the luma table transposed. libjpeg-turbo does otherwise: 0.02 away on average, 0.25 at most.
+    As in the original implementation: 4:2:0 with averaged and repeated chroma, rounding of the coefficients only, sides
+    padded with black to multiples of 16, the luma table transposed. Results differ from those of libjpeg-turbo by 0.02
+    on average and by 0.25 at most.
     """
     height, width = image.shape[:2]
     scale = np.float32(50 / quality if quality < 50 else max(2 - quality / 50, 1e-4))
     image = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_CONSTANT, value=0)
     size = image.shape[1], image.shape[0]
     halved = cv2.resize(image, (size[0] // 2, size[1] // 2), interpolation=cv2.INTER_AREA)
-    luma = _quantise(cv2.transform(image, _TO_YCC[:1]), _LUMA_TABLE * scale)
+    luma = _quantize(cv2.transform(image, _TO_YCC[:1]), _LUMA_TABLE * scale)
     chroma = np.concatenate(cv2.split(cv2.transform(halved, _TO_YCC[1:])))
-    chroma = cv2.merge(np.split(_quantise(chroma, _CHROMA_TABLE * scale), 2))
+    chroma = cv2.merge(np.split(_quantize(chroma, _CHROMA_TABLE * scale), 2))
     chroma = cv2.resize(chroma, size, interpolation=cv2.INTER_NEAREST)
     image = cv2.transform(cv2.merge([luma, chroma]), _FROM_YCC)
     return np.clip(image[:height, :width], 0, 1, out=np.empty((height, width, 3), np.float32))
@@ -238,8 +241,8 @@ def jpeg(image: Image, quality: float) -> Image:
 
 # Noise --------------------------------------------------------------------------------------------
 
-# Noise is looked up in tables of quantiles by random words, many times faster than exact sampling. Probabilities are
-# off by 1 / 8192 at most, which shows in the extreme tails only: normal noise ends at 4.3 sigma, Poisson near 3.7.
+# Noise is looked up in tables of quantiles with random integers, which is many times faster than exact sampling. The
+# error of probabilities is at most 1 / 8192: tails end at 4.3 sigma (normal) and near 3.7 sigma (Poisson).
 _NORMAL = scipy.special.ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
 _NORMAL /= _NORMAL.std()
 _POISSON_BITS = 12
@@ -247,14 +250,14 @@ _LEVELS = np.arange(256, dtype=np.float32) / 255
 
 
 def _random_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform 16-bit words; drawing them by fours halves the time."""
+    """Draw uniform 16-bit integers; drawing four at a time halves the time."""
     count = int(np.prod(shape))
     return rng.integers(2**64, size=-(-count // 4), dtype=np.uint64).view(np.uint16)[:count].reshape(shape)
 
 
 @functools.lru_cache(maxsize=9)
 def _poisson_table(values: int) -> Float32[np.ndarray, " n"]:
-    """Quantiles of Poisson(values x) / values - x, a row of 4096 for each of the 256 levels x (4 MB, made in 40 ms)."""
+    """Quantiles of Poisson(values x) / values - x: a row of 4096 for each of the 256 levels x (4 MB, 40 ms)."""
     counts = np.arange(2 * values + 40)
     quantiles = (np.arange(2**_POISSON_BITS) + 0.5) / 2**_POISSON_BITS
     means = values * np.arange(256) / 255
@@ -263,26 +266,26 @@ def _poisson_table(values: int) -> Float32[np.ndarray, " n"]:
 
 
 def _to_levels(image: Float32[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Nearest of 256 levels, saturating."""
+    """Convert [0, 1] to 8 bits: clip and round."""
     return cv2.convertScaleAbs(np.clip(image, 0, 1), alpha=255)
 
 
-def _add_clipped(image: Image, noise: Float32[np.ndarray, "h w _"], strength: float) -> Image:
+def _add_clipped(image: RGBFloat, noise: Float32[np.ndarray, "h w _"], strength: float) -> RGBFloat:
     noise = noise if noise.shape[2] == 3 else cv2.merge([noise] * 3)
     result = cv2.scaleAdd(noise, strength, image)
     return np.clip(result, 0, 1, out=result)
 
 
-def gaussian_noise(image: Image, sigma: float, gray: bool, rng: np.random.Generator) -> Image:
-    """Add normal noise of `sigma` grey levels of 255, one for all channels if gray; clipped to [0, 1]."""
+def gaussian_noise(image: RGBFloat, sigma: float, gray: bool, rng: np.random.Generator) -> RGBFloat:
+    """Add normal noise of `sigma` gray levels of 255, the same to all channels if gray; clipped to [0, 1]."""
     noise = _NORMAL.take(_random_words(rng, (*image.shape[:2], 1 if gray else 3)))
     return _add_clipped(image, noise, sigma / 255)
 
 
-def poisson_noise(image: Image, scale: float, gray: bool, rng: np.random.Generator) -> Image:
-    """Add `scale` times the shot noise of the 8-bit image, or of its luma to all channels if gray; clipped to [0, 1].
+def poisson_noise(image: RGBFloat, scale: float, gray: bool, rng: np.random.Generator) -> RGBFloat:
+    """Add `scale` times the shot noise of the 8-bit image (if gray: of its luma, to all channels); clipped to [0, 1].
 
-    Shot noise is Poisson(v x) / v - x, v the number of distinct levels rounded up to a power of two (Real-ESRGAN).
+    Shot noise is Poisson(v x) / v - x; v is the number of distinct levels rounded up to a power of two (Real-ESRGAN).
     """
     source = cv2.transform(image, np.float32([[0.2989, 0.587, 0.114]])) if gray else image
     levels = _to_levels(source).reshape(len(image), -1)
@@ -295,24 +298,26 @@ def poisson_noise(image: Image, scale: float, gray: bool, rng: np.random.Generat
 # The pipeline -------------------------------------------------------------------------------------
 
 
-def _random_factor(rng: np.random.Generator, step: DegradationRound) -> float:
-    smallest, largest = step.resize_factor
-    return (rng.uniform(1, largest), rng.uniform(smallest, 1), 1.0)[rng.choice(3, p=step.resize_probs)]
+def _random_factor(rng: np.random.Generator, ranges: DegradationRound) -> float:
+    smallest, largest = ranges.resize_factor
+    return (rng.uniform(1, largest), rng.uniform(smallest, 1), 1.0)[rng.choice(3, p=ranges.resize_probs)]
 
 
 def _random_mode(rng: np.random.Generator) -> str:
-    return MODES[rng.integers(len(MODES))]
+    return RESIZE_MODES[rng.integers(len(RESIZE_MODES))]
 
 
-def _add_noise(image: Image, rng: np.random.Generator, step: DegradationRound, params: DegradationParams) -> Image:
+def _add_noise(
+    image: RGBFloat, rng: np.random.Generator, ranges: DegradationRound, params: DegradationParams
+) -> RGBFloat:
     gray = rng.random() < params.gray_noise_prob
     if rng.random() < params.gaussian_noise_prob:
-        return gaussian_noise(image, rng.uniform(*step.noise_sigma), gray, rng)
-    return poisson_noise(image, rng.uniform(*step.poisson_scale), gray, rng)
+        return gaussian_noise(image, rng.uniform(*ranges.noise_sigma), gray, rng)
+    return poisson_noise(image, rng.uniform(*ranges.poisson_scale), gray, rng)
 
 
-def _reduced(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams) -> Image:
-    """All of `degrade` but the way back to full size: 1 / scale of the size of `gt`, not rounded, may leave [0, 1]."""
+def _degrade_to_low_resolution(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams) -> RGBFloat:
+    """`degrade` without the final upscaling: 1 / scale of the size of `gt`, not rounded, possibly outside [0, 1]."""
     if gt.dtype != np.float32 or gt.ndim != 3 or gt.shape[2] != 3 or min(gt.shape[:2]) < MIN_SIDE:
         raise ValueError(
             f"cannot degrade {gt.dtype} {gt.shape}: give float32 (height, width, 3) in [0, 1], no side below {MIN_SIDE}"
@@ -343,19 +348,19 @@ def _reduced(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams
     return image
 
 
-def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> Image:
-    """A degraded copy of `gt` (float32 HWC in [0, 1]) at the same size, every value some k / 255.
+def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> RGBFloat:
+    """Degrade `gt` (float32 HWC in [0, 1]); the result has the same size and values k / 255.
 
-    blur - resize - noise - JPEG, then the same at about 1 / scale of the size with a sinc filter before or after the
-    JPEG, then back to full size by a random interpolation (Real-ESRGAN, figure 2; PiSA-SR, training details).
-    Raises ValueError for another type or shape, or a side below 8.
+    Blur, resize, noise and JPEG; the same at about 1 / scale of the size, with a sinc filter before or after the JPEG;
+    upscaling to the original size with a random interpolation (Real-ESRGAN, figure 2; PiSA-SR, training details).
+    Raises ValueError for another dtype or shape, or a side below 8.
     """
-    image = resize(_reduced(gt, rng, params), gt.shape[:2], _random_mode(rng))
+    image = resize(_degrade_to_low_resolution(gt, rng, params), gt.shape[:2], _random_mode(rng))
     return cv2.LUT(_to_levels(image), _LEVELS)
 
 
-def degrade_and_reduce(
+def degrade_and_downscale(
     gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """What `degrade` enlarges again, for the same rng: the picture of floor(side / scale) pixels, in 8 bit."""
-    return _to_levels(_reduced(gt, rng, params))
+    """Degrade without the final upscaling: the 8-bit LQ image of floor(side / scale) pixels, for the same rng."""
+    return _to_levels(_degrade_to_low_resolution(gt, rng, params))

@@ -1,8 +1,8 @@
-"""The training loader: source -> crop -> degrade -> batch, in worker processes, resumable to the batch.
+"""The training loader: source -> crop -> degrade -> batch, in worker processes, with exact resume.
 
-Batch number k of the whole run holds the same pictures, crops and degradations whatever the number of workers and
-however the batch is split over processes: positions k*B .. (k+1)*B-1 of one endless, per-epoch shuffled sequence, each
-with its own random stream. So the loader's state is a batch number, and resuming costs nothing.
+Batch k of a run consists of positions k*B .. (k+1)*B-1 of one endless sequence of samples, which is shuffled per epoch,
+and every sample has its own random stream. A batch therefore does not depend on the number of workers or on the
+partition of the batch over processes, and the state of the loader is the number of batches.
 """
 
 import functools
@@ -25,20 +25,20 @@ from absl import flags
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from pisa_jax.data.sources import MixedSource, Record, Source
+from pisa_jax.data.sources import MixedSource, Source, SourceImage
 
 logger = logging.getLogger(__name__)
 
-Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+DegradeFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
-# Consecutive unreadable draws that stop a worker: at a bad share of 10 % this happens once in 1e10 records by chance.
+# Consecutive unreadable images that stop a worker: with 10 % unreadable images, 1 in 1e10 samples stops by chance.
 MAX_FAILURES = 10
-# Samples of a run, more than any run takes: grain's own endless `repeat()` overflows where batches hold one sample.
+# Number of samples of the sequence, more than any run needs: grain's endless `repeat()` overflows at batch size 1.
 ENDLESS = 2**40
 
 
-class Sample(NamedTuple):
-    """One training pair as it travels between processes: 8 bit, a quarter of the float32 it becomes."""
+class TrainingSample(NamedTuple):
+    """A training pair as sent between processes: 8 bits per channel, a quarter of the size of float32."""
 
     gt: UInt8[np.ndarray, "c c 3"]
     lq: UInt8[np.ndarray, "c c 3"]
@@ -48,9 +48,9 @@ class Sample(NamedTuple):
 
 
 def read_prompts(path: str | os.PathLike) -> dict[str, str]:
-    """Prompts by picture name from a JSONL file of {"path": ..., "prompt": ...}, paths relative to the source's root.
+    """Read prompts by image path from a JSONL file of {"path": ..., "prompt": ...}; blank lines are skipped.
 
-    Raises ValueError with the number of the first line that is not such an object. Blank lines are allowed.
+    Paths are relative to the root of the source. Raises ValueError with the number of the first malformed line.
     """
     prompts = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
@@ -66,41 +66,44 @@ def read_prompts(path: str | os.PathLike) -> dict[str, str]:
     return prompts
 
 
-def read_record(source: Source, index: int, rng: np.random.Generator) -> tuple[Record, tuple[str, ...]]:
-    """Record `index`, or where it cannot be read one drawn by rng; also the reasons, one per file passed over.
+def read_source_image(source: Source, index: int, rng: np.random.Generator) -> tuple[SourceImage, tuple[str, ...]]:
+    """Read image `index`, or random others until one is readable; returns it and the reason of every skipped file.
 
-    Raises OSError with all reasons after MAX_FAILURES unreadable files in a row: the source as a whole is broken.
+    Raises OSError with all reasons after MAX_FAILURES unreadable files in a row.
     """
     skipped: list[str] = []
     for _ in range(MAX_FAILURES):
         try:
-            record = source.draw(index, rng) if isinstance(source, MixedSource) else source[index]
-            return record, tuple(skipped)
+            source_image = source.draw(index, rng) if isinstance(source, MixedSource) else source[index]
+            return source_image, tuple(skipped)
         except OSError as error:
             skipped.append(str(error))
             index = int(rng.integers(len(source)))
-    raise OSError(f"{MAX_FAILURES} pictures in a row cannot be read:\n" + "\n".join(skipped))
+    raise OSError(f"{MAX_FAILURES} images in a row cannot be read:\n" + "\n".join(skipped))
 
 
-def crop_pair(record: Record, crop: int, flip: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """The same random crop x crop window of image and lq, mirrored left-right half of the time if `flip`.
+def crop_pair(
+    source_image: SourceImage, crop: int, flip: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Crop the same random crop x crop window of GT and LQ, mirrored left-right with probability 1/2 if `flip`.
 
-    Pictures smaller than the crop are first enlarged (bicubic) until their shorter side equals it.
+    Images smaller than the crop are first upscaled (bicubic) until their shorter side equals it. LQ is None for a
+    source without LQ images.
     """
-    pictures = [record.image] if record.lq is None else [record.image, record.lq]
-    height, width = record.image.shape[:2]
+    images = [source_image.image] if source_image.lq is None else [source_image.image, source_image.lq]
+    height, width = source_image.image.shape[:2]
     if min(height, width) < crop:
         scale = crop / min(height, width)
         height, width = max(crop, round(height * scale)), max(crop, round(width * scale))
         bicubic = Image.Resampling.BICUBIC
-        pictures = [np.asarray(Image.fromarray(p).resize((width, height), bicubic)) for p in pictures]
+        images = [np.asarray(Image.fromarray(image).resize((width, height), bicubic)) for image in images]
     top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
     step = -1 if flip and rng.random() < 0.5 else 1
-    windows = [np.ascontiguousarray(p[top : top + crop, left : left + crop][:, ::step]) for p in pictures]
-    return windows[0], windows[1] if len(windows) > 1 else None
+    crops = [np.ascontiguousarray(image[top : top + crop, left : left + crop][:, ::step]) for image in images]
+    return crops[0], crops[1] if len(crops) > 1 else None
 
 
-def make_sample(
+def make_training_sample(
     index: int,
     rng: np.random.Generator,
     *,
@@ -108,22 +111,24 @@ def make_sample(
     crop: int,
     flip: bool,
     null_prompt_probability: float,
-    degrade: Degrade | None,
-) -> Sample:
-    """Read, crop, flip and degrade record `index`, all by rng. A record that brings its own lq is not degraded."""
-    record, skipped = read_record(source, index, rng)
-    gt, lq = crop_pair(record, crop, flip, rng)
+    degrade: DegradeFunction | None,
+) -> TrainingSample:
+    """Read, crop, flip and degrade image `index`; pairs are not degraded. `rng` draws all random numbers."""
+    source_image, skipped = read_source_image(source, index, rng)
+    gt, lq = crop_pair(source_image, crop, flip, rng)
     use_prompt = bool(rng.random() >= null_prompt_probability)
     if lq is None:
         degraded = degrade(gt.astype(np.float32) / np.float32(255), rng)
         if degraded.shape != gt.shape:
-            raise ValueError(f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; it must keep it")
+            raise ValueError(
+                f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; shapes must match"
+            )
         lq = np.rint(np.clip(degraded, 0, 1) * 255).astype(np.uint8)
-    return Sample(gt, lq, record.path, use_prompt, skipped)
+    return TrainingSample(gt, lq, source_image.path, use_prompt, skipped)
 
 
-def _stack(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Samples as one dict: the two picture arrays, and lists for what is not worth shared memory."""
+def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
+    """Collate samples: images as arrays (which grain sends through shared memory), the rest as lists."""
     return {
         "gt": np.stack([sample.gt for sample in samples]),
         "lq": np.stack([sample.lq for sample in samples]),
@@ -145,21 +150,28 @@ def _exit_with_parent() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    # The trainer decides when to stop: a signal sent to the whole process group must not break the batch that it waits
-    # for before saving. A trainer that was killed takes its workers along through the watching thread.
+    # The training process decides when to stop: a signal to the whole process group must not interrupt the batch that
+    # it needs before it saves. If the training process is killed, the thread ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
 
 
-def _close_all(running: list[grain.DatasetIterator]) -> None:
-    while running:
-        running.pop().close()
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 class Loader:
-    """Endless iterator of batches; see `make_loader`. Use `close()` to end its worker processes at once."""
+    """Endless iterator of batches, made by `make_loader`. `close()` ends its worker processes.
+
+    An unreadable image is replaced by a random other image, drawn with the rng of the sample, so batches remain full
+    and the sequence reproducible. The reason is sent with the batch to the process that consumes the batches, which
+    logs every bad file once and raises OSError with the list of all when their share exceeds `max_bad_share`. Each
+    process of a multi-process run counts only the files that it read. `read_source_image` stops earlier if many images
+    in a row are unreadable.
+    """
 
     def __init__(
         self,
@@ -175,19 +187,19 @@ class Loader:
         self._prompts, self._max_bad, self.fingerprint = prompts, max_bad, fingerprint
         self._position = 0
         self.bad_files: set[str] = set()
-        self._running: list[grain.DatasetIterator] = []  # the one that reads ahead, or none
-        # Also at garbage collection and at exit, or read-ahead batches would be left in shared memory.
-        weakref.finalize(self, _close_all, self._running)
+        self._iterators: list[grain.DatasetIterator] = []  # the one in use, or none before the first batch
+        # Also at garbage collection and at exit: prefetched batches would otherwise remain in shared memory.
+        weakref.finalize(self, _close_all, self._iterators)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if not self._running:
-            self._running.append(self._start())
-        batch = next(self._running[0])
+        if not self._iterators:
+            self._iterators.append(self._start())
+        batch = next(self._iterators[0])
         self._position += 1
-        self._count_bad(batch["skipped"])
+        self._count_unreadable(batch["skipped"])
         return {
             "lq": to_float(batch["lq"]),
             "gt": to_float(batch["gt"]),
@@ -199,46 +211,46 @@ class Loader:
     def _start(self) -> grain.DatasetIterator:
         index, count = self._shard
         batches = self._batches[self._position * count + index :: count]
-        # With workers the reading happens in their main threads; without, one thread reads ahead of the training step.
-        ahead = grain.ReadOptions(num_threads=0 if self._workers else 1, prefetch_buffer_size=2)
-        dataset = batches.to_iter_dataset(ahead)
+        # Workers read in their main threads; without workers, one thread prefetches during the training step.
+        read_options = grain.ReadOptions(num_threads=0 if self._workers else 1, prefetch_buffer_size=2)
+        dataset = batches.to_iter_dataset(read_options)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return iter(dataset)
 
-    def _count_bad(self, reasons: Sequence[str]) -> None:
+    def _count_unreadable(self, reasons: Sequence[str]) -> None:
         for reason in sorted(set(reasons) - self.bad_files):
             self.bad_files.add(reason)
-            logger.warning("skipped unreadable picture %d: %s", len(self.bad_files), reason)
+            logger.warning("skipped unreadable image %d: %s", len(self.bad_files), reason)
         if len(self.bad_files) > self._max_bad:
             raise OSError(
-                f"{len(self.bad_files)} pictures cannot be read, {self._max_bad:g} are tolerated (max_bad_share):\n"
+                f"{len(self.bad_files)} images cannot be read, at most {self._max_bad:g} are allowed (max_bad_share):\n"
                 + "\n".join(sorted(self.bad_files))
             )
 
     def get_state(self) -> dict[str, Any]:
-        """The number of batches given so far and the fingerprint, fit for JSON; the same on every process."""
+        """State for a checkpoint, as JSON types: number of batches and fingerprint; the same on every process."""
         return {"batches": self._position, "fingerprint": self.fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on after a saved state. ValueError naming the fields in which that run's data differs from this one's."""
+        """Continue after a saved state. Raises ValueError with the fields in which the fingerprints differ."""
         saved = state["fingerprint"]
         fields = sorted(saved.keys() | self.fingerprint.keys())
         changed = [field for field in fields if saved.get(field) != self.fingerprint.get(field)]
         if changed:
             listing = ", ".join(f"{name} was {saved.get(name)} and is {self.fingerprint.get(name)}" for name in changed)
-            raise ValueError(f"the data differs from the saved run's: {listing}; restore these or start a new run")
+            raise ValueError(f"the data differs from that of the saved run: {listing}; restore it or start a new run")
         self.close()
         self._position = int(state["batches"])
 
     def close(self) -> None:
         """End the worker processes; the next batch starts them again."""
-        _close_all(self._running)
+        _close_all(self._iterators)
 
 
 def _check_arguments(
-    source: Source, prompts: Mapping[str, str], degrade: Degrade | None, **numbers: int | float
+    source: Source, prompts: Mapping[str, str], degrade: DegradeFunction | None, **numbers: int | float
 ) -> None:
     for name in ("batch_size", "crop", "process_count"):
         if numbers[name] < 1:
@@ -249,13 +261,15 @@ def _check_arguments(
     if not 0 <= numbers["process_index"] < numbers["process_count"]:
         raise ValueError(f"process_index {numbers['process_index']} is not in 0..{numbers['process_count'] - 1}")
     if numbers["workers"] < 0:
-        raise ValueError(f"workers is {numbers['workers']}; use 0 to read in this process, or a number of processes")
+        raise ValueError(
+            f"workers is {numbers['workers']}; use 0 to read in this process, or a positive number of processes"
+        )
     if degrade is None and not source.paired:
-        raise ValueError("degrade is None, but the source has no LQ pictures; pass a degradation or a paired source")
+        raise ValueError("degrade is None, but the source has no LQ images; pass a degradation or a paired source")
     if prompts and source.names and not prompts.keys() & set(source.names):
         raise ValueError(
-            f"none of the {len(prompts)} prompts names a picture of the source: the prompts have e.g. "
-            f"{next(iter(prompts))!r}, the source {source.names[0]!r}; paths are relative to the source's root"
+            f"none of the {len(prompts)} prompts has the path of an image of the source: the prompts have e.g. "
+            f"{next(iter(prompts))!r}, the source {source.names[0]!r}; give paths relative to the root of the source"
         )
 
 
@@ -265,7 +279,7 @@ def make_loader(
     batch_size: int,
     crop: int,
     seed: int,
-    degrade: Degrade | None,
+    degrade: DegradeFunction | None,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -274,38 +288,35 @@ def make_loader(
     flip: bool = True,
     max_bad_share: float = 0.01,
 ) -> Loader:
-    """Endless batches of training pairs; `batch_size` is per process, `workers` the number of reading processes.
+    """Make a loader of endless batches of training pairs.
 
-    A batch is {"lq", "gt": float32 (b, crop, crop, 3) in -1..1, "prompt": str (b,), "use_prompt": bool (b,), False
-    with `null_prompt_probability` per sample, "path": str (b,)}. `degrade` maps a GT crop (float32, 0..1) and an rng to
-    an LQ crop of the same shape; paired sources bring their own LQ and skip it. Every worker holds up to four batches.
+    A batch is {"lq", "gt": float32 (b, crop, crop, 3) in [-1, 1]; "prompt", "path": str (b,); "use_prompt": bool (b,)}.
 
-    Unreadable pictures: each is replaced by another, drawn by the record's rng, so batches stay full and the sequence
-    stays reproducible. The reason travels with the batch to the consuming process, the one place that sees what all
-    workers met: it logs every bad file once, counts it, and raises OSError with the whole list once more than
-    `max_bad_share` of the source is bad. (Each process of a multi-process run counts what it met itself.) A source that
-    gives nothing but errors is stopped earlier, see `read_record`.
+    Args:
+        batch_size: samples per process and batch.
+        degrade: maps a GT crop (float32 in [0, 1]) and an rng to an LQ crop of the same shape; not used for pairs.
+        process_index, process_count: the part of every global batch that this process reads.
+        workers: number of reading processes; each holds up to four batches. 0 reads in a thread of this process.
+        prompts: {path: prompt}; images without an entry have the empty prompt.
+        null_prompt_probability: probability that `use_prompt` is False, per sample.
+        max_bad_share: largest allowed share of unreadable images.
+
+    Unreadable images are replaced, see `Loader`. Raises ValueError for invalid arguments.
     """
     prompts = prompts or {}
     numbers = {"batch_size": batch_size, "crop": crop, "process_index": process_index, "process_count": process_count}
     numbers |= {"workers": workers, "null_prompt_probability": null_prompt_probability, "max_bad_share": max_bad_share}
     _check_arguments(source, prompts, degrade, **numbers)
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which nobody parses outside absl.app
-    sample = functools.partial(
-        make_sample,
-        source=source,
-        crop=crop,
-        flip=flip,
-        null_prompt_probability=null_prompt_probability,
-        degrade=degrade,
-    )
-    # random_map comes after repeat and before the split over processes: its rng is then a function of the seed and the
-    # global position alone, never shared by two samples.
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only absl.app parses
+    options = {"crop": crop, "flip": flip, "null_prompt_probability": null_prompt_probability}
+    sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
+    # random_map comes after repeat and before the partition over processes: its rng then depends only on the seed and
+    # the global position, and no two samples share one.
     epochs = -(-ENDLESS // len(source))
     samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs).random_map(sample)
     return Loader(
-        samples.batch(batch_size, batch_fn=_stack),
+        samples.batch(batch_size, batch_fn=_stack_samples),
         shard=(process_index, process_count),
         workers=workers,
         prompts=prompts,
@@ -315,8 +326,6 @@ def make_loader(
             "records": len(source),
             "seed": seed,
             "global_batch": batch_size * process_count,
-            "crop": crop,
-            "flip": flip,
-            "null_prompt_probability": null_prompt_probability,
+            **options,
         },
     )

@@ -1,6 +1,6 @@
-"""Where training pictures come from: folders, text lists, LQ/GT pairs, made-up pictures (tfds: tfds_files.py).
+"""Sources of training images: folders, text lists, LQ/GT pairs and generated images; tfds.py has data sets of tfds.
 
-A source has a length, gives a `Record` per index and raises OSError naming the file where a picture cannot be read.
+A source has a length, returns a `SourceImage` per index and raises OSError naming an image that cannot be read.
 """
 
 import functools
@@ -17,20 +17,26 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from pisa_jax.imaging.arrays import RGB8
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 
-class Record(NamedTuple):
-    """One picture: 8-bit RGB, the name by which prompts know it, and its degraded version if it is half of a pair."""
+class SourceImage(NamedTuple):
+    """An image of a source: 8-bit RGB, its path (the key of the prompts), and its LQ image if the source is paired."""
 
-    image: UInt8[np.ndarray, "h w 3"]
+    image: RGB8
     path: str
-    lq: UInt8[np.ndarray, "h w 3"] | None = None
+    lq: RGB8 | None = None
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What the loader needs. `names` is () where they are not known without reading; `identity` changes with them."""
+    """Interface of a source of images.
+
+    `names` are the paths of the images, or () if they are unknown before reading; `paired` sources have LQ images;
+    `identity` is a text that changes with the content and the order of the source.
+    """
 
     names: tuple[str, ...]
     paired: bool
@@ -38,7 +44,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> SourceImage: ...
 
 
 def decode_rgb(file: Path | io.BytesIO, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -59,13 +65,13 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def match_size(lq: UInt8[np.ndarray, "a b 3"], gt: UInt8[np.ndarray, "h w 3"], name: str) -> np.ndarray:
-    """Enlarge (bicubic) the LQ picture of a pair to its GT's size; OSError unless that is a whole factor."""
+    """Upscale (bicubic) the LQ image of a pair to the size of its GT; OSError unless the factor is an integer."""
     height, width = gt.shape[:2]
     factor = height // lq.shape[0]
     if (lq.shape[0] * factor, lq.shape[1] * factor) != (height, width):
         raise OSError(
             f"{name}: GT is {width}x{height} and LQ {lq.shape[1]}x{lq.shape[0]}; "
-            "GT must be a whole multiple of LQ in both directions"
+            "the size of GT must be an integer multiple of that of LQ"
         )
     if factor == 1:
         return lq
@@ -74,7 +80,7 @@ def match_size(lq: UInt8[np.ndarray, "a b 3"], gt: UInt8[np.ndarray, "h w 3"], n
 
 @dataclass(frozen=True)
 class FileSource:
-    """Picture files below `root`; with `lq_names`, record i is the pair root/names[i] (GT), root/lq_names[i] (LQ)."""
+    """Image files below `root`; with `lq_names`, item i is the pair root/names[i] (GT) and root/lq_names[i] (LQ)."""
 
     root: Path
     names: tuple[str, ...]
@@ -91,18 +97,18 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         name = self.names[index]
         image = decode_rgb(self.root / name, str(self.root / name))
         if not self.lq_names:
-            return Record(image, name)
+            return SourceImage(image, name)
         lq_path = self.root / self.lq_names[index]
-        return Record(image, name, match_size(decode_rgb(lq_path, str(lq_path)), image, str(self.root / name)))
+        return SourceImage(image, name, match_size(decode_rgb(lq_path, str(lq_path)), image, str(self.root / name)))
 
 
 @dataclass(frozen=True)
 class MixedSource:
-    """The `general` list, except that each record comes from the `hq` list with probability `hq_probability`."""
+    """A mixture: images of the list `general`, each replaced by one of the list `hq` with `hq_probability`."""
 
     general: FileSource
     hq: FileSource
@@ -123,11 +129,11 @@ class MixedSource:
     def __len__(self) -> int:
         return len(self.general)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         return self.general[index]
 
-    def draw(self, index: int, rng: np.random.Generator) -> Record:
-        """Record `index` of the general list, or, by the record's own rng, any record of the high-quality list."""
+    def draw(self, index: int, rng: np.random.Generator) -> SourceImage:
+        """Image `index` of the general list or, with `hq_probability`, a random image of the high-quality list."""
         if rng.random() < self.hq_probability:
             return self.hq[int(rng.integers(len(self.hq)))]
         return self.general[index]
@@ -150,26 +156,26 @@ def list_pictures(folder: str | os.PathLike) -> tuple[str, ...]:
 
 
 def folder_source(path: str | os.PathLike) -> FileSource:
-    """All pictures in a folder and below, sorted by name. Raises ValueError if there are none."""
+    """All images in a folder and its subfolders, sorted by name. Raises ValueError if there are none."""
     return FileSource(Path(path), list_pictures(path))
 
 
 def pair_source(path: str | os.PathLike) -> FileSource:
-    """LQ/GT pairs: path/lq/NAME and path/gt/NAME, suffixes may differ. LQ has GT's size or a whole fraction of it.
+    """LQ/GT pairs path/lq/NAME and path/gt/NAME; suffixes may differ, and LQ may be smaller by an integer factor.
 
-    Raises ValueError naming pictures without a partner.
+    Raises ValueError with the names of images that have no counterpart.
     """
     sides = []
     for side in ("gt", "lq"):
         names = list_pictures(Path(path) / side)
         by_stem = {os.path.splitext(name)[0]: f"{side}/{name}" for name in names}
         if len(by_stem) < len(names):
-            raise ValueError(f"{Path(path) / side} holds pictures that differ in the suffix only; pairing is ambiguous")
+            raise ValueError(f"{Path(path) / side} has images that differ in the suffix only: pairs are ambiguous")
         sides.append(by_stem)
     gt, lq = sides
-    lonely = sorted(gt.keys() ^ lq.keys())
-    if lonely:
-        raise ValueError(f"{len(lonely)} pictures are not in both {path}/gt and {path}/lq, e.g. {lonely[:5]}")
+    unpaired = sorted(gt.keys() ^ lq.keys())
+    if unpaired:
+        raise ValueError(f"{len(unpaired)} images are not in both {path}/gt and {path}/lq, e.g. {unpaired[:5]}")
     return FileSource(Path(path), tuple(gt.values()), tuple(lq[stem] for stem in gt))
 
 
@@ -177,21 +183,21 @@ def _read_list(text_file: str | os.PathLike) -> FileSource:
     path = Path(text_file)
     names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not names:
-        raise ValueError(f"{path} names no picture; it needs one path per line, relative to {path.parent}")
+        raise ValueError(f"{path} lists no images; it needs one path per line, relative to {path.parent}")
     return FileSource(path.parent, names)
 
 
 def list_source(
     text_file: str | os.PathLike, hq_file: str | os.PathLike | None = None, hq_probability: float = 0.0
 ) -> FileSource | MixedSource:
-    """Pictures named one per line, relative to the list's own folder.
+    """Images listed in a text file, one path per line, relative to the folder of the file.
 
-    With `hq_file`, a second such list, each record is taken from it with probability `hq_probability` (the original
-    program's `prob` is 1 - hq_probability). Files are first looked at when they are read.
+    With `hq_file`, a second such list, each image is taken from it with probability `hq_probability` (the original
+    program's `prob` is 1 - hq_probability). Whether the files exist is not checked before they are read.
     """
     if not 0 <= hq_probability <= 1 or (hq_probability > 0) != (hq_file is not None):
         raise ValueError(
-            f"hq_probability is {hq_probability} with hq_file {hq_file}; give both or none, and 0 < p <= 1"
+            f"hq_probability is {hq_probability} with hq_file {hq_file}; give both or none, and 0 < hq_probability <= 1"
         )
     general = _read_list(text_file)
     return general if hq_file is None else MixedSource(general, _read_list(hq_file), hq_probability)
@@ -199,7 +205,7 @@ def list_source(
 
 @dataclass(frozen=True)
 class FakeSource:
-    """`count` made-up pictures, size x size: see `fake_source`."""
+    """`count` generated images of size x size pixels; see `fake_source`."""
 
     count: int
     size: int
@@ -220,34 +226,34 @@ class FakeSource:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         if not 0 <= index < self.count:
-            raise IndexError(f"picture {index} of {self.count}")
-        return Record(_draw_picture(self.size, np.random.default_rng((self.seed, index))), f"fake/{index:06d}")
+            raise IndexError(f"index {index} is not in 0..{self.count - 1}")
+        return SourceImage(_draw_image(self.size, np.random.default_rng((self.seed, index))), f"fake/{index:06d}")
 
 
 def fake_source(count: int, size: int, seed: int = 0) -> FakeSource:
-    """Deterministic pictures with what photographs have: smooth light, hard edges, fine texture. For tests."""
+    """Deterministic generated images with smooth shading, hard edges and fine texture, for tests and debugging."""
     if count < 1 or size < 1:
         raise ValueError(f"count {count} and size {size} must be at least 1")
     return FakeSource(count, size, seed)
 
 
-def _draw_picture(size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "s s 3"]:
-    """A colour gradient, a few filled shapes, and band-limited grain that is stronger in the shadows."""
+def _draw_image(size: int, rng: np.random.Generator) -> RGB8:
+    """Draw a color gradient, a few filled shapes, and band-limited grain that is stronger in dark regions."""
     along = np.linspace(0, 1, size, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = 0.5 + 0.5 * ((along[None] - 0.5) * np.cos(angle) + (along[:, None] - 0.5) * np.sin(angle))
     dark, light = np.sort(rng.uniform(20, 235, (2, 3)), axis=0)
     canvas = np.ascontiguousarray(dark + (light - dark) * ramp[..., None]).astype(np.uint8)
     for _ in range(rng.integers(4, 12)):
-        colour = [int(value) for value in rng.integers(0, 256, 3)]
+        color = [int(value) for value in rng.integers(0, 256, 3)]
         points = rng.integers(0, size, (rng.integers(3, 6), 2)).astype(np.int32)
         if rng.random() < 0.5:
-            cv2.fillPoly(canvas, [points], colour, lineType=cv2.LINE_AA)
+            cv2.fillPoly(canvas, [points], color, lineType=cv2.LINE_AA)
         else:
             radius = int(rng.integers(1, max(2, size // 4)))
-            cv2.circle(canvas, [int(value) for value in points[0]], radius, colour, thickness=-1, lineType=cv2.LINE_AA)
+            cv2.circle(canvas, [int(value) for value in points[0]], radius, color, thickness=-1, lineType=cv2.LINE_AA)
     grain = cv2.GaussianBlur(rng.standard_normal((size, size), dtype=np.float32), (0, 0), rng.uniform(0.6, 1.6))
     textured = canvas + (30 - canvas / 12) * grain[..., None] * rng.uniform(0.2, 1.5)
     return np.clip(np.rint(textured), 0, 255).astype(np.uint8)

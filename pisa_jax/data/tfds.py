@@ -1,4 +1,4 @@
-"""The one file that knows tfds: read and write its array_record data sets, without TensorFlow."""
+"""Reading and writing of tfds data sets in array_record format, without TensorFlow; the only importer of tfds."""
 
 import contextlib
 import functools
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pisa_jax.data.sources import Record, decode_rgb, match_size
+from pisa_jax.data.sources import SourceImage, decode_rgb, match_size
 
 VERSION = "1.0.0"
 
 
 @dataclass(frozen=True)
 class TfdsSource:
-    """A prepared tfds split; `gt_key` and `lq_key` are its picture features."""
+    """A split of a prepared tfds data set; `gt_key` and `lq_key` are its image features."""
 
     directory: str
     split: str
@@ -39,55 +39,55 @@ class TfdsSource:
     def _examples(self):
         import tensorflow_datasets as tfds
 
-        # tfds' own decoder returns palette indices for palette PNGs and ignores EXIF: take the encoded bytes.
+        # Read the encoded bytes: the decoder of tfds returns palette indices for palette PNGs and ignores EXIF.
         keys = [key for key in (self.gt_key, self.lq_key) if key]
         return tfds.builder_from_directory(self.directory).as_data_source(
             self.split, decoders={key: tfds.decode.SkipDecoding() for key in keys}
         )
 
     def __getstate__(self) -> dict:
-        # The open reader stays in this process; a worker opens its own.
+        # An open reader cannot be sent to another process; every worker opens its own.
         return {name: value for name, value in self.__dict__.items() if name != "_examples"}
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> SourceImage:
         if not 0 <= index < self.count:
-            raise IndexError(f"record {index} of {self.count}")
+            raise IndexError(f"index {index} is not in 0..{self.count - 1}")
         example = self._examples[index]
         path = example["path"].decode() if "path" in example else f"{self.split}/{index}"
         image = decode_rgb(io.BytesIO(example[self.gt_key]), path)
         if self.lq_key is None:
-            return Record(image, path)
-        return Record(image, path, match_size(decode_rgb(io.BytesIO(example[self.lq_key]), path), image, path))
+            return SourceImage(image, path)
+        return SourceImage(image, path, match_size(decode_rgb(io.BytesIO(example[self.lq_key]), path), image, path))
 
 
-def _open(name_or_dir: str):
-    """The tfds builder of a folder holding one data set, or of a name in tfds' own data folder."""
+def _open_builder(name_or_dir: str):
+    """Open the builder of a folder with one data set, or of a data set by its name in the data folder of tfds."""
     import tensorflow_datasets as tfds
 
     if not Path(name_or_dir).is_dir():
         try:
             return tfds.builder(name_or_dir)
         except ValueError as error:
-            raise ValueError(f"{name_or_dir} is neither a folder nor the name of a data set that tfds knows") from error
+            raise ValueError(f"{name_or_dir} is neither a folder nor the name of a tfds data set") from error
     found = sorted(info.parent for info in Path(name_or_dir).rglob("dataset_info.json"))
     if not found:
-        raise ValueError(f"{name_or_dir} holds no dataset_info.json; pisa-sr prepare writes such folders")
+        raise ValueError(f"{name_or_dir} has no dataset_info.json; create a data set with pisa-sr prepare")
     if len(found) > 1:
-        raise ValueError(f"{name_or_dir} holds {len(found)} data sets; name one of {[str(path) for path in found]}")
+        raise ValueError(f"{name_or_dir} has {len(found)} data sets; give one of {[str(path) for path in found]}")
     return tfds.builder_from_directory(found[0])
 
 
 def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSource:
-    """A split of a tfds data set in array_record format.
+    """Open a split of a tfds data set in array_record format.
 
-    `name_or_dir` is a folder that holds one prepared data set (what `pisa-sr prepare` writes), or the name
-    of one in tfds' own data folder. Its features are `gt` + `lq` (pairs), or `image`; a `path` feature names pictures
-    for the prompts. Raises ValueError if the folder, the features or the split are not so.
+    `name_or_dir` is a folder with one prepared data set (as written by `pisa-sr prepare`), or the name of a data set
+    in the data folder of tfds. Its features are `gt` and `lq` (pairs), or `image`; an optional feature `path` is the
+    key of the prompts. Raises ValueError if there is no such folder, feature or split.
     """
-    builder = _open(os.fspath(name_or_dir))
+    builder = _open_builder(os.fspath(name_or_dir))
     keys, splits = set(builder.info.features), builder.info.splits
     if not {"gt", "lq"} <= keys and "image" not in keys:
         raise ValueError(f"{name_or_dir} has the features {sorted(keys)}; expected 'image', or 'gt' and 'lq'")
@@ -100,20 +100,20 @@ def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSou
 def write_tfds(
     folder: str | os.PathLike, name: str, split: str, examples: Iterable[Mapping[str, bytes | str]], paired: bool
 ) -> Path:
-    """Write examples as folder/name/1.0.0 in array_record format; returns that folder.
+    """Write examples to folder/name/1.0.0 in array_record format; returns that folder.
 
-    An example is {"image": encoded file, "path": its name}, or {"gt", "lq", "path"} if paired. The files' bytes are
-    stored as they are, nothing is encoded again. tfds shuffles them by a hash of the path.
+    An example is {"image": encoded file, "path": file name}, or {"gt", "lq", "path"} if paired. The encoded files are
+    stored unchanged. tfds shuffles the examples by a hash of the path.
     """
     import tensorflow_datasets as tfds
 
-    pictures = ("gt", "lq") if paired else ("image",)
+    image_keys = ("gt", "lq") if paired else ("image",)
 
-    class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(VERSION)
 
         def _info(self):
-            features = {key: tfds.features.Image() for key in pictures} | {"path": tfds.features.Text()}
+            features = {key: tfds.features.Image() for key in image_keys} | {"path": tfds.features.Text()}
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
@@ -123,8 +123,8 @@ def write_tfds(
             for example in examples:
                 yield example["path"], dict(example)
 
-    Pictures.name = name
-    builder = Pictures(data_dir=os.fspath(folder), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download of unknown size: there is none
+    Images.name = name
+    builder = Images(data_dir=os.fspath(folder), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds prints a message about a download, and there is none
         builder.download_and_prepare(file_format="array_record")
     return Path(builder.data_dir)

@@ -1,12 +1,12 @@
-"""Perceptual distances between pictures: LPIPS 0.1 (VGG16, AlexNet) and plain SqueezeNet 1.1 features.
+"""Perceptual distances between images: LPIPS 0.1 (VGG16, AlexNet) and plain SqueezeNet 1.1 features.
 
-All functions are pure and take a weights tree whose one top-level key names the backbone:
+All functions are pure. They take a weights tree whose only top-level key is the name of the feature network:
 
     {"vgg": {"layers": {"features.0": {"kernel": [3, 3, 3, 64], "bias": [64]}, ...},
              "heads": {"lin0": [64], "lin1": [128], ...}}}            ("squeeze" has no "heads")
 
 Source: Zhang, Isola, Efros, Shechtman, Wang, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
-CVPR 2018, equation 1; numbers agree with version 0.1 of the authors' package (its linear heads ship with this one).
+CVPR 2018, equation 1; values agree with version 0.1 of the authors' package, whose linear heads this package contains.
 """
 
 import re
@@ -46,8 +46,8 @@ class Block(NamedTuple):
     convs: tuple[Conv, ...]
 
 
-class Backbone(NamedTuple):
-    """What one feature extractor is: its name in logs, `features(layers, x)`, and the kernels it needs (HWIO)."""
+class FeatureNetwork(NamedTuple):
+    """A feature network: name of its distance, `features(layers, x)`, kernel shapes (HWIO), and if it has heads."""
 
     label: str
     features: Callable
@@ -98,7 +98,7 @@ def _max_pool(x: Array, window: int, ceil: bool = False) -> Array:
 
 
 def _scale_lpips(x: Array) -> Array:
-    """The scaling layer of LPIPS 0.1: ImageNet statistics for pictures in [-1, 1]."""
+    """Scaling layer of LPIPS 0.1: normalize images in [-1, 1] by ImageNet statistics."""
     return (x - jnp.array([[[[-0.030, -0.088, -0.188]]]])) / jnp.array([[[[0.458, 0.448, 0.450]]]])
 
 
@@ -114,7 +114,7 @@ def _sequential_features(blocks: tuple[Block, ...], layers: Mapping, x: Array) -
 
 
 def _squeezenet_features(layers: Mapping, x: Array) -> tuple[Array, ...]:
-    """Maps after conv1 and fire 3, 5, 6, 7, 8, 9; these weights expect BGR in 0..255 less the ImageNet mean."""
+    """Maps after conv1 and fire 3, 5, 6, 7, 8, 9; the weights expect BGR in 0..255 minus the ImageNet mean."""
     x = (x[..., ::-1] + 1) * 127.5 - jnp.array([[[[103.939, 116.779, 123.68]]]])
     x = _conv(layers["conv1"], x, stride=2)
     maps = [x]
@@ -143,49 +143,55 @@ def _squeezenet_kernels() -> dict[str, tuple[int, int, int, int]]:
     return kernels
 
 
-BACKBONES: Mapping[str, Backbone] = {
-    "vgg": Backbone("LPIPS 0.1 (VGG16)", partial(_sequential_features, VGG16), _sequential_kernels(VGG16), True),
-    "alex": Backbone("LPIPS 0.1 (AlexNet)", partial(_sequential_features, ALEXNET), _sequential_kernels(ALEXNET), True),
-    "squeeze": Backbone(
-        "SqueezeNet 1.1 feature distance, no heads", _squeezenet_features, _squeezenet_kernels(), False
+def _sequential_network(label: str, blocks: tuple[Block, ...]) -> FeatureNetwork:
+    return FeatureNetwork(label, partial(_sequential_features, blocks), _sequential_kernels(blocks), heads=True)
+
+
+FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
+    "vgg": _sequential_network("LPIPS 0.1 (VGG16)", VGG16),
+    "alex": _sequential_network("LPIPS 0.1 (AlexNet)", ALEXNET),
+    "squeeze": FeatureNetwork(
+        "SqueezeNet 1.1 feature distance, no heads", _squeezenet_features, _squeezenet_kernels(), heads=False
     ),
 }
 
 
-def _backbone(name: str) -> Backbone:
-    if name not in BACKBONES:
-        raise ValueError(f"unknown perceptual backbone {name!r}: use one of {', '.join(BACKBONES)}")
-    return BACKBONES[name]
+def _feature_network(name: str) -> FeatureNetwork:
+    if name not in FEATURE_NETWORKS:
+        raise ValueError(f"unknown perceptual network {name!r}: use one of {', '.join(FEATURE_NETWORKS)}")
+    return FEATURE_NETWORKS[name]
 
 
-def _open(weights: Mapping) -> tuple[Backbone, Mapping]:
+def _unpack(weights: Mapping) -> tuple[FeatureNetwork, Mapping]:
     if len(weights) != 1:
-        raise ValueError(f"perceptual weights need one top-level key out of {list(BACKBONES)}, got {list(weights)}")
+        raise ValueError(
+            f"perceptual weights need one top-level key out of {list(FEATURE_NETWORKS)}, got {list(weights)}"
+        )
     ((name, tree),) = weights.items()
-    return _backbone(name), tree
+    return _feature_network(name), tree
 
 
-def describe(weights: Mapping) -> str:
-    """Name of the distance that these weights give, for logs and tables: "LPIPS 0.1 (VGG16)"."""
-    return _open(weights)[0].label
+def distance_name(weights: Mapping) -> str:
+    """Name of the distance computed with these weights, for logs: "LPIPS 0.1 (VGG16)"."""
+    return _unpack(weights)[0].label
 
 
 def features(weights: Mapping, x: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b _ _ _"], ...]:
-    """Feature maps (after ReLU) of pictures in [-1, 1]: 5 for VGG16 and AlexNet, 7 for SqueezeNet.
+    """Feature maps (after ReLU) of images in [-1, 1]: 5 for VGG16 and AlexNet, 7 for SqueezeNet.
 
-    Raises ValueError when the picture is so small that a map would be empty.
+    Raises ValueError if the images are so small that a map would be empty.
     """
-    backbone, tree = _open(weights)
-    maps = backbone.features(tree["layers"], x.astype(jnp.float32))
+    network, tree = _unpack(weights)
+    maps = network.features(tree["layers"], x.astype(jnp.float32))
     if any(m.size == 0 for m in maps):
-        raise ValueError(f"pictures of {x.shape[1]}x{x.shape[2]} are too small for {backbone.label}: use 32x32 or more")
+        raise ValueError(f"images of {x.shape[1]}x{x.shape[2]} are too small for {network.label}: use 32x32 or more")
     return maps
 
 
 def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """x / (|x| + 1e-10) over channels.
+    """Normalize over channels: x / (|x| + 1e-10).
 
-    Where all channels are zero the value is 0, as in the original, and so is the gradient, which is NaN there.
+    Where all channels are zero, value and gradient are 0; in the original implementation that gradient is NaN.
     """
     square = jnp.sum(x**2, axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
@@ -195,10 +201,13 @@ def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 def layer_terms(
     weights: Mapping, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]
 ) -> tuple[Float[Array, " b"], ...]:
-    """Term of each layer: mean over positions of sum_c w_c (u_c(a) - u_c(b))^2; u = unit features, w = head or 1."""
-    _, tree = _open(weights)
+    """Terms of the distance, one per layer: mean over positions of sum_c w_c (u_c(a) - u_c(b))^2.
+
+    u: features normalized over channels; w: weights of the head, or 1.
+    """
+    _, tree = _unpack(weights)
     terms = []
-    # Two passes rather than one on a doubled batch: the gradient is wanted for one side only.
+    # Two passes instead of one on a doubled batch, because only one image needs a gradient.
     for k, (fa, fb) in enumerate(zip(features(weights, a), features(weights, b), strict=True)):
         square = (_unit(fa) - _unit(fb)) ** 2
         if "heads" in tree:
@@ -208,17 +217,17 @@ def layer_terms(
 
 
 def distance(weights: Mapping, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
-    """Perceptual distance of pictures in [-1, 1], computed in float32; 0 (to rounding) for equal pictures.
+    """Perceptual distance between images in [-1, 1], computed in float32; 0 (to rounding) for equal images.
 
-    Matrix precision is the caller's (`jax.default_matmul_precision`). Without heads (SqueezeNet) every channel weighs
-    1, so values are some ten times those of LPIPS and must not be called LPIPS.
+    The caller sets the matrix precision (`jax.default_matmul_precision`). Without heads (SqueezeNet) every channel has
+    weight 1: values are about ten times those of LPIPS and must not be reported as LPIPS.
     Reference: Zhang et al. 2018, equation 1.
     """
     return sum(layer_terms(weights, a, b))
 
 
 def _locate(source: str) -> Path:
-    """A local file as it is; `owner/name` is fetched from the Hugging Face hub (its model.safetensors)."""
+    """Path of the weights: a local file, or model.safetensors of a Hugging Face hub id, downloaded if necessary."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -233,8 +242,8 @@ def _locate(source: str) -> Path:
         return Path(hf_hub_download(source, "model.safetensors"))
     except (OSError, ValueError) as error:
         raise OSError(
-            f"could not fetch perceptual weights from the hub id {source!r} ({error}): "
-            "download its model.safetensors elsewhere and give the file"
+            f"perceptual weights of the hub id {source!r} could not be downloaded ({error}): "
+            "download its model.safetensors on another machine and give the file"
         ) from error
 
 
@@ -242,7 +251,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix != ".npz":
         return read_tensors(path)
     try:
-        # np.load leaves a file open that it cannot read, unless it is given an open one.
+        # Given a path, np.load does not close a file that it cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)
     except (ValueError, OSError, EOFError, BadZipFile) as error:
@@ -261,19 +270,19 @@ def _layer(tensors: Mapping, name: str) -> dict[str, np.ndarray] | None:
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
-def load_weights(source: str | Path | None, backbone: str) -> dict:
-    """Weights tree (numpy, float32) of one backbone: "vgg", "alex" or "squeeze". LPIPS heads come with the package.
+def load_weights(source: str | Path | None, network: str) -> dict:
+    """Load the weights tree (numpy, float32) of a network: "vgg", "alex" or "squeeze". The package has the LPIPS heads.
 
-    source: a torchvision-named state dict (`features.0.weight`, ...; .safetensors, .pth), an .npz of arrays
-    `conv1/kernel`, ..., a hub id such as timm/vgg16.tv_in1k, or None for the copy in the package (squeeze only).
-    Other tensors in the file (the classifier) are ignored.
-    Raises ValueError for missing or misshapen tensors and OSError for what cannot be read.
+    source: a state dict with torchvision's names (`features.0.weight`, ...; .safetensors, .pth), an .npz of arrays
+    `conv1/kernel`, ..., a hub id such as timm/vgg16.tv_in1k, or None for the file in the package (squeeze only).
+    Other tensors of the file (the classifier) are ignored.
+    Raises ValueError for missing tensors or wrong shapes, OSError if the file cannot be read or downloaded.
     """
-    spec = _backbone(backbone)
+    spec = _feature_network(network)
     if source is None and spec.heads:
         raise ValueError(
-            f"{spec.label} needs the weights of its backbone, which do not ship with this package: give a torchvision "
-            "state dict" + (" or the hub id timm/vgg16.tv_in1k" if backbone == "vgg" else "")
+            f"{spec.label} needs the weights of its network, which this package does not contain: give a torchvision "
+            "state dict" + (" or the hub id timm/vgg16.tv_in1k" if network == "vgg" else "")
         )
     path = ASSETS / "squeezenet1_1.safetensors" if source is None else _locate(str(source))
     tensors = _read(path)
@@ -290,12 +299,12 @@ def load_weights(source: str | Path | None, backbone: str) -> dict:
     if problems:
         expected = f"expected {len(spec.kernels)} layers: {', '.join(spec.kernels)}"
         raise ValueError(
-            f"{path} does not hold {backbone} features: {'; '.join(problems[:4])}"
+            f"{path} does not hold {network} features: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. {expected}. "
             f"The file has: {', '.join(sorted(tensors)[:6])}{', ...' if len(tensors) > 6 else ''}"
         )
     tree = {"layers": layers}
     if spec.heads:
         heads = read_tensors(ASSETS / "heads.safetensors")
-        tree["heads"] = {f"lin{k}": heads[f"{backbone}.lin{k}"] for k in range(5)}
-    return {backbone: tree}
+        tree["heads"] = {f"lin{k}": heads[f"{network}.lin{k}"] for k in range(5)}
+    return {network: tree}

@@ -1,4 +1,4 @@
-"""NIQE: the natural image quality evaluator, a metric without reference."""
+"""NIQE, the natural image quality evaluator: a no-reference metric."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.special import gammaln
 
+from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
-from pisa_jax.metrics.psnr_ssim import RGB8, gaussian_window
+from pisa_jax.metrics.psnr_ssim import gaussian_window
 
 # Mean and covariance of NIQE's features on 125 pristine photographs, as its authors released them.
 PRISTINE = Path(__file__).parents[1] / "assets" / "niqe" / "pristine.npz"
 BLOCK = 96
 
 
-def _normalise(y: Float64[np.ndarray, "h w"]) -> Float64[np.ndarray, "h w"]:
-    """Mean-subtracted, contrast-normalised values: (y - mu) / (sigma + 1), 7x7 Gaussian of sigma 7/6."""
+def _normalize(y: Float64[np.ndarray, "h w"]) -> Float64[np.ndarray, "h w"]:
+    """Mean-subtracted, contrast-normalized values: (y - mu) / (sigma + 1), 7x7 Gaussian of sigma 7/6."""
     window = gaussian_window(7, 7 / 6)
 
     def local_mean(x):
@@ -27,9 +28,9 @@ def _normalise(y: Float64[np.ndarray, "h w"]) -> Float64[np.ndarray, "h w"]:
 
 
 def _aggd(x: Float64[np.ndarray, "n m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shape and left and right scale of an asymmetric generalised Gaussian, by moments, of each row.
+    """Shape, left scale and right scale of an asymmetric generalized Gaussian fitted to each row by its moments.
 
-    Reference: Mittal et al. 2013, equations 5-8; the shape is looked up on the authors' grid 0.2, 0.201, ..., 10.
+    The shape is the nearest on the authors' grid 0.2, 0.201, ..., 10. Reference: Mittal et al. 2013, equations 5-8.
     """
     grid = np.arange(200, 10001) / 1000
     ratios = np.exp(2 * gammaln(2 / grid) - gammaln(1 / grid) - gammaln(3 / grid))
@@ -43,8 +44,9 @@ def _aggd(x: Float64[np.ndarray, "n m"]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _niqe_features(y: Float64[np.ndarray, "h w"], block: int) -> Float64[np.ndarray, "blocks 18"]:
+    """The 18 features of every block: parameters of fits to normalized values and to products of neighbors."""
     rows, columns = y.shape[0] // block, y.shape[1] // block
-    blocks = _normalise(y).reshape(rows, block, columns, block).swapaxes(1, 2).reshape(-1, block, block)
+    blocks = _normalize(y).reshape(rows, block, columns, block).swapaxes(1, 2).reshape(-1, block, block)
     shape, left, right = _aggd(blocks.reshape(len(blocks), -1))
     features = [shape, (left + right) / 2]
     for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
@@ -58,16 +60,17 @@ def _niqe_features(y: Float64[np.ndarray, "h w"], block: int) -> Float64[np.ndar
 def niqe(image: RGB8) -> float:
     """Natural image quality evaluator of one image, without a reference; lower is better, about 2-10.
 
-    Distance of the image's multivariate Gaussian of features from that of pristine photographs (statistics of the
-    authors' release, so values compare with published ones): sqrt(d^T ((S1 + S2) / 2)^+ d). Luma is YIQ's, rounded, as
-    in pyiqa. Only whole 96x96 blocks count. Raises ValueError for fewer than two blocks or an image of one color.
+    Distance between the multivariate Gaussians of features of the image and of pristine photographs (statistics of the
+    authors' release, so values are comparable with published ones): sqrt(d^T ((S1 + S2) / 2)^+ d). Luma is that of YIQ,
+    rounded, as in pyiqa. Pixels outside whole 96x96 blocks are ignored.
+    Raises ValueError for fewer than two blocks with texture.
     Reference: Mittal, Soundararajan, Bovik, "Making a Completely Blind Image Quality Analyzer", IEEE SPL 2013, eq. 10.
     """
     rows, columns = image.shape[0] // BLOCK, image.shape[1] // BLOCK
     if rows * columns < 2:
         raise ValueError(f"NIQE needs two blocks of 96x96 pixels, got {image.shape[0]}x{image.shape[1]}")
     y = np.round(image @ np.array([0.299, 0.587, 0.114]))[: rows * BLOCK, : columns * BLOCK]
-    with np.errstate(divide="ignore", invalid="ignore"):  # flat blocks give NaN and are left out
+    with np.errstate(divide="ignore", invalid="ignore"):  # features of flat blocks are NaN; they are ignored below
         halves = (_niqe_features(y, BLOCK), _niqe_features(matlab_bicubic(y, 0.5), BLOCK // 2))
     features = np.concatenate(halves, axis=1)
     whole = features[np.isfinite(features).all(axis=1)]

@@ -1,4 +1,4 @@
-"""Which result belongs to which ground truth: pictures of two or three folders, matched by name."""
+"""Matching of results, ground truths and LQ images by file name."""
 
 import re
 from collections import Counter, defaultdict
@@ -10,12 +10,12 @@ from PIL import Image
 
 from pisa_jax.imaging.image_io import READABLE
 
-# What tools append to a picture's name: _x4, x4, _LR4, _SR, _HR, _GT, _LQ; any number of them.
+# Marks that tools append to the name of an image: _x4, x4, _LR4, _SR, _HR, _GT, _LQ; any number of them.
 _TAIL = re.compile(r"([-_ ]?x\d+|[-_ ](lr|hr|sr|lq|gt)\d*)+$", re.IGNORECASE)
 
 
-class Item(NamedTuple):
-    """The files of one picture; `name` is the file name of the first that is given of sr, lq."""
+class EvaluationItem(NamedTuple):
+    """Files of one image to evaluate; `name` is the file name of `sr`, or of `lq` where there is no `sr`."""
 
     name: str
     sr: Path | None
@@ -37,27 +37,27 @@ def list_pictures(path: Path) -> list[Path]:
 
 
 def bare_stem(path: Path) -> str:
-    """File name without ending and without scale and role marks: "0801x4", "0801_LR4" and "0801_SR" give "0801"."""
+    """File name without suffix and without scale and role marks: "0801x4", "0801_LR4" and "0801_SR" give "0801"."""
     return _TAIL.sub("", path.stem) or path.stem
 
 
-def _keys(path: Path) -> tuple[str, str, str]:
-    """What files are matched by, one after the other."""
+def _match_keys(path: Path) -> tuple[str, str, str]:
+    """Keys by which files are matched, in order of preference."""
     return path.name, path.stem, bare_stem(path)
 
 
-def _index(files: Sequence[Path]) -> list[dict[str, list[Path]]]:
-    """The files by each of `_keys`."""
-    index = [defaultdict(list) for _ in _keys(Path())]
+def _index_by_key(files: Sequence[Path]) -> list[dict[str, list[Path]]]:
+    """One table {key: files} for each of `_match_keys`."""
+    index = [defaultdict(list) for _ in _match_keys(Path())]
     for path in files:
-        for known, key in zip(index, _keys(path), strict=True):
-            known[key].append(path)
+        for table, key in zip(index, _match_keys(path), strict=True):
+            table[key].append(path)
     return index
 
 
 def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
-    """The one file that shares the first of `_keys` that any file shares; else what is wrong."""
-    for key, files in zip(_keys(path), index, strict=True):
+    """The file with the first of `_match_keys` that any file has, or the reason why there is no single one."""
+    for key, files in zip(_match_keys(path), index, strict=True):
         found = files.get(key, ())
         if len(found) == 1:
             return found[0]
@@ -66,16 +66,16 @@ def _match(path: Path, index: list[dict[str, list[Path]]]) -> Path | str:
     return "no file of that name"
 
 
-def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[Item], dict[str, str]]:
-    """Items to measure and, by file name, what could not be paired.
+def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[EvaluationItem], dict[str, str]]:
+    """Match files: (items to evaluate, {file name: reason why it is not matched}).
 
-    The pictures of `sr`, or of `lq` without it, are looked up in the other folders: by equal file name, else by equal
-    stem, else by equal `bare_stem`. Two single files always belong together. A ground truth that nothing belongs to is
-    reported too: the average would silently leave it out.
+    The images of `sr`, or of `lq` where there is no `sr`, are looked up in the other folders: by equal file name, else
+    by equal stem, else by equal `bare_stem`. Two single files always match. A ground truth without a result is a
+    problem, too: a mean that silently ignores it is not comparable.
     """
     leaders = list_pictures(sr or lq)
     others = {name: list_pictures(path) for name, path in (("gt", gt), ("lq", lq if sr else None)) if path}
-    indices = {name: _index(files) for name, files in others.items()}
+    indices = {name: _index_by_key(files) for name, files in others.items()}
     two_files = {name: path.is_file() and (sr or lq).is_file() for name, path in (("gt", gt), ("lq", lq)) if path}
     items, problems = [], {}
     for path in leaders:
@@ -84,16 +84,18 @@ def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[
         if wrong:
             problems[path.name] = "; ".join(wrong)
             continue
-        items.append(Item(path.name, path if sr else None, matches.get("gt"), matches.get("lq", path if lq else None)))
+        items.append(
+            EvaluationItem(path.name, path if sr else None, matches.get("gt"), matches.get("lq", path if lq else None))
+        )
     used = Counter(item.gt for item in items if item.gt)
     shared = {item.name for item in items if item.gt and used[item.gt] > 1}
-    problems |= {item.name: f"gt: {item.gt.name} belongs to several pictures" for item in items if item.name in shared}
-    problems |= _unused(others.get("gt", []), used, problems)
+    problems |= {item.name: f"gt: {item.gt.name} matches several images" for item in items if item.name in shared}
+    problems |= _unmatched(others.get("gt", []), used, problems)
     return [item for item in items if item.name not in shared], problems
 
 
-def _unused(truths: list[Path], used: Mapping[Path, int], problems: Mapping[str, str]) -> dict[str, str]:
-    """Ground truths without a picture, less those whose picture was reported already."""
+def _unmatched(truths: list[Path], used: Mapping[Path, int], problems: Mapping[str, str]) -> dict[str, str]:
+    """Problems of ground truths without a result, except those whose result is in `problems` already."""
     reported = {bare_stem(Path(name)) for name in problems}
     left = [p for p in truths if not used[p] and bare_stem(p) not in reported]
-    return {f"{p.parent.name}/{p.name}": "no picture belongs to this ground truth" for p in left}
+    return {f"{p.parent.name}/{p.name}": "no image matches this ground truth" for p in left}

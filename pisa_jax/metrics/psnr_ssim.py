@@ -4,18 +4,22 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
+
+from pisa_jax.imaging.arrays import RGB8
 
 Color = Literal["y", "rgb"]
-RGB8 = UInt8[np.ndarray, "_ _ 3"]
 
 
-def rgb_to_y(image: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "h w"]:
+def rgb_to_y(image: RGB8) -> Float64[np.ndarray, "_ _"]:
     """Luma of ITU-R BT.601 in 16..235, not rounded: Y = 16 + 65.481 R + 128.553 G + 24.966 B with R, G, B in 0..1."""
     return image @ (np.array([65.481, 128.553, 24.966]) / 255) + 16.0
 
 
-def _prepare(image: np.ndarray, other: np.ndarray, color: str, crop_border: int) -> tuple[np.ndarray, np.ndarray]:
+def _crop_and_convert(
+    image: np.ndarray, other: np.ndarray, color: str, crop_border: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check the arguments, crop both images and convert them to float64 luma or RGB."""
     if image.shape != other.shape:
         raise ValueError(f"images differ in size: {image.shape[:2]} and {other.shape[:2]} (height, width)")
     if color not in ("y", "rgb"):
@@ -31,9 +35,9 @@ def psnr(sr: RGB8, gt: RGB8, color: Color = "y", crop_border: int = 0) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean (sr - gt)^2); infinite for equal images.
 
     color "y": luma, not rounded (the convention of pyiqa with test_y_channel and of the SR papers); "rgb": all values.
-    crop_border pixels are cut off each side first (the scale factor for Set5 / Set14 figures, 0 for real photographs).
+    crop_border pixels are cropped at each side first (tables of Set5 and Set14: the upscale factor; photographs: 0).
     """
-    a, b = _prepare(sr, gt, color, crop_border)
+    a, b = _crop_and_convert(sr, gt, color, crop_border)
     error = np.mean((a - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
@@ -66,7 +70,7 @@ def ssim(sr: RGB8, gt: RGB8, color: Color = "y", crop_border: int = 0) -> float:
     luma is rounded to integers and the contrast-structure term clamped at 0 from below, as pyiqa does.
     Reference: Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 2004, equation 13.
     """
-    a, b = _prepare(sr, gt, color, crop_border)
+    a, b = _crop_and_convert(sr, gt, color, crop_border)
     if min(a.shape[:2]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels or more after cropping, got {a.shape[0]}x{a.shape[1]}")
     if color == "y":

@@ -1,7 +1,7 @@
-"""The metrics by name, and functions that compute them for one picture.
+"""Registry of the metrics, and the functions that compute them for one image.
 
-PSNR, SSIM and NIQE are computed in NumPy, LPIPS and the feature distance in JAX, the rest by pyiqa (an optional extra,
-under its own non-commercial licence).
+PSNR, SSIM and NIQE are computed in NumPy, LPIPS and the SqueezeNet distance in JAX, the others by pyiqa (an optional
+extra with a non-commercial license).
 """
 
 import importlib.util
@@ -13,21 +13,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.metrics import niqe, psnr_ssim
+from pisa_jax.runtime.messages import error_text
 from pisa_jax.runtime.trees import suggest
 
-# (result, ground truth or None), uint8 RGB arrays of equal size -> value
-Measure = Callable[[np.ndarray, np.ndarray | None], float]
+# (result, ground truth or None), of equal size -> value
+MetricFunction = Callable[[RGB8, RGB8 | None], float]
 
 
 class Metric(NamedTuple):
-    """What a metric is called in tables and how it is read."""
+    """Label and number of digits of a metric in tables, its direction, its inputs and the library that computes it."""
 
     label: str
     higher_is_better: bool
     needs_gt: bool
     digits: int
-    source: Literal["numpy", "features", "pyiqa", "pyiqa folders"]
+    backend: Literal["numpy", "features", "pyiqa", "pyiqa folders"]
 
 
 METRICS: Mapping[str, Metric] = {
@@ -43,118 +45,131 @@ METRICS: Mapping[str, Metric] = {
     "maniqa-pipal": Metric("MANIQA", True, False, 4, "pyiqa"),
     "fid": Metric("FID", False, True, 2, "pyiqa folders"),
 }
-BACKBONES = {"lpips-alex": "alex", "lpips-vgg": "vgg", "perceptual": "squeeze"}
+DISTANCE_NETWORKS = {"lpips-alex": "alex", "lpips-vgg": "vgg", "perceptual": "squeeze"}
 FIDELITY = ("psnr", "ssim")
-# What pyiqa and published tables call LPIPS is the AlexNet one.
+# pyiqa and published tables mean the AlexNet variant by LPIPS.
 ALIASES = {"lpips": "lpips-alex"}
 
 
 def check_names(names: Sequence[str]) -> None:
-    """ValueError for a metric that is not there."""
+    """Raise ValueError for an unknown metric."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: use {', '.join(METRICS)}{suggest(name, METRICS)}")
 
 
 def require_pyiqa(names: Sequence[str]) -> None:
-    """ValueError if one of the metrics needs pyiqa and it is not installed."""
-    theirs = [name for name in names if METRICS[name].source.startswith("pyiqa")]
-    if theirs and importlib.util.find_spec("pyiqa") is None:
+    """Raise ValueError if a metric needs pyiqa and pyiqa is not installed."""
+    external = [name for name in names if METRICS[name].backend.startswith("pyiqa")]
+    if external and importlib.util.find_spec("pyiqa") is None:
         raise ValueError(
-            f"{', '.join(theirs)} {'is' if len(theirs) == 1 else 'are'} computed by pyiqa, which is not installed: "
-            "pip install -e '.[metrics]', or leave them out of --metrics"
+            f"{', '.join(external)} {'is' if len(external) == 1 else 'are'} computed by pyiqa, which is not installed: "
+            "pip install -e '.[metrics]', or remove them from --metrics"
         )
 
 
-def build(
+def make_metrics(
     names: Sequence[str], color: psnr_ssim.Color = "y", crop_border: int = 0, weights: Mapping[str, Any] | None = None
-) -> dict[str, Measure]:
-    """A function for every metric that is measured picture by picture (all but fid), in the given order.
+) -> dict[str, MetricFunction]:
+    """Make the functions of the metrics of single images (all but fid), in the given order.
 
-    color and crop_border concern PSNR and SSIM only, as in publications. weights: metric -> file or hub id of its
-    feature extractor; `perceptual` has one in the package. Raises ValueError or OSError, before anything is measured,
-    for what is unknown, not installed or not readable.
+    Args:
+        names: keys of METRICS.
+        color, crop_border: options of PSNR and SSIM; other metrics do not use them, as in publications.
+        weights: {metric: file or hub id of its feature network}; `perceptual` has weights in the package.
+
+    Raises ValueError or OSError if a metric is unknown, its library not installed or its weights not readable.
     """
     check_names(names)
     require_pyiqa(names)
-    own: dict[str, Measure] = {
+    numpy_metrics: dict[str, MetricFunction] = {
         "psnr": lambda sr, gt: psnr_ssim.psnr(sr, gt, color, crop_border),
         "ssim": lambda sr, gt: psnr_ssim.ssim(sr, gt, color, crop_border),
         "niqe": lambda sr, gt: niqe.niqe(sr),
     }
     makers = {
-        "numpy": lambda name: own[name],
-        "features": lambda name: _feature_distance((weights or {}).get(name), BACKBONES[name]),
+        "numpy": numpy_metrics.__getitem__,
+        "features": lambda name: _feature_distance((weights or {}).get(name), DISTANCE_NETWORKS[name]),
         "pyiqa": _pyiqa,
     }
-    return {name: makers[METRICS[name].source](name) for name in names if METRICS[name].source in makers}
+    return {name: makers[METRICS[name].backend](name) for name in names if METRICS[name].backend in makers}
 
 
-def _feature_distance(source: str | Path | None, backbone: str) -> Measure:
+def _feature_distance(source: str | Path | None, network: str) -> MetricFunction:
     import jax
     import jax.numpy as jnp
 
     from pisa_jax.metrics import lpips
 
-    weights = jax.device_put(lpips.load_weights(source, backbone))
+    weights = jax.device_put(lpips.load_weights(source, network))
     distance = jax.jit(lpips.distance)
 
-    def measure(sr: np.ndarray, gt: np.ndarray) -> float:
+    def metric(sr: np.ndarray, gt: np.ndarray) -> float:
         a, b = (jnp.asarray(x, jnp.float32)[None] / 127.5 - 1 for x in (sr, gt))
         with jax.default_matmul_precision("highest"):
             return float(distance(weights, a, b)[0])
 
-    return _one_at_a_time(measure)
+    return _one_at_a_time(metric)
 
 
-def _pyiqa(name: str) -> Measure:
+def _pyiqa(name: str) -> MetricFunction:
     import pyiqa
 
-    metric = pyiqa.create_metric(name)
+    pyiqa_metric = pyiqa.create_metric(name)
 
-    def measure(sr: np.ndarray, gt: np.ndarray | None) -> float:
-        # pyiqa takes PIL images, so torch stays its own affair.
-        pictures = (sr, gt) if METRICS[name].needs_gt else (sr,)
-        return float(metric(*map(Image.fromarray, pictures)))
+    def metric(sr: np.ndarray, gt: np.ndarray | None) -> float:
+        # pyiqa accepts PIL images, so this package needs no torch tensors.
+        images = (sr, gt) if METRICS[name].needs_gt else (sr,)
+        return float(pyiqa_metric(*map(Image.fromarray, images)))
 
-    return _one_at_a_time(measure)
+    return _one_at_a_time(metric)
 
 
-def _one_at_a_time(measure: Measure) -> Measure:
-    """Networks use all cores themselves, and two threads would compile or fetch the same thing twice."""
+def _one_at_a_time(metric: MetricFunction) -> MetricFunction:
+    """Serialize calls: networks use all cores themselves, and two threads would compile or download twice."""
     lock = threading.Lock()
 
     def locked(sr, gt):
         with lock:
-            return measure(sr, gt)
+            return metric(sr, gt)
 
     return locked
 
 
 def fid(sr: Path, gt: Path) -> float:
-    """Fréchet inception distance of two folders, by pyiqa."""
+    """Fréchet inception distance between two folders of images, computed by pyiqa."""
     import pyiqa
 
     return float(pyiqa.create_metric("fid")(str(sr), str(gt)))
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, or its type if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def definition(name: str, color: psnr_ssim.Color, crop_border: int) -> str:
+    """Exact definition of a metric, for reports: "PSNR of RGB, 4 pixels of border cropped"."""
+    if name in FIDELITY:
+        channels = "Y of YCbCr" if color == "y" else "RGB"
+        return f"{METRICS[name].label} of {channels}, {crop_border} pixels of border cropped"
+    return {
+        "lpips-alex": "LPIPS 0.1 (AlexNet)",
+        "lpips-vgg": "LPIPS 0.1 (VGG16)",
+        "perceptual": "SqueezeNet 1.1 feature distance, no heads: not LPIPS",
+        "niqe": "NIQE, statistics of its authors' release",
+    }.get(name, f"{name} of pyiqa")
 
 
-def apply(measures: Mapping[str, Measure], sr: np.ndarray, gt: np.ndarray | None) -> tuple[dict[str, float], list[str]]:
-    """Values by metric, and "metric: reason" for those that this picture has none of (too small, flat).
+def compute_metrics(
+    functions: Mapping[str, MetricFunction], sr: RGB8, gt: RGB8 | None
+) -> tuple[dict[str, float], list[str]]:
+    """Compute all metrics of one image: ({metric: value}, ["metric: reason" of every metric that failed]).
 
-    ValueError if the two pictures differ in size.
+    Raises ValueError if the two images differ in size.
     """
     if gt is not None and sr.shape != gt.shape:
         sizes = (f"{x.shape[1]}x{x.shape[0]}" for x in (sr, gt))
         raise ValueError("the result is {} and the ground truth {} (width x height)".format(*sizes))
     values, problems = {}, []
-    for name, measure in measures.items():
+    for name, metric in functions.items():
         try:
-            values[name] = measure(sr, gt)
-        except Exception as error:  # whatever a metric of another package raises, it concerns this one value
-            problems.append(f"{name}: {one_line(error)}")
+            values[name] = metric(sr, gt)
+        except Exception as error:  # metrics of other packages raise errors of any type; the other values remain valid
+            problems.append(f"{name}: {error_text(error)}")
     return values, problems

@@ -1,6 +1,6 @@
-"""Measured values as JSON, CSV, Markdown and a plot.
+"""Reports of an evaluation: JSON, CSV, Markdown tables and a plot of fidelity against perception.
 
-`methods` is {label: {picture: {metric: value}}} everywhere: one label per way of making the pictures.
+`scores` is {method: {image: {metric: value}}}, `means` is {method: {metric: mean}}.
 """
 
 import csv
@@ -12,63 +12,65 @@ from typing import Any
 
 from pisa_jax.metrics.registry import FIDELITY, METRICS
 
-# Not a contestant: it wins PSNR against most models and would hide which of their settings is best.
+# The reference is never marked as best: bicubic has a higher PSNR than most models, so the mark would not show which of
+# a model's settings is best.
 REFERENCE = "bicubic"
 
-Values = Mapping[str, Mapping[str, float]]
-Methods = Mapping[str, Values]
+ImageScores = Mapping[str, Mapping[str, float]]
+MethodScores = Mapping[str, ImageScores]
+Means = Mapping[str, Mapping[str, float]]
 
 
-def mean(values: Values) -> dict[str, float]:
-    """Mean of every metric over the pictures that have it."""
-    names = dict.fromkeys(name for row in values.values() for name in row)
-    columns = {name: [row[name] for row in values.values() if name in row] for name in names}
+def mean_scores(scores: ImageScores) -> dict[str, float]:
+    """Mean of every metric over the images that have a value of it."""
+    names = dict.fromkeys(name for row in scores.values() for name in row)
+    columns = {name: [row[name] for row in scores.values() if name in row] for name in names}
     return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
-def best(means: Mapping[str, Mapping[str, float]], metric: str) -> str | None:
-    """The label with the best mean of a metric (the first of equals), less REFERENCE; None without any value."""
-    having = {label: row[metric] for label, row in means.items() if metric in row and label != REFERENCE}
-    if not having:
+def best_method(means: Means, metric: str) -> str | None:
+    """The method with the best mean of a metric (the first of equals), REFERENCE excluded; None without any value."""
+    candidates = {method: row[metric] for method, row in means.items() if metric in row and method != REFERENCE}
+    if not candidates:
         return None
-    return (max if METRICS[metric].higher_is_better else min)(having, key=having.get)
+    return (max if METRICS[metric].higher_is_better else min)(candidates, key=candidates.get)
 
 
-def means_of(methods: Methods, whole_set: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Means by label, with the figures that exist for a whole set only (FID) added."""
-    return {label: mean(values) | dict(whole_set.get(label, {})) for label, values in methods.items()}
+def method_means(scores: MethodScores, folder_scores: Means) -> dict[str, dict[str, float]]:
+    """Mean scores by method, plus the scores that exist for whole folders only (FID)."""
+    return {method: mean_scores(images) | dict(folder_scores.get(method, {})) for method, images in scores.items()}
 
 
-def as_json(methods: Methods, means: Mapping, settings: Mapping[str, Any], problems: Mapping[str, str]) -> dict:
-    """{"per_image": {name: {metric: value}}, "mean": {metric: value}, "settings": {...}} of the first method.
+def as_json(scores: MethodScores, means: Means, settings: Mapping[str, Any], problems: Mapping[str, str]) -> dict:
+    """Convert to {"per_image": {image: {metric: value}}, "mean": {metric: value}, "settings": {...}}.
 
-    With several methods "methods" has {"per_image", "mean"} of each by label; "problems" is there if there are any.
-    Infinite values (PSNR of equal pictures) become null, which JSON lacks a number for.
+    "per_image" and "mean" are those of the first method. With several methods, "methods" is {method: {"per_image",
+    "mean"}}. "problems" exists only if there are any. Infinite values (PSNR of equal images) become null: JSON has no
+    infinity.
     """
 
     def clean(row):
         return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
-    def part(label):
-        return {"per_image": {n: clean(row) for n, row in methods[label].items()}, "mean": clean(means[label])}
+    def part(method):
+        return {"per_image": {n: clean(row) for n, row in scores[method].items()}, "mean": clean(means[method])}
 
-    first = next(iter(methods))
-    result = part(first) | {"settings": dict(settings)}
-    if len(methods) > 1:
-        result["methods"] = {label: part(label) for label in methods}
+    result = part(next(iter(scores))) | {"settings": dict(settings)}
+    if len(scores) > 1:
+        result["methods"] = {method: part(method) for method in scores}
     if problems:
         result["problems"] = dict(problems)
     return result
 
 
-def as_csv(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
-    """One row per method and picture, then a row "mean" per method; empty where there is no value."""
+def as_csv(scores: MethodScores, means: Means, metrics: Sequence[str]) -> str:
+    """Convert to CSV: one row per method and image, then a row "mean" per method; missing values are empty cells."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "picture", *metrics])
-    for label, values in methods.items():
-        for name, row in [*values.items(), ("mean", means[label])]:
-            writer.writerow([label, name, *(row.get(metric, "") for metric in metrics)])
+    writer.writerow(["method", "picture", *metrics])  # the column names are part of the file format
+    for method, images in scores.items():
+        for name, row in [*images.items(), ("mean", means[method])]:
+            writer.writerow([method, name, *(row.get(metric, "") for metric in metrics)])
     return out.getvalue()
 
 
@@ -85,87 +87,95 @@ def _header(metrics: Sequence[str]) -> list[str]:
     return [f"{METRICS[m].label} {'↑' if METRICS[m].higher_is_better else '↓'}" for m in metrics]
 
 
-def mean_table(methods: Methods, means: Mapping, metrics: Sequence[str]) -> str:
-    """Markdown: one row per method, the best mean of each metric bold if several contend."""
-    contend = len(methods.keys() - {REFERENCE}) > 1
-    winners = {metric: best(means, metric) for metric in metrics} if contend else {}
+def mean_table(scores: MethodScores, means: Means, metrics: Sequence[str]) -> str:
+    """Markdown table of one row per method; the best mean of each metric is bold if there are several methods."""
+    several = len(scores.keys() - {REFERENCE}) > 1
+    best = {metric: best_method(means, metric) for metric in metrics} if several else {}
     rows = []
-    for label, values in methods.items():
-        cells = [_cell(m, means[label].get(m)) for m in metrics]
-        rows.append([label, str(len(values)), *(f"**{c}**" if winners.get(m) == label else c
-                                                for m, c in zip(metrics, cells, strict=True))])  # fmt: skip
-    return _table(["", "pictures", *_header(metrics)], rows)
+    for method, images in scores.items():
+        cells = [_cell(m, means[method].get(m)) for m in metrics]
+        marked = [f"**{c}**" if best.get(m) == method else c for m, c in zip(metrics, cells, strict=True)]
+        rows.append([method, str(len(images)), *marked])
+    return _table(["", "images", *_header(metrics)], rows)
 
 
-def picture_table(values: Values, metrics: Sequence[str]) -> str:
-    """Markdown: one row per picture."""
-    rows = [[name, *(_cell(m, row.get(m)) for m in metrics)] for name, row in values.items()]
-    return _table(["picture", *_header(metrics)], rows)
+def image_table(scores: ImageScores, metrics: Sequence[str]) -> str:
+    """Markdown table of one row per image."""
+    rows = [[name, *(_cell(m, row.get(m)) for m in metrics)] for name, row in scores.items()]
+    return _table(["image", *_header(metrics)], rows)
 
 
 def as_markdown(
-    methods: Methods, means: Mapping, metrics: Sequence[str], conditions: str, problems: Mapping[str, str]
+    scores: MethodScores, means: Means, metrics: Sequence[str], conditions: str, problems: Mapping[str, str]
 ) -> str:
-    """Means, the conditions they hold under, what went wrong, and a table of pictures per method."""
-    parts = [mean_table(methods, means, metrics), conditions]
+    """Convert to Markdown: means, definitions of the metrics, problems, and one table of images per method."""
+    parts = [mean_table(scores, means, metrics), conditions]
     if problems:
         lines = [f"- `{name}`: {text}" for name, text in problems.items()]
-        parts.append("\n".join([f"Not (fully) measured ({len(problems)}):", "", *lines]))
-    for label, values in methods.items():
-        parts += [f"## {label}", picture_table(values, metrics)]
+        parts.append("\n".join([f"Not or only partly measured ({len(problems)}):", "", *lines]))
+    for method, images in scores.items():
+        parts += [f"## {method}", image_table(images, metrics)]
     return "\n\n".join(parts) + "\n"
 
 
-def plot(means: Mapping[str, Mapping[str, float]], metrics: Sequence[str], path: Path) -> None:
-    """Fidelity against perception: one panel per perceptual metric, every method a labelled point, the best marked.
+def plot(means: Means, metrics: Sequence[str], path: Path) -> None:
+    """Plot fidelity against perception: one panel per perceptual metric, one labelled point per method.
 
-    Fidelity is PSNR if it was measured, else SSIM. Axes point so that better is right and up.
-    ValueError where there is nothing to plot, ImportError without matplotlib.
+    The x axis is PSNR if it was measured, else SSIM. Better values are right and up; the best of each axis is marked.
+    Raises ValueError if no method has finite values of both axes, ImportError without matplotlib.
     """
-    across = next((m for m in FIDELITY if m in metrics), None)
-    panels = {m: _points(means, across, m) for m in metrics if m not in FIDELITY}
+    x_metric = next((m for m in FIDELITY if m in metrics), None)
+    panels = {m: _points(means, x_metric, m) for m in metrics if m not in FIDELITY}
     panels = {m: points for m, points in panels.items() if points}
     if not panels:
         raise ValueError("a plot needs finite values of psnr or ssim and of at least one perceptual metric")
-    # The figure class alone: pyplot would look for a display and keep the figure alive.
+    # Not through pyplot, which looks for a display and keeps a reference to every figure.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(panels), 4.8), layout="constrained")
-    for axes, (up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.scatter(*zip(*points.values(), strict=True), zorder=2)
-        for metric, marker in ((across, ">"), (up, "^")):
-            winner = best(means, metric)
-            if winner in points:
-                axes.scatter(*points[winner], s=160, marker=marker, facecolors="none", edgecolors="tab:red",
-                             label=f"best {METRICS[metric].label}: {winner}", zorder=3)  # fmt: skip
-        axes.set_xlabel(_header([across])[0])
-        axes.set_ylabel(_header([up])[0])
-        if not METRICS[up].higher_is_better:
-            axes.invert_yaxis()
-        axes.margins(0.15)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.draw_without_rendering()  # settles where points lie on the page
+    for axes, (y_metric, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_panel(axes, means, x_metric, y_metric, points)
+    figure.draw_without_rendering()  # computes the layout, and with it the positions of the points on the page
     for axes, points in zip(figure.axes, panels.values(), strict=True):
         _label_points(axes, points)
     figure.savefig(path, dpi=120)
 
 
-def _points(means: Mapping[str, Mapping[str, float]], across: str | None, up: str) -> dict[str, tuple[float, float]]:
-    points = {label: (row[across], row[up]) for label, row in means.items() if across in row and up in row}
-    return {label: point for label, point in points.items() if all(map(math.isfinite, point))}
+def _points(means: Means, x_metric: str | None, y_metric: str) -> dict[str, tuple[float, float]]:
+    """{method: (x, y)} of the methods with finite values of both metrics."""
+    both = {method: (row[x_metric], row[y_metric]) for method, row in means.items() if {x_metric, y_metric} <= set(row)}
+    return {method: point for method, point in both.items() if all(map(math.isfinite, point))}
+
+
+def _draw_panel(
+    axes: Any, means: Means, x_metric: str, y_metric: str, points: Mapping[str, tuple[float, float]]
+) -> None:
+    axes.scatter(*zip(*points.values(), strict=True), zorder=2)
+    for metric, marker in ((x_metric, ">"), (y_metric, "^")):
+        best = best_method(means, metric)
+        if best in points:
+            axes.scatter(*points[best], s=160, marker=marker, facecolors="none", edgecolors="tab:red",
+                         label=f"best {METRICS[metric].label}: {best}", zorder=3)  # fmt: skip
+    axes.set_xlabel(_header([x_metric])[0])
+    axes.set_ylabel(_header([y_metric])[0])
+    if not METRICS[y_metric].higher_is_better:
+        axes.invert_yaxis()
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _label_points(axes: Any, points: Mapping[str, tuple[float, float]], width: float = 90, height: float = 11) -> None:
-    """Labels right above their points, pushed up until none covers another; sizes in typographic points."""
-    to_page = 72 / axes.figure.dpi
-    places = {label: axes.transData.transform(point) * to_page for label, point in points.items()}
-    taken = []
-    for label, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+    """Annotate points above and to the right, moved up until no label overlaps another; sizes in typographic points."""
+    points_per_pixel = 72 / axes.figure.dpi
+    positions = {label: axes.transData.transform(point) * points_per_pixel for label, point in points.items()}
+    placed = []
+    for label, (x, y) in sorted(positions.items(), key=lambda item: item[1][1]):
         top = y + 5
-        while blocking := [at for left, at in taken if abs(left - x) < width and abs(at - top) < height]:
+        while blocking := [other_y for other_x, other_y in placed
+                           if abs(other_x - x) < width and abs(other_y - top) < height]:  # fmt: skip
             top = max(blocking) + height + 1
-        taken.append((x, top))
+        placed.append((x, top))
         axes.annotate(label, points[label], textcoords="offset points", xytext=(8, top - y), fontsize=8,
                       arrowprops={"arrowstyle": "-", "color": "0.7", "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip

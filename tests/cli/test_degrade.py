@@ -1,4 +1,4 @@
-"""Fixed degraded evaluation sets: what is written, what it depends on, what goes wrong."""
+"""The command degrade: output files, reproducibility, failures."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def run(*arguments):
 
 
 def write(folder, sizes):
-    """Drawn pictures {name: (width, height)} as PNG files."""
+    """Write generated images {name: (width, height)} as PNG files; returns the folder."""
     folder.mkdir(exist_ok=True)
     for index, (name, (width, height)) in enumerate(sizes.items()):
         Image.fromarray(fake_source(9, 96)[index].image[:height, :width]).save(folder / f"{name}.png")
@@ -22,7 +22,7 @@ def write(folder, sizes):
 
 
 def contents(out):
-    """{path below out: bytes} of a set."""
+    """Files of an evaluation set: {relative path: bytes}."""
     return {file.relative_to(out).as_posix(): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
@@ -33,29 +33,29 @@ def photos(tmp_path):
 
 def test_lq_is_a_quarter_of_the_cropped_gt(photos, tmp_path, capsys):
     assert run("--gt", photos, "--out", tmp_path / "set") == 0
-    assert "3 pairs, 0 left out; seed 0" in capsys.readouterr().out
+    assert "3 pairs, 0 skipped; seed 0" in capsys.readouterr().out
     sizes = {"a": (64, 96), "b": (40, 64), "c": (8, 8)}
     for name, (height, width) in sizes.items():
         source, gt = (read_rgb8(folder / f"{name}.png") for folder in (photos, tmp_path / "set" / "gt"))
         np.testing.assert_array_equal(gt, source[:height, :width])
         with Image.open(tmp_path / "set" / "lq" / f"{name}.png") as lq:
             assert (lq.mode, lq.size) == ("RGB", (width // 4, height // 4))
-    # It shows the same picture, degraded.
+    # LQ has the content of GT and is degraded.
     lq, gt = (read_rgb8(tmp_path / "set" / side / "a.png").astype(float) for side in ("lq", "gt"))
     assert 1 < np.abs(gt.reshape(16, 4, 24, 4, 3).mean((1, 3)) - lq).mean() < 30
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["gt", "lq"]
 
 
-def test_evaluation_and_training_take_the_set(photos, tmp_path, capsys):
+def test_evaluation_and_training_read_the_set(photos, tmp_path, capsys):
     (photos / "c.png").unlink()
     run("--gt", photos, "--out", tmp_path / "set")
     lq, gt = (str(tmp_path / "set" / side) for side in ("lq", "gt"))
     assert evaluate.main(["--lq", lq, "--gt", gt, "--metrics", "psnr,ssim"]) == 0
     assert "| bicubic | 2 |" in capsys.readouterr().out
-    assert [record.lq.shape for record in pair_source(tmp_path / "set")] == [(64, 96, 3), (40, 64, 3)]
+    assert [pair.lq.shape for pair in pair_source(tmp_path / "set")] == [(64, 96, 3), (40, 64, 3)]
 
 
-def test_a_picture_depends_on_its_name_and_the_seed_alone(photos, tmp_path):
+def test_an_image_depends_only_on_its_name_and_the_seed(photos, tmp_path):
     for out in ("one", "again"):
         assert run("--gt", photos, "--out", tmp_path / out, "--seed", 3) == 0
     first = contents(tmp_path / "one")
@@ -72,18 +72,18 @@ def test_a_picture_depends_on_its_name_and_the_seed_alone(photos, tmp_path):
     assert contents(tmp_path / "other")["lq/a.png"] != first["lq/a.png"]
 
 
-def test_bad_pictures_are_named_and_left_out(photos, tmp_path, capsys):
-    (photos / "broken.png").write_bytes(b"no picture")
+def test_invalid_images_are_reported_and_skipped(photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes(b"not an image")
     write(photos, {"small": (96, 7)})
     assert run("--gt", photos, "--out", tmp_path / "set") == 1
     output = capsys.readouterr()
     assert "broken.png is not a picture" in output.err
     assert "small.png: cannot degrade float32 (4, 96, 3)" in output.err
-    assert "3 pairs, 2 left out" in output.out
+    assert "3 pairs, 2 skipped" in output.out
     assert {path.name for path in (tmp_path / "set" / "lq").iterdir()} == {"a.png", "b.png", "c.png"}
 
 
-def test_a_set_is_replaced_as_a_whole_and_only_on_request(photos, tmp_path, capsys):
+def test_an_existing_set_is_replaced_only_with_overwrite(photos, tmp_path, capsys):
     assert run("--gt", photos, "--out", tmp_path / "set") == 0
     before = contents(tmp_path / "set")
     (photos / "a.png").unlink()
@@ -97,15 +97,15 @@ def test_a_set_is_replaced_as_a_whole_and_only_on_request(photos, tmp_path, caps
 
 
 @pytest.mark.parametrize("failure", ["nothing to degrade", "full disk"])
-def test_a_failure_leaves_the_old_set_and_no_rest(photos, tmp_path, monkeypatch, capsys, failure):
+def test_a_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_path, monkeypatch, capsys, failure):
     run("--gt", photos, "--out", tmp_path / "set")
     before = contents(tmp_path / "set")
     write_picture = degrade.write_picture
 
-    def full_disk(path, picture):
+    def full_disk(path, image):
         if path.name == "b.png":
             raise OSError(28, "No space left on device")
-        return write_picture(path, picture)
+        return write_picture(path, image)
 
     if failure == "full disk":
         monkeypatch.setattr(degrade, "write_picture", full_disk)
@@ -117,10 +117,10 @@ def test_a_failure_leaves_the_old_set_and_no_rest(photos, tmp_path, monkeypatch,
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["gt", "lq"]
 
 
-def test_wrong_usage_is_explained(photos, tmp_path, capsys):
+def test_errors_of_wrong_usage(photos, tmp_path, capsys):
     run("--gt", photos, "--out", tmp_path / "set")
     for arguments, message in (
-        (("--gt", tmp_path / "set" / "gt", "--out", tmp_path / "set", "--overwrite"), "lies in"),
+        (("--gt", tmp_path / "set" / "gt", "--out", tmp_path / "set", "--overwrite"), "is inside"),
         (("--gt", photos, "--out", tmp_path / "other", "--seed", -1), "--seed -1"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -131,5 +131,5 @@ def test_wrong_usage_is_explained(photos, tmp_path, capsys):
     assert "neither a folder nor a file" in capsys.readouterr().err
     Image.open(photos / "a.png").save(photos / "a.jpg")
     assert run("--gt", photos, "--out", tmp_path / "other") == 1
-    assert "differ in the ending only would overwrite each other: a" in capsys.readouterr().err
+    assert "differ in the suffix only would overwrite each other: a" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -1,31 +1,28 @@
-"""The evaluation command: published figures end to end, pairing, failures, grids of scales, reports."""
+"""The command evaluate: published values end to end, failures, a model at several scales, reports."""
 
 import csv
-import functools
 import inspect
-import itertools
 import json
 import re
 import sys
 import types
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from conftest import golden, shared_data
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 from pisa_jax.cli import evaluate
+from pisa_jax.imaging.image_io import read_rgb8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
-from pisa_jax.inference import Upscaler
-from pisa_jax.metrics import niqe, psnr_ssim, registry, report
-from pisa_jax.metrics.pairing import pair_files
+from pisa_jax.inference import Session, Upscaler
+from pisa_jax.metrics import evaluation, niqe, psnr_ssim, registry, report
 
 
-def picture(seed, height=48, width=40):
-    """Smooth random colours, uint8."""
+def colors(seed, height=48, width=40):
+    """Smooth random colors, uint8 RGB."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -36,7 +33,7 @@ def noisy(image, seed, sigma=8):
 
 
 def write(folder, **images):
-    """Pictures as PNG files."""
+    """Write images as PNG files; returns the folder."""
     folder.mkdir(exist_ok=True)
     for name, image in images.items():
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -44,7 +41,7 @@ def write(folder, **images):
 
 
 def write_old(folder, *names):
-    """Files of an earlier run."""
+    """Write files of an earlier run."""
     folder.mkdir()
     for name in names:
         (folder / name).write_text("old")
@@ -53,8 +50,8 @@ def write_old(folder, *names):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two results with their ground truths."""
-    truths = {name: picture(seed) for seed, name in enumerate(("a", "b"))}
+    """Two results and their ground truths."""
+    truths = {name: colors(seed) for seed, name in enumerate(("a", "b"))}
     results = {name: noisy(image, 9) for name, image in truths.items()}
     return write(tmp_path / "sr", **results), write(tmp_path / "gt", **truths)
 
@@ -67,7 +64,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("benchmark", ["realsr", "drealsr"])
-def test_published_figures_from_the_command_line(tmp_path, benchmark, capsys):
+def test_published_values_from_the_command_line(tmp_path, benchmark, capsys):
     folder = shared_data(f"eval/published_metrics/{benchmark}")
     out = tmp_path / "out.json"
     assert run("--sr", folder / "SR", "--gt", folder / "HR", "--metrics", "psnr,ssim", "--json", out) == 0
@@ -87,14 +84,14 @@ def test_set5_bicubic_from_the_command_line(capsys):
     assert "| bicubic | 5 | 28.43 |" in capsys.readouterr().out
 
 
-def test_json_csv_and_markdown_say_the_same(tmp_path, folders):
+def test_json_csv_and_markdown_agree(tmp_path, folders):
     sr, gt = folders
     files = [tmp_path / name for name in ("o.json", "o.csv", "o.md")]
     assert run("--sr", sr, "--gt", gt, "--metrics", "PSNR,perceptual", "--color", "rgb",
                "--json", files[0], "--csv", files[1], "--markdown", files[2]) == 0  # fmt: skip
     result = json.loads(files[0].read_text())
     assert result.keys() == {"per_image", "mean", "settings"}
-    expected = {name: psnr_ssim.psnr(evaluate.read_rgb8(sr / name), evaluate.read_rgb8(gt / name), "rgb")
+    expected = {name: psnr_ssim.psnr(read_rgb8(sr / name), read_rgb8(gt / name), "rgb")
                 for name in ("a.png", "b.png")}  # fmt: skip
     assert {name: row["psnr"] for name, row in result["per_image"].items()} == pytest.approx(expected)
     assert result["mean"]["psnr"] == pytest.approx(sum(expected.values()) / 2)
@@ -108,8 +105,8 @@ def test_json_csv_and_markdown_say_the_same(tmp_path, folders):
     assert "PSNR of RGB, 0 pixels of border cropped" in text
 
 
-def test_single_files_belong_together_and_equal_ones_have_no_psnr_in_json(tmp_path):
-    sr, gt = write(tmp_path / "x", result=picture(0)), write(tmp_path / "y", truth=picture(0))
+def test_single_files_match_and_psnr_of_equal_images_is_null_in_json(tmp_path):
+    sr, gt = write(tmp_path / "x", result=colors(0)), write(tmp_path / "y", truth=colors(0))
     out = tmp_path / "o.json"
     assert run("--sr", sr / "result.png", "--gt", gt / "truth.png", "--metrics", "psnr,ssim", "--json", out) == 0
     row = json.loads(out.read_text())["per_image"]["result.png"]
@@ -117,28 +114,22 @@ def test_single_files_belong_together_and_equal_ones_have_no_psnr_in_json(tmp_pa
     assert row["ssim"] == pytest.approx(1)
 
 
-def test_many_workers_measure_what_one_does(tmp_path, folders):
-    items, _ = pair_files(*folders, None)
-    functions = registry.build(["psnr", "ssim", "perceptual"])
-    assert evaluate.evaluate(items, functions, workers=2) == evaluate.evaluate(items, functions, workers=1)
-
-
-def test_results_without_ground_truth_get_niqe(tmp_path, capsys):
-    sr = write(tmp_path / "sr", a=noisy(picture(0, 192, 192), 1), small=picture(1))
+def test_results_without_ground_truth_are_measured_by_niqe(tmp_path, capsys):
+    sr = write(tmp_path / "sr", a=noisy(colors(0, 192, 192), 1), small=colors(1))
     assert run("--sr", sr) == 1
     output = capsys.readouterr()
-    assert f"{niqe.niqe(evaluate.read_rgb8(sr / 'a.png')):.3f}" in output.out
+    assert f"{niqe.niqe(read_rgb8(sr / 'a.png')):.3f}" in output.out
     assert "small.png: sr: niqe: NIQE needs two blocks" in output.err
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
 
 
-def test_missing_unreadable_and_mismatched_files_are_named_and_the_rest_is_measured(tmp_path, folders, capsys):
+def test_missing_unreadable_and_mismatched_files_are_reported_and_the_others_measured(tmp_path, folders, capsys):
     sr, gt = folders
-    write(sr, lonely=picture(2), other_size=picture(3))
-    write(gt, other_size=picture(3, 64, 40), broken=picture(4), waiting=picture(5))
-    (sr / "broken.png").write_bytes(b"no picture")
+    write(sr, lonely=colors(2), other_size=colors(3))
+    write(gt, other_size=colors(3, 64, 40), broken=colors(4), waiting=colors(5))
+    (sr / "broken.png").write_bytes(b"not an image")
     out = tmp_path / "o.json"
     assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,ssim", "--json", out) == 1
     output, result = capsys.readouterr(), json.loads(out.read_text())
@@ -147,15 +138,15 @@ def test_missing_unreadable_and_mismatched_files_are_named_and_the_rest_is_measu
     assert "no file of that name" in result["problems"]["lonely.png"]
     assert "the result is 40x48 and the ground truth 40x64" in result["problems"]["other_size.png"]
     assert "broken.png" in result["problems"]["broken.png"]
-    assert "no picture belongs" in result["problems"]["gt/waiting.png"]
+    assert "no image matches" in result["problems"]["gt/waiting.png"]
     assert "4 with problems" in output.err
     for name in result["problems"]:
         assert name in output.err
 
 
-def test_nothing_to_measure_is_a_failure(tmp_path, folders, capsys):
+def test_nothing_to_measure_is_an_error(tmp_path, folders, capsys):
     sr, _ = folders
-    gt = write(tmp_path / "elsewhere", c=picture(0))
+    gt = write(tmp_path / "elsewhere", c=colors(0))
     assert run("--sr", sr, "--gt", gt) == 1
     assert run("--sr", sr, "--gt", tmp_path / "nowhere") == 1
     assert "neither a folder nor a file" in capsys.readouterr().err
@@ -168,12 +159,12 @@ def test_nothing_to_measure_is_a_failure(tmp_path, folders, capsys):
     ("arguments", "message"),
     [
         ("", "give --sr"),
-        ("--sr . --metrics psnr", "psnr compare with ground truths: give --gt"),
+        ("--sr . --metrics psnr", "ground truths are missing for psnr: give --gt"),
         ("--sr . --gt . --metrics pnsr", "unknown metric 'pnsr'.*did you mean 'psnr'"),
-        ("--sr . --gt . --metrics LPIPS", "lpips-alex needs the weights of its backbone: --lpips-alex FILE"),
+        ("--sr . --gt . --metrics LPIPS", "lpips-alex needs the weights of its network: --lpips-alex FILE"),
         ("--sr . --gt . --metrics lpips-vgg", "--lpips-vgg FILE"),
         ("--sr . --gt . --metrics ,", "--metrics is empty"),
-        ("--sr . --model m", "--model makes the results from --lq"),
+        ("--sr . --model m", "--model computes the results from --lq"),
         ("--lq . --adapters a", "--adapters and --scales need --model"),
         ("--lq . --scales 1,0", "--adapters and --scales need --model"),
         ("--lq . --gt . --metrics fid", "fid compares two folders"),
@@ -185,14 +176,14 @@ def test_nothing_to_measure_is_a_failure(tmp_path, folders, capsys):
         ("--sr . --gt . --sheet s", "--sheet s cannot be written: use a name ending in one of .png .jpg"),
     ],
 )
-def test_wrong_usage_says_what_is_wrong_and_exits_with_2(arguments, message, capsys):
+def test_wrong_usage_exits_with_2_and_the_reason(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments.split())
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_no_matplotlib_is_told_before_measuring(monkeypatch, folders, capsys):
+def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, folders, capsys):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         run("--sr", folders[0], "--gt", folders[1], "--plot", "p.png")
@@ -200,7 +191,7 @@ def test_no_matplotlib_is_told_before_measuring(monkeypatch, folders, capsys):
     assert "pip install -e '.[plot]'" in capsys.readouterr().err
 
 
-def test_reports_that_cannot_be_written_leave_what_was_there(tmp_path, folders, monkeypatch, capsys):
+def test_reports_that_cannot_be_written_leave_old_files_unchanged(tmp_path, folders, monkeypatch, capsys):
     sr, gt = folders
     out, plot = write_old(tmp_path / "reports", "o.json", "p.png")
 
@@ -218,66 +209,26 @@ def test_reports_that_cannot_be_written_leave_what_was_there(tmp_path, folders, 
     assert sorted(path.name for path in out.parent.iterdir()) == ["o.json", "p.png"]
 
 
-def test_lpips_is_the_published_one_under_its_precise_name():
+def test_lpips_means_lpips_alex():
     names = evaluate.choose_metrics(evaluate.parser().parse_args(["--metrics", "LPIPS, psnr,lpips-alex"]))
     assert names == ["lpips-alex", "psnr"]
 
 
-def test_nothing_to_plot_is_told(tmp_path, folders, capsys):
+def test_nothing_to_plot_is_an_error(tmp_path, folders, capsys):
     sr, gt = folders  # too small for NIQE
     assert run("--sr", sr, "--gt", gt, "--metrics", "psnr,niqe", "--plot", tmp_path / "p.png") == 1
     assert "a plot needs finite values of psnr or ssim" in capsys.readouterr().err
     assert not (tmp_path / "p.png").exists()
 
 
-# --- pairing ----------------------------------------------------------------------------------------------------------
-
-
-def test_pairs_by_stem_then_without_marks(tmp_path):
-    dot = np.zeros((4, 4, 3), np.uint8)
-    sr = write(tmp_path / "sr", **{"0801x4": dot, "0802_SR": dot, "0803": dot, "img_1": dot, "img_10": dot})
-    gt = write(tmp_path / "gt", **{"0801": dot, "0802_HR": dot, "0803": dot, "img_1": dot, "img_10": dot})
-    lq = write(tmp_path / "lq", **{"0801x4": dot, "0802_LR4": dot, "0803x4": dot, "img_1": dot, "img_10": dot})
-    items, problems = pair_files(sr, gt, lq)
-    assert problems == {}
-    assert {i.name: (i.gt.stem, i.lq.stem) for i in items} == {
-        "0801x4.png": ("0801", "0801x4"),
-        "0802_SR.png": ("0802_HR", "0802_LR4"),
-        "0803.png": ("0803", "0803x4"),
-        "img_1.png": ("img_1", "img_1"),
-        "img_10.png": ("img_10", "img_10"),
-    }
-
-
-def test_equal_file_names_belong_together_whatever_else_is_there(tmp_path):
-    dot = np.zeros((4, 4, 3), np.uint8)
-    sr, gt = write(tmp_path / "sr", a=dot), write(tmp_path / "gt", a=dot)
-    for folder in (sr, gt):
-        Image.fromarray(dot).save(folder / "a.tiff")
-    items, problems = pair_files(sr, gt, None)
-    assert problems == {}
-    assert {item.name: item.gt.name for item in items} == {"a.png": "a.png", "a.tiff": "a.tiff"}
-
-
-def test_doubtful_pairs_are_not_guessed(tmp_path):
-    dot = np.zeros((4, 4, 3), np.uint8)
-    sr = write(tmp_path / "sr", **{"a_x2": dot, "a_x4": dot, "b_SR": dot})
-    gt = write(tmp_path / "gt", **{"a": dot, "b_HR": dot, "b_GT": dot})
-    items, problems = pair_files(sr, gt, None)
-    assert items == []
-    assert problems.keys() == {"a_x2.png", "a_x4.png", "b_SR.png"}
-    assert "a.png belongs to several pictures" in problems["a_x2.png"]
-    assert "several files match: b_GT.png, b_HR.png" in problems["b_SR.png"]
-
-
-# --- a model over a grid of scales ------------------------------------------------------------------------------------
+# --- a model at several scales ---------------------------------------------------------------------------------------
 
 GRID = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]
 
 
 @pytest.fixture
 def model(monkeypatch, tmp_path):
-    """A stand-in for the model (noise that pix removes, sharpening that sem adds), and --lq / --gt folders for it."""
+    """Calls of a stand-in for the model (pix removes noise, sem sharpens), and its --lq and --gt folders."""
     calls = []
 
     def load(args):
@@ -291,7 +242,7 @@ def model(monkeypatch, tmp_path):
         return upscale
 
     monkeypatch.setattr(evaluate, "load_upscale", load)
-    truths = {name: picture(seed, 192, 192) for seed, name in enumerate(("a", "b"))}
+    truths = {name: colors(seed, 192, 192) for seed, name in enumerate(("a", "b"))}
     small = {name: matlab_bicubic(image, 0.25) for name, image in truths.items()}
     return calls, write(tmp_path / "lq", **small), write(tmp_path / "gt", **truths)
 
@@ -304,7 +255,7 @@ def test_grid_of_scales_table_plot_and_sheet(model, tmp_path, capsys):
                "--plot", plot, "--sheet", sheet, "--sheet-of", "b.png") == 0  # fmt: skip
     assert calls == [((48, 48, 3), GRID), ((48, 48, 3), GRID)]
     result = json.loads(out.read_text())
-    labels = [*map(evaluate.label_of, GRID), "bicubic"]
+    labels = [*map(evaluation.scales_label, GRID), "bicubic"]
     assert list(result["methods"]) == labels
     assert result["per_image"] == result["methods"]["pix 0 sem 0"]["per_image"]
     assert result["settings"]["scales"] == [list(pair) for pair in GRID]
@@ -312,21 +263,21 @@ def test_grid_of_scales_table_plot_and_sheet(model, tmp_path, capsys):
     assert means["pix 1 sem 0"]["psnr"] > means["pix 0 sem 0"]["psnr"] + 1
     table = capsys.readouterr().out
     for metric, digits in (("psnr", 2), ("perceptual", 4), ("niqe", 3)):
-        assert f"**{means[report.best(means, metric)][metric]:.{digits}f}**" in table
+        assert f"**{means[report.best_method(means, metric)][metric]:.{digits}f}**" in table
 
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
-    # two columns (sem 0, 1), two rows of pairs, then bicubic and ground truth
-    tiles = Image.open(sheet)
-    assert tiles.size == (2 * (192 + 8) + 8, 3 * (192 + 34) + 8)
+    # Two columns (sem 0 and 1), two rows of scales, then bicubic and ground truth.
+    cells = Image.open(sheet)
+    assert cells.size == (2 * (192 + 8) + 8, 3 * (192 + 34) + 8)
     truth = np.asarray(Image.open(gt / "b.png"))
-    corner = np.asarray(tiles)[2 * 226 + 8 + 26 :, 200 + 8 :][:192, :192]
+    corner = np.asarray(cells)[2 * 226 + 8 + 26 :, 200 + 8 :][:192, :192]
     np.testing.assert_array_equal(corner, truth)
 
 
-def test_a_picture_the_model_cannot_do_does_not_stop_the_others(model, monkeypatch, tmp_path, capsys):
+def test_an_image_that_the_model_cannot_upscale_does_not_stop_the_others(model, monkeypatch, tmp_path, capsys):
     _, lq, gt = model
-    write(lq, c=picture(7, 8, 8))
-    write(gt, c=picture(7, 32, 32))
+    write(lq, c=colors(7, 8, 8))
+    write(gt, c=colors(7, 32, 32))
     load = evaluate.load_upscale
 
     def fragile(args):
@@ -346,39 +297,30 @@ def test_a_picture_the_model_cannot_do_does_not_stop_the_others(model, monkeypat
     assert "| pix 1 sem 1 | 2 |" in output.out
 
 
-def test_the_projects_model_is_driven_by_its_flags(monkeypatch, tmp_path):
-    """Calls are checked against the real signatures; `many` is one of an object, hence the partial."""
-    real = {"load": inspect.signature(Upscaler.load), "many": inspect.signature(functools.partial(Upscaler.many, None))}
-    calls = {}
+def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
+    """Stand-ins check the calls against the real signatures."""
+    upscaler, session = (mock.create_autospec(kind, instance=True) for kind in (Upscaler, Session))
+    monkeypatch.setattr(Upscaler, "load", mock.create_autospec(Upscaler.load, return_value=upscaler))
+    upscaler.open.return_value = session
+    session.render.return_value = colors(0)
 
-    def record(name, answer):
-        def call(*arguments, **options):
-            calls[name] = real[name].bind(*arguments, **options).arguments
-            return answer(calls[name])
+    def arguments(function):
+        return inspect.signature(function).bind(*function.call_args.args, **function.call_args.kwargs).arguments
 
-        return call
-
-    upscaler = types.SimpleNamespace(many=record("many", lambda call: [call["image"] for _ in call["pairs"]]))
-    monkeypatch.setattr(Upscaler, "load", record("load", lambda call: upscaler))
-    lq = write(tmp_path / "lq", a=picture(0))
+    lq = write(tmp_path / "lq", a=colors(0))
     assert run("--model", "folder", "--adapters", "a.pkl", "--lq", lq, "--gt", lq, "--metrics", "psnr", "-s", 1,
                "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32") == 0  # fmt: skip
-    assert {key: calls["load"][key] for key in ("model", "adapters", "dtype")} == {
-        "model": "folder",
-        "adapters": "a.pkl",
-        "dtype": "float32",
-    }
-    assert {key: calls["many"][key] for key in ("scale", "pairs", "seed")} == {
-        "scale": 1.0,
-        "pairs": [(0.5, 0.5), (1.0, 0.7)],
-        "seed": 3,
-    }
+    loaded = {"model": "folder", "adapters": "a.pkl", "dtype": "float32"}
+    assert loaded.items() <= arguments(Upscaler.load).items()
+    opened = arguments(upscaler.open)
+    assert (opened["scale"], opened["seed"], opened["adjustable"]) == (1.0, 3, True)
+    assert session.render.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]
 
 
 @pytest.mark.slow
 def test_the_fixture_model_end_to_end(tmp_path):
-    lq = write(tmp_path / "lq", a=picture(0, 128, 128))
-    gt = write(tmp_path / "gt", a=matlab_bicubic(picture(0, 128, 128), 2))
+    lq = write(tmp_path / "lq", a=colors(0, 128, 128))
+    gt = write(tmp_path / "gt", a=matlab_bicubic(colors(0, 128, 128), 2))
     out = tmp_path / "o.json"
     assert run("--model", golden("sd_tiny"), "--adapters", golden("pisa_sr.pkl"), "--lq", lq, "--gt", gt, "-s", 2,
                "--scales", "0", "1", "--dtype", "float32", "--json", out) == 0  # fmt: skip
@@ -390,7 +332,7 @@ def test_the_fixture_model_end_to_end(tmp_path):
 # --- pyiqa ------------------------------------------------------------------------------------------------------------
 
 
-def test_pyiqa_metrics_ask_for_the_extra(folders, monkeypatch, capsys):
+def test_pyiqa_metrics_without_pyiqa_name_the_extra(folders, monkeypatch, capsys):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     assert run("--sr", folders[0], "--gt", folders[1], "--metrics", "psnr,dists,musiq") == 1
     message = capsys.readouterr().err
@@ -398,13 +340,13 @@ def test_pyiqa_metrics_ask_for_the_extra(folders, monkeypatch, capsys):
     assert "pip install -e '.[metrics]'" in message
 
 
-def test_pyiqa_metrics_get_what_they_expect(folders, monkeypatch, tmp_path):
-    """pyiqa is replaced by a stand-in that records the calls."""
+def test_pyiqa_metrics_are_called_with_images_or_folders(folders, monkeypatch, tmp_path):
+    """A stand-in for pyiqa records the calls."""
     pyiqa, calls = types.ModuleType("pyiqa"), []
 
     def create_metric(name):
-        def metric(*pictures):
-            calls.append((name, pictures))
+        def metric(*images):
+            calls.append((name, images))
             return 0.25
 
         return metric
@@ -422,13 +364,13 @@ def test_pyiqa_metrics_get_what_they_expect(folders, monkeypatch, tmp_path):
     assert [len(by_name[name]) for name in ("dists", "musiq", "maniqa-pipal")] == [2, 1, 1]
     for given, folder in zip(by_name["dists"], folders, strict=True):
         assert isinstance(given, Image.Image)
-        np.testing.assert_array_equal(np.asarray(given), evaluate.read_rgb8(folder / "a.png"))
+        np.testing.assert_array_equal(np.asarray(given), read_rgb8(folder / "a.png"))
     result = json.loads(out.read_text())
     assert result["mean"] == {"dists": 0.25, "musiq": 0.25, "maniqa-pipal": 0.25, "fid": 0.25}
     assert "fid" not in result["per_image"]["a.png"]
 
 
-def test_a_metric_of_another_package_that_fails_costs_only_its_own_values(folders, monkeypatch, tmp_path, capsys):
+def test_a_failing_external_metric_does_not_affect_other_values(folders, monkeypatch, tmp_path, capsys):
     def broken(sr, gt):
         raise AssertionError("weights could not be downloaded")
 
@@ -442,45 +384,3 @@ def test_a_metric_of_another_package_that_fails_costs_only_its_own_values(folder
     assert result["problems"]["a.png"] == "sr: dists: weights could not be downloaded"
     assert result["problems"][str(folders[0])] == "fid: weights could not be downloaded"
     assert "3 with problems" in capsys.readouterr().err
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def test_pictures_are_read_as_8_bit_rgb_without_change(tmp_path):
-    image = picture(0)
-    Image.fromarray(np.concatenate([image, image[..., :1]], axis=2)).save(tmp_path / "alpha.png")
-    Image.fromarray(image[..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(evaluate.read_rgb8(tmp_path / "alpha.png"), image)
-    np.testing.assert_array_equal(evaluate.read_rgb8(tmp_path / "grey.png"), np.repeat(image[..., :1], 3, axis=2))
-
-
-def test_best_knows_which_way_is_up():
-    means = {"x": {"psnr": 30.0, "niqe": 5.0}, "y": {"psnr": 29.0, "niqe": 4.0}, "z": {}}
-    assert report.best(means, "psnr") == "x"
-    assert report.best(means, "niqe") == "y"
-    assert report.best(means, "musiq") is None
-
-
-def test_bicubic_does_not_contend():
-    methods = {"x": {"a": {"psnr": 30.0}}, "y": {"a": {"psnr": 29.0}}, "bicubic": {"a": {"psnr": 31.0}}}
-    means = report.means_of(methods, {})
-    assert report.best(means, "psnr") == "x"
-    table = report.mean_table(methods, means, ["psnr"])
-    assert "| **30.00** |" in table
-    assert "| 31.00 |" in table
-    del methods["x"]  # the one that is left wins nothing
-    assert "**" not in report.mean_table(methods, means, ["psnr"])
-
-
-def test_labels_of_a_plot_do_not_cover_each_other():
-    figure = Figure(figsize=(5, 4))
-    axes = figure.subplots()
-    axes.set(xlim=(10, 30), ylim=(0, 10))
-    points = {f"pix {i} sem {j}": (12 + 0.1 * i, 5 + 0.1 * j) for i in range(3) for j in range(3)}
-    report._label_points(axes, points)
-    figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
-    assert [text.xy for text in axes.texts] == [points[text.get_text()] for text in axes.texts]
-    assert len(boxes) == 9
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -1,4 +1,4 @@
-"""Packing folders into tfds data sets without TensorFlow, and reading them back."""
+"""The command prepare: tfds data sets written and read without TensorFlow."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ from pisa_jax.data.tfds import tfds_source
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of six JPEG files, and one palette PNG, which tfds' own decoder would get wrong."""
+def photos(tmp_path):
+    """A folder of six JPEG files and a palette PNG, which the decoder of tfds does not convert to RGB."""
     folder = tmp_path / "My Photos"
     (folder / "sub").mkdir(parents=True)
     for index in range(6):
@@ -31,30 +31,30 @@ def run(*arguments):
 
 
 def by_path(source):
-    return {record.path: record for record in source}
+    return {item.path: item for item in source}
 
 
-def test_a_packed_folder_reads_back_the_same(pictures, tmp_path, capsys):
-    assert run(pictures, "--out", tmp_path / "sets") == 0
-    assert "7 pictures, 0 left out" in capsys.readouterr().out
-    packed, original = by_path(tfds_source(tmp_path / "sets" / "my_photos")), by_path(folder_source(pictures))
+def test_a_packed_folder_has_the_images_of_the_folder(photos, tmp_path, capsys):
+    assert run(photos, "--out", tmp_path / "sets") == 0
+    assert "7 images, 0 skipped" in capsys.readouterr().out
+    packed, original = by_path(tfds_source(tmp_path / "sets" / "my_photos")), by_path(folder_source(photos))
     assert packed.keys() == original.keys()
-    for path, record in original.items():
-        np.testing.assert_array_equal(packed[path].image, record.image)
+    for path, item in original.items():
+        np.testing.assert_array_equal(packed[path].image, item.image)
         assert packed[path].lq is None
     assert [entry.name for entry in (tmp_path / "sets").iterdir()] == ["my_photos"]
 
 
-def test_the_files_are_stored_unchanged(pictures, tmp_path):
-    run(pictures, "--out", tmp_path / "sets", "--name", "set")
+def test_files_are_stored_unchanged(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
     folder = tmp_path / "sets" / "set" / "1.0.0"
     raw = tfds.builder_from_directory(folder).as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
     assert {example["path"].decode(): example["image"] for example in raw} == {
-        name: (pictures / name).read_bytes() for name in folder_source(pictures).names
+        name: (photos / name).read_bytes() for name in folder_source(photos).names
     }
 
 
-def test_pairs_read_back_as_pairs(tmp_path):
+def test_packed_pairs_are_pairs(tmp_path):
     rng = np.random.default_rng(0)
     expected = {}
     for side, size in (("gt", 32), ("lq", 8)):
@@ -67,57 +67,57 @@ def test_pairs_read_back_as_pairs(tmp_path):
     assert source.paired
     assert len(source) == 3
     for index in range(3):
-        record = by_path(source)[f"gt/{index}.png"]
-        np.testing.assert_array_equal(record.image, expected["gt", index])
-        enlarged = Image.fromarray(expected["lq", index]).resize((32, 32), Image.BICUBIC)
-        np.testing.assert_array_equal(record.lq, np.asarray(enlarged))
+        pair = by_path(source)[f"gt/{index}.png"]
+        np.testing.assert_array_equal(pair.image, expected["gt", index])
+        upscaled = Image.fromarray(expected["lq", index]).resize((32, 32), Image.BICUBIC)
+        np.testing.assert_array_equal(pair.lq, np.asarray(upscaled))
 
 
-def test_the_loader_trains_from_a_packed_set_also_in_another_process(pictures, tmp_path):
-    run(pictures, "--out", tmp_path / "sets", "--name", "set")
+def test_the_loader_reads_a_packed_set_also_in_another_process(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
     source = tfds_source(tmp_path / "sets")
-    source[0]  # an open reader must not hinder sending the source to a worker
+    source[0]  # opens the reader, which must not prevent pickling
     np.testing.assert_array_equal(cloudpickle.loads(cloudpickle.dumps(source))[3].image, source[3].image)
     loader = make_loader(source, batch_size=7, crop=16, seed=0, degrade=lambda gt, rng: gt, prompts={"0.jpg": "a ball"})
     batch = next(loader)
-    assert sorted(batch["path"]) == sorted(folder_source(pictures).names)
+    assert sorted(batch["path"]) == sorted(folder_source(photos).names)
     assert batch["prompt"][batch["path"].tolist().index("0.jpg")] == "a ball"
 
 
-def test_bad_pictures_are_named_and_left_out(pictures, tmp_path, capsys):
-    (pictures / "3.jpg").write_bytes((pictures / "3.jpg").read_bytes()[:400])
-    assert run(pictures, "--out", tmp_path, "--name", "set") == 1
+def test_unreadable_images_are_reported_and_skipped(photos, tmp_path, capsys):
+    (photos / "3.jpg").write_bytes((photos / "3.jpg").read_bytes()[:400])
+    assert run(photos, "--out", tmp_path, "--name", "set") == 1
     captured = capsys.readouterr()
-    assert "6 pictures, 1 left out" in captured.out
-    assert [line for line in captured.err.splitlines() if "left out" in line and "3.jpg" in line]
+    assert "6 images, 1 skipped" in captured.out
+    assert [line for line in captured.err.splitlines() if "skipped" in line and "3.jpg" in line]
     assert len(tfds_source(tmp_path / "set")) == 6
 
 
-def test_a_folder_of_bad_pictures_writes_nothing(tmp_path, capsys):
+def test_a_folder_without_readable_images_writes_nothing(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"nothing")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == 1
-    assert "none of the 1 pictures" in capsys.readouterr().err
+    assert "none of the 1 images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_set_is_kept_unless_told_to_overwrite(pictures, tmp_path, capsys):
+def test_an_existing_set_is_replaced_only_with_overwrite(photos, tmp_path, capsys):
     options = ("--out", tmp_path / "sets", "--name", "set")
-    assert run(pictures, *options) == 0
-    (pictures / "0.jpg").unlink()
+    assert run(photos, *options) == 0
+    (photos / "0.jpg").unlink()
     with pytest.raises(SystemExit) as error:
-        run(pictures, *options)
+        run(photos, *options)
     assert error.value.code == 2
     assert "--overwrite" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
-    assert run(pictures, *options, "--overwrite") == 0
+    assert run(photos, *options, "--overwrite") == 0
     assert len(tfds_source(tmp_path / "sets")) == 6
     assert [entry.name for entry in (tmp_path / "sets").iterdir()] == ["set"]
 
 
-def test_a_failure_while_writing_leaves_the_old_set_and_no_rest(pictures, tmp_path, monkeypatch, capsys):
+def test_a_write_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_path, monkeypatch, capsys):
     options = ("--out", tmp_path / "sets", "--name", "set")
-    run(pictures, *options)
+    run(photos, *options)
 
     def full_disk(source, indices):
         yield from list(original(source, indices))[:2]
@@ -125,41 +125,41 @@ def test_a_failure_while_writing_leaves_the_old_set_and_no_rest(pictures, tmp_pa
 
     original = prepare.read_examples
     monkeypatch.setattr(prepare, "read_examples", full_disk)
-    assert run(pictures, *options, "--overwrite") == 1
+    assert run(photos, *options, "--overwrite") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
     assert [entry.name for entry in (tmp_path / "sets").iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("option", ["--name=2nd", "--name=a-b", "--split=a/b"])
-def test_names_that_tfds_cannot_hold_are_refused(pictures, tmp_path, option, capsys):
+def test_names_that_tfds_does_not_allow_are_errors(photos, tmp_path, option, capsys):
     with pytest.raises(SystemExit):
-        run(pictures, "--out", tmp_path, option)
+        run(photos, "--out", tmp_path, option)
     assert "use letters, digits and _" in capsys.readouterr().err
 
 
-def test_wrong_folders_and_splits_are_explained(pictures, tmp_path):
+def test_errors_of_wrong_folders_and_splits(photos, tmp_path):
     for name in ("one", "two"):
-        run(pictures, "--out", tmp_path / "sets", "--name", name)
-    with pytest.raises(ValueError, match="holds 2 data sets"):
+        run(photos, "--out", tmp_path / "sets", "--name", name)
+    with pytest.raises(ValueError, match="has 2 data sets"):
         tfds_source(tmp_path / "sets")
     with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):
         tfds_source(tmp_path / "sets" / "one", "test")
     with pytest.raises(ValueError, match=r"no dataset_info\.json"):
-        tfds_source(pictures)
+        tfds_source(photos)
     with pytest.raises(ValueError, match="neither a folder nor"):
         tfds_source("no_such_set")
 
 
-def test_neither_packing_nor_reading_imports_tensorflow(pictures, tmp_path):
+def test_neither_packing_nor_reading_imports_tensorflow(photos, tmp_path):
     program = f"""
 import sys
 from pisa_jax.cli.prepare import main
-assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules  # --help is fast
-assert main([{str(pictures)!r}, "--out", {str(tmp_path / "sets")!r}]) == 0
+assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules  # `--help` stays fast
+assert main([{str(photos)!r}, "--out", {str(tmp_path / "sets")!r}]) == 0
 from pisa_jax.data.tfds import tfds_source
 tfds_source({str(tmp_path / "sets")!r})[0]
 print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "torch")])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,4 @@
-"""The degradation against what the original program recorded: kernels, operations, whole traces, statistics."""
+"""The degradation against recordings of the original program: kernels, operations, traces, statistics."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from conftest import golden
 from pisa_jax.data import degradation
 from pisa_jax.data.blur_kernels import filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
 from pisa_jax.data.degradation import (
-    MODES,
     PISA_SR,
+    RESIZE_MODES,
     DegradationParams,
     degrade,
-    degrade_and_reduce,
+    degrade_and_downscale,
     gaussian_noise,
     jpeg,
     poisson_noise,
@@ -35,12 +35,12 @@ def records(name):
 
 
 def hwc(array):
-    """Recorded (1, 3, h, w), bytes or floats, as an image."""
+    """Convert a recorded array (1, 3, h, w) of bytes or floats to an image."""
     image = np.ascontiguousarray(array[0].transpose(1, 2, 0))
     return image / np.float32(255) if image.dtype == np.uint8 else image
 
 
-def picture():
+def photograph():
     bgr = cv2.imread(str(golden("degr/stats_gt.png")))
     return np.ascontiguousarray(bgr[..., ::-1]) / np.float32(255)
 
@@ -49,12 +49,12 @@ def picture():
 
 
 def recorded_kernel(entry):
-    """The kernel that our formulas give for a recorded entry."""
+    """The kernel that this package computes for a recorded entry."""
     kind, size = entry["kind"], entry["size"]
     if kind == "sinc":
         return sinc_kernel(size, entry["omega"])
     if kind == "random_mixed":
-        # The order in which the original draws.
+        # The order of the draws of the original program.
         rng, kind = np.random.RandomState(entry["numpy_seed"]), entry["type"]
         sigma_x = sigma_y = rng.uniform(*entry["sigma"])
         theta, beta = 0.0, 1.0
@@ -88,7 +88,7 @@ def second_moment(kernel):
 def assert_same_distribution(ours, theirs, name):
     error = np.hypot(ours.std() / len(ours) ** 0.5, theirs.std() / len(theirs) ** 0.5)
     assert abs(ours.mean() - theirs.mean()) < 4 * error, f"{name}: mean {ours.mean()}, recorded {theirs.mean()}"
-    # The largest gap between the two distribution functions, so every quantile at once.
+    # The largest difference between the two distribution functions: tests all quantiles at once.
     assert scipy.stats.ks_2samp(ours, theirs).pvalue > 1e-4, name
 
 
@@ -114,7 +114,7 @@ def test_last_sinc_filter_is_distributed_as_recorded(monkeypatch):
         degrade(gt, rng, params)
     absent = 1500 - len(drawn)
     centers = np.array([k.max() for k in drawn] + [1.0] * absent)
-    assert_same_distribution(centers, columns["sinc_center"], "sinc centre")
+    assert_same_distribution(centers, columns["sinc_center"], "sinc center")
 
 
 # Operations
@@ -132,7 +132,7 @@ def test_filter2d_is_a_correlation_within_its_tolerance(shape):
     rng = np.random.default_rng(2)
     image = rng.random((*shape, 3), np.float32)
     kernels = [random_kernel(rng, PISA_SR.first.blur_sigma) for _ in range(60)]
-    # Neither symmetric nor small: nothing may be folded or dropped.
+    # Neither symmetric nor with small taps: no simplification is allowed.
     kernels += [rng.random((21, 21)) / 220, np.outer(rng.random(9), rng.random(9)) / 20, np.eye(19)[::-1] / 19]
     for kernel in kernels:
         expected = scipy.ndimage.correlate(image.astype(np.float64), kernel[..., None], mode="mirror")
@@ -140,8 +140,10 @@ def test_filter2d_is_a_correlation_within_its_tolerance(shape):
 
 
 def recorded_resizes():
-    factors = [f"{mode}_sf{f}" for mode in MODES for f in ("0p37", "0p5", "0p83", "1", "1p29", "1p5")]
-    return factors + [f"{mode}_size{s}" for mode in MODES for s in ("12x16", "13x15", "48x64", "96x128", "61x50")]
+    factors = [f"{mode}_sf{f}" for mode in RESIZE_MODES for f in ("0p37", "0p5", "0p83", "1", "1p29", "1p5")]
+    return factors + [
+        f"{mode}_size{s}" for mode in RESIZE_MODES for s in ("12x16", "13x15", "48x64", "96x128", "61x50")
+    ]
 
 
 @pytest.mark.parametrize("name", recorded_resizes())
@@ -152,7 +154,7 @@ def test_resize_matches_the_recorded_ones(name):
     np.testing.assert_allclose(resize(hwc(ops["img"]), size, mode), hwc(ops[f"resize_{name}"]), atol=1e-5)
 
 
-def test_resize_names_an_unknown_mode():
+def test_an_unknown_resize_mode_raises_an_error():
     with pytest.raises(ValueError, match=r"lanczos.*area, bilinear, bicubic"):
         resize(np.zeros((8, 8, 3), np.float32), 2.0, "lanczos")
 
@@ -175,7 +177,7 @@ def test_jpeg_of_quality_100_keeps_a_gray_image():
 @pytest.mark.parametrize("gray", [False, True])
 def test_noise_has_the_recorded_moments(gray):
     moments, image, rng = records("noise_moments"), hwc(arrays("ops")["img"]), np.random.default_rng(4)
-    # Pixels whose noise never reaches the ends of the range.
+    # Pixels whose noise is never clipped.
     inside = (image.min(2) > 0.3) & (image.max(2) < 0.7)
     for name, add in (("gaussian", gaussian_noise), ("poisson", poisson_noise)):
         expected = moments[f"{name}_gray{int(gray)}"]
@@ -188,7 +190,7 @@ def test_noise_has_the_recorded_moments(gray):
         if name == "gaussian":
             assert noise.std() == pytest.approx(expected["std"], rel=0.01)
         else:
-            # The variance is strength^2 x / 256, x the channel or the luma; recorded as its ratio to the intensity.
+            # The variance is strength^2 x / 256 with x the channel or the luma; recorded as variance / intensity.
             brightness = image @ np.float32([[0.2989] * 3, [0.587] * 3, [0.114] * 3]) if gray else image
             ratio = (noise.var(0) / brightness[inside]).mean()
             assert ratio == pytest.approx(moments["poisson_gray0"]["var_over_intensity"], rel=0.01)
@@ -225,7 +227,7 @@ def test_every_step_of_a_trace(trace):
     assert checked == len(records("traces")[trace]["steps"]) - 2
 
 
-# The whole
+# The whole pipeline
 
 
 def statistics(lq, gt):
@@ -236,28 +238,28 @@ def statistics(lq, gt):
 
 
 def sample_statistics(count, params=PISA_SR):
-    """As recorded: half of the pictures mirrored before they are degraded."""
-    pictures = [picture(), np.ascontiguousarray(picture()[:, ::-1])]
+    """Statistics as recorded: half of the images are mirrored before the degradation."""
+    images = [photograph(), np.ascontiguousarray(photograph()[:, ::-1])]
     return np.array(
-        [statistics(degrade(pictures[i % 2], np.random.default_rng(i), params), pictures[i % 2]) for i in range(count)]
+        [statistics(degrade(images[i % 2], np.random.default_rng(i), params), images[i % 2]) for i in range(count)]
     )
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(6000, marks=pytest.mark.slow)])
-def test_degraded_pictures_are_distributed_as_recorded(count):
+def test_degraded_images_are_distributed_as_recorded(count):
     ours, theirs = sample_statistics(count), arrays("stats")["rows"]
     for i, name in enumerate(records("stats")["columns"]):
         assert_same_distribution(ours[:, i], theirs[:, i], name)
 
 
-def test_statistics_tell_other_ranges_apart():
+def test_the_statistics_detect_other_ranges():
     second = dataclasses.replace(PISA_SR.second, noise_sigma=(1.0, 25.0), poisson_scale=(0.05, 2.5))
     ours, theirs = sample_statistics(300, dataclasses.replace(PISA_SR, second=second)), arrays("stats")["rows"]
     assert min(scipy.stats.ks_2samp(a, b).pvalue for a, b in zip(ours.T, theirs.T, strict=True)) < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 31), (61, 8), (37, 53), (128, 96)])
-def test_any_size_gives_8_bit_values_of_the_same_size(shape):
+def test_results_have_the_same_size_and_8_bit_values(shape):
     rng = np.random.default_rng(5)
     gt = rng.random((*shape, 3), np.float32)
     before = gt.copy()
@@ -271,17 +273,17 @@ def test_any_size_gives_8_bit_values_of_the_same_size(shape):
     np.testing.assert_array_equal(gt, before)
 
 
-def test_the_reduced_picture_is_the_one_that_degrade_enlarges():
-    # Away from black and white, where rounding the reduced picture would also clip it.
+def test_degrade_upscales_the_image_of_degrade_and_downscale():
+    # Far from black and white, where the rounding would also clip.
     gt = 0.35 + 0.3 * np.random.default_rng(8).random((62, 97, 3), np.float32)
     for seed in range(12):
-        small, full = (made(gt, np.random.default_rng(seed)) for made in (degrade_and_reduce, degrade))
+        small, full = (function(gt, np.random.default_rng(seed)) for function in (degrade_and_downscale, degrade))
         assert (small.shape, small.dtype) == ((15, 24, 3), np.uint8)
-        enlarged = [resize(small / np.float32(255), (62, 97), mode) for mode in MODES]
-        assert min(np.abs(image - full).max() for image in enlarged) < 1.6 / 255
+        upscaled = [resize(small / np.float32(255), (62, 97), mode) for mode in RESIZE_MODES]
+        assert min(np.abs(image - full).max() for image in upscaled) < 1.6 / 255
 
 
-def test_same_seed_same_bytes_whatever_the_threads():
+def test_results_depend_on_the_seed_and_not_on_the_number_of_threads():
     gt = np.random.default_rng(6).random((192, 260, 3), np.float32)
     threads = cv2.getNumThreads()
     try:
@@ -295,8 +297,8 @@ def test_same_seed_same_bytes_whatever_the_threads():
     assert (runs[0][0] != runs[0][1]).any()
 
 
-def test_other_kinds_of_generators_work():
-    gt = picture()
+def test_other_bit_generators_work():
+    gt = photograph()
     means = [degrade(gt, np.random.Generator(bits(7))).mean() for bits in (np.random.Philox, np.random.MT19937)]
     assert np.abs(np.array(means) - gt.mean()).max() < 0.02
 
@@ -304,12 +306,12 @@ def test_other_kinds_of_generators_work():
 @pytest.mark.parametrize(
     "bad", [np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.float32), np.zeros((16, 7, 3), np.float32)]
 )
-def test_degrade_names_what_it_cannot_take(bad):
+def test_invalid_images_raise_an_error(bad):
     with pytest.raises(ValueError, match=r"cannot degrade .*float32 \(height, width, 3\)"):
         degrade(bad, np.random.default_rng(0))
 
 
-def test_params_are_checked():
+def test_invalid_params_raise_an_error():
     with pytest.raises(ValueError, match=r"kernel_probs.*6 probabilities"):
         DegradationParams(kernel_probs=(0.5, 0.5))
     with pytest.raises(ValueError, match=r"kernel_sizes.*odd"):

@@ -1,4 +1,4 @@
-"""The loader: what a batch holds, which pictures in which order, resuming, bad files, prompts."""
+"""The training loader: content and order of batches, resume, unreadable files, prompts, worker processes."""
 
 import json
 import logging
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import shared_data
+from conftest import ROOT, shared_data
 from PIL import Image
 
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.loader import MAX_FAILURES, crop_pair, make_loader, read_prompts, to_float
-from pisa_jax.data.sources import Record, fake_source, folder_source
+from pisa_jax.data.sources import SourceImage, fake_source, folder_source
 
 
 def noisy(gt, rng):
-    """Stands for the degradation: random, same shape."""
+    """A stand-in for the degradation: random, with the same shape."""
     return np.clip(gt + rng.normal(0, 0.1, gt.shape).astype(np.float32), 0, 1)
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Pictures that say where each pixel comes from: channels are row, column and picture number."""
+    """A source whose pixels contain their origin: the channels are row, column and index of the image."""
 
     count: int
     height: int = 40
@@ -48,7 +48,7 @@ class Coordinates:
             raise OSError(f"{index}.png: broken")
         rows, columns = np.mgrid[: self.height, : self.width]
         image = np.stack([rows, columns, np.full_like(rows, index)], axis=-1).astype(np.uint8)
-        return Record(image, f"{index}.png", 255 - image if self.paired else None)
+        return SourceImage(image, f"{index}.png", 255 - image if self.paired else None)
 
 
 def loader(source, **options):
@@ -71,11 +71,11 @@ def assert_same(first, second):
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)
 
 
-def to_bytes(pictures):
-    return np.rint((pictures + 1) * 127.5).astype(np.uint8)
+def to_bytes(images):
+    return np.rint((images + 1) * 127.5).astype(np.uint8)
 
 
-def test_a_batch_is_what_training_takes():
+def test_shapes_types_and_range_of_a_batch():
     batch = next(loader(fake_source(6, 24)))
     assert {key: (value.shape, value.dtype.kind) for key, value in batch.items()} == {
         "lq": ((4, 16, 16, 3), "f"),
@@ -87,17 +87,17 @@ def test_a_batch_is_what_training_takes():
     for key in ("lq", "gt"):
         assert batch[key].dtype == np.float32
         assert np.abs(batch[key]).max() <= 1
-        np.testing.assert_allclose(to_float(to_bytes(batch[key])), batch[key], atol=1e-7)  # both are 8 bit inside
+        np.testing.assert_allclose(to_float(to_bytes(batch[key])), batch[key], atol=1e-7)  # multiples of 1 / 255
 
 
 def test_pixels_map_to_plus_minus_one_exactly():
-    pictures = np.arange(256, dtype=np.uint8)
-    expected = pictures.astype(np.float64) / 255 * 2 - 1
-    np.testing.assert_allclose(to_float(pictures), expected, atol=1e-7)
-    assert to_float(pictures)[[0, 255]].tolist() == [-1, 1]
+    levels = np.arange(256, dtype=np.uint8)
+    expected = levels.astype(np.float64) / 255 * 2 - 1
+    np.testing.assert_allclose(to_float(levels), expected, atol=1e-7)
+    assert to_float(levels)[[0, 255]].tolist() == [-1, 1]
 
 
-def test_crops_are_windows_at_random_places_mirrored_half_of_the_time():
+def test_crops_are_random_windows_and_half_of_them_mirrored():
     crops = to_bytes(concatenated(take(loader(Coordinates(5), flip=True), 100))["gt"])
     top, left, right = crops[:, 0, 0, 0], crops[:, 0, 0, 1], crops[:, 0, -1, 1]
     mirrored = left > right
@@ -118,19 +118,19 @@ def test_a_pair_is_cropped_and_mirrored_together_and_not_degraded():
 
 
 @pytest.mark.parametrize("shape", [(10, 31), (31, 10), (10, 10), (15, 16)])
-def test_small_pictures_are_enlarged_to_the_crop(shape):
+def test_small_images_are_upscaled_to_the_crop(shape):
     image = np.full((*shape, 3), 77, np.uint8)
     image[0] = 200
-    gt, lq = crop_pair(Record(image, "small", image), 16, False, np.random.default_rng(0))
+    gt, lq = crop_pair(SourceImage(image, "small", image), 16, False, np.random.default_rng(0))
     assert gt.shape == lq.shape == (16, 16, 3)
     short = 16 / min(shape)
     size = (max(16, round(shape[1] * short)), max(16, round(shape[0] * short)))
-    enlarged = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
-    windows = np.lib.stride_tricks.sliding_window_view(enlarged, (16, 16, 3)).reshape(-1, 16, 16, 3)
+    upscaled = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+    windows = np.lib.stride_tricks.sliding_window_view(upscaled, (16, 16, 3)).reshape(-1, 16, 16, 3)
     assert any(np.array_equal(gt, window) for window in windows)
 
 
-def test_the_degradation_gets_the_crop_in_0_1_and_is_rounded_to_8_bit():
+def test_degradation_receives_the_crop_in_0_1_and_its_result_is_rounded_to_8_bit():
     def halve(gt, rng):
         assert gt.dtype == np.float32
         return gt / 2 + np.float32(0.001)
@@ -145,7 +145,7 @@ def test_a_degradation_that_changes_the_size_is_refused():
         next(loader(Coordinates(5), degrade=lambda gt, rng: gt[::4, ::4]))
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+def test_batches_depend_on_the_seed():
     source = fake_source(6, 24)
     first = take(loader(source), 5)
     assert_same(first, take(loader(source), 5))
@@ -154,17 +154,17 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
     assert np.any(first[0]["lq"] != other[0]["lq"])
 
 
-def test_every_epoch_shows_each_picture_once_in_a_new_order_and_with_new_randomness():
+def test_every_epoch_has_each_image_once_in_a_new_order_with_new_crops():
     batches = concatenated(take(loader(Coordinates(8)), 6))
     epochs = batches["path"].reshape(3, 8)
     for epoch in epochs:
         assert sorted(epoch) == sorted(Coordinates(8).names)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     windows = {tuple(to_bytes(gt)[0, 0]) for gt in batches["gt"]}
-    assert len(windows) > 20  # 24 draws out of 25 * 45 places per picture
+    assert len(windows) > 20  # 24 draws from 25 * 45 positions per image
 
 
-def test_processes_share_an_epoch_and_their_batches_side_by_side_are_the_single_process_batch():
+def test_concatenated_batches_of_all_processes_equal_the_batch_of_a_single_process():
     source = Coordinates(12)
     whole = take(loader(source, batch_size=4), 6)
     left, right = (take(loader(source, batch_size=2, process_index=i, process_count=2), 6) for i in (0, 1))
@@ -178,7 +178,7 @@ def test_processes_share_an_epoch_and_their_batches_side_by_side_are_the_single_
     assert not pixels[0] & pixels[1]
 
 
-def test_resume_goes_on_at_the_next_batch_across_epoch_ends():
+def test_resume_continues_at_the_next_batch_across_epochs():
     source = fake_source(5, 24)  # an epoch ends in the middle of batches
     expected = take(loader(source), 6)
     first = loader(source)
@@ -187,7 +187,7 @@ def test_resume_goes_on_at_the_next_batch_across_epoch_ends():
     resumed = loader(source)
     resumed.set_state(state)
     assert_same(expected[3:], take(resumed, 3))
-    resumed.set_state(state)  # also backwards, on a running loader
+    resumed.set_state(state)  # also backwards, and on a loader in use
     assert_same(expected[3:], take(resumed, 3))
     halves = [loader(source, batch_size=2, process_index=i, process_count=2) for i in (0, 1)]
     for half in halves:
@@ -195,7 +195,7 @@ def test_resume_goes_on_at_the_next_batch_across_epoch_ends():
     assert_same(expected[3:4], [concatenated([next(half) for half in halves])])
 
 
-def test_resuming_with_other_data_names_what_differs():
+def test_resume_with_other_data_names_the_differing_fields():
     state = loader(fake_source(5, 24)).get_state()
     with pytest.raises(ValueError, match="seed was 3 and is 4") as error:
         loader(fake_source(6, 24), seed=4, batch_size=2).set_state(state)
@@ -204,12 +204,12 @@ def test_resuming_with_other_data_names_what_differs():
     assert "crop" not in str(error.value)
 
 
-def test_a_bad_file_is_replaced_named_once_and_counted(caplog):
+def test_an_unreadable_file_is_replaced_logged_once_and_counted(caplog):
     source = Coordinates(10, broken=(4,))
     with caplog.at_level(logging.WARNING):
         reader = loader(source, max_bad_share=0.1)
         batches = take(reader, 10)
-    assert [record.getMessage() for record in caplog.records] == ["skipped unreadable picture 1: 4.png: broken"]
+    assert [record.getMessage() for record in caplog.records] == ["skipped unreadable image 1: 4.png: broken"]
     assert reader.bad_files == {"4.png: broken"}
     assert "4.png" not in concatenated(batches)["path"]
     assert_same(batches, take(loader(source, max_bad_share=0.1), 10))
@@ -219,18 +219,18 @@ def test_a_bad_file_is_replaced_named_once_and_counted(caplog):
         np.testing.assert_array_equal(replaced[key][others], whole[key][others])
 
 
-def test_too_many_bad_files_stop_the_run_with_their_list(caplog):
+def test_too_many_unreadable_files_raise_an_error_with_their_list(caplog):
     reader = loader(Coordinates(20, broken=(4, 11)), max_bad_share=0.05)
-    with pytest.raises(OSError, match=r"2 pictures cannot be read, 1 are tolerated(.|\n)*11\.png(.|\n)*4\.png"):
+    with pytest.raises(OSError, match=r"2 images cannot be read, at most 1 are allowed(.|\n)*11\.png(.|\n)*4\.png"):
         take(reader, 6)
 
 
-def test_a_source_of_nothing_but_bad_files_stops_at_once():
-    with pytest.raises(OSError, match=f"{MAX_FAILURES} pictures in a row"):
+def test_a_source_without_readable_files_raises_an_error_at_the_first_batch():
+    with pytest.raises(OSError, match=f"{MAX_FAILURES} images in a row"):
         next(loader(Coordinates(30, broken=tuple(range(30))), max_bad_share=1.0))
 
 
-def test_prompts_belong_to_their_pictures_and_are_dropped_per_sample():
+def test_prompts_match_their_images_and_are_dropped_per_sample():
     prompts = {"0.png": "a dog, grass", "1.png": "a cat"}
     batch = concatenated(take(loader(Coordinates(4), prompts=prompts, null_prompt_probability=0.25), 100))
     assert batch["prompt"].tolist() == [prompts.get(path, "") for path in batch["path"]]
@@ -241,12 +241,12 @@ def test_prompts_belong_to_their_pictures_and_are_dropped_per_sample():
     assert not next(loader(Coordinates(4), null_prompt_probability=1.0))["use_prompt"].any()
 
 
-def test_prompts_for_another_folder_are_refused():
+def test_prompts_of_another_folder_raise_an_error():
     with pytest.raises(ValueError, match=r"none of the 1 prompts.*'photos/0.png'.*'0.png'"):
         loader(Coordinates(4), prompts={"photos/0.png": "a dog"})
 
 
-def test_a_prompt_file_is_read_and_its_bad_lines_are_numbered(tmp_path):
+def test_malformed_lines_of_a_prompt_file_are_reported_with_their_number(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"path": "a.png", "prompt": "größe"}\n\n{"path": "b/c.png", "prompt": ""}\n', encoding="utf-8")
     assert read_prompts(path) == {"a.png": "größe", "b/c.png": ""}
@@ -266,13 +266,13 @@ def test_a_prompt_file_is_read_and_its_bad_lines_are_numbered(tmp_path):
         ({"null_prompt_probability": 1.5}, "null_prompt_probability is 1.5"),
     ],
 )
-def test_impossible_arguments_are_refused(options, message):
+def test_invalid_arguments_raise_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         loader(Coordinates(4), **options)
 
 
 def test_worker_processes_give_the_same_batches_and_resume(tmp_path, caplog):
-    """Real files, one of them broken, the published degradation: 0 and 2 workers agree, and a resumed run with them."""
+    """Photographs, one of them truncated, with the published degradation: 0 and 2 workers agree, also after resume."""
     photos = shared_data("train/photos")
     for index, path in enumerate(sorted(photos.iterdir())[:9]):
         (tmp_path / f"{index}.jpg").write_bytes(path.read_bytes()[: 5000 if index == 4 else None])
@@ -290,13 +290,17 @@ def test_worker_processes_give_the_same_batches_and_resume(tmp_path, caplog):
     assert any("4.jpg" in reason for reason in resumed.bad_files | reader.bad_files)
 
 
-KILLED = """
+TRAINER = """
 from pisa_jax.data.loader import make_loader
 from pisa_jax.data.sources import fake_source
-from test_data import noisy
+
+
+def unchanged(gt, rng):
+    return gt
+
 
 if __name__ == "__main__":
-    reader = make_loader(fake_source(4, 24), batch_size=2, crop=16, seed=0, degrade=noisy, workers=2)
+    reader = make_loader(fake_source(4, 24), batch_size=2, crop=16, seed=0, degrade=unchanged, workers=2)
     for _ in range(4):
         next(reader)
     print("reading", flush=True)
@@ -305,15 +309,16 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_killed_trainer(tmp_path, request):
-    (tmp_path / "trainer.py").write_text(KILLED)
+def test_workers_end_when_the_training_process_is_killed(tmp_path):
+    (tmp_path / "trainer.py").write_text(TRAINER)
     trainer = subprocess.Popen(
         [sys.executable, str(tmp_path / "trainer.py")],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={"PYTHONPATH": f"{request.config.rootpath}:{request.config.rootpath / 'tests'}", "PATH": ""},
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
         text=True,
     )
     assert trainer.stdout.readline() == "reading\n"
     trainer.send_signal(signal.SIGKILL)
-    trainer.communicate(timeout=20)  # the workers hold the pipe open as long as they live
+    # The pipe reaches its end when the last worker has closed it. The limit only keeps a failing test from hanging.
+    trainer.communicate(timeout=300)

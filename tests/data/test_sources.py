@@ -1,4 +1,4 @@
-"""Sources: what they list, how they decode, how they fail."""
+"""Sources of images: listing, decoding, errors."""
 
 import cloudpickle
 import numpy as np
@@ -9,19 +9,19 @@ from PIL import Image
 from pisa_jax.data.sources import fake_source, folder_source, list_source, pair_source
 
 
-def save(path, picture, **options):
+def save(path, image, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, **options)
+    Image.fromarray(image).save(path, **options)
 
 
 def flat(value, height=4, width=6):
     return np.full((height, width, 3), value, np.uint8)
 
 
-def test_a_folder_is_read_recursively_in_order_and_only_its_pictures(tmp_path):
+def test_a_folder_lists_its_images_recursively_in_order(tmp_path):
     for name in ("b.png", "a/z.JPG", "a/b.webp", "c.tiff", "d.bmp", ".hidden.png"):
         save(tmp_path / name, flat(7))
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     source = folder_source(tmp_path)
     assert source.names == ("a/b.webp", "a/z.JPG", "b.png", "c.tiff", "d.bmp")
     assert len(source) == 5
@@ -29,48 +29,48 @@ def test_a_folder_is_read_recursively_in_order_and_only_its_pictures(tmp_path):
     np.testing.assert_array_equal(source[2].image, flat(7))
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="no picture"):
         folder_source(tmp_path)
     with pytest.raises(ValueError, match="not a folder"):
         folder_source(tmp_path / "missing")
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     stored = flat(0)
     stored[:, :3] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # display rotated by 90 degrees clockwise
     save(tmp_path / "turned.png", stored, exif=exif)
     np.testing.assert_array_equal(folder_source(tmp_path)[0].image, np.rot90(stored, -1))
 
 
-def test_palette_grey_and_alpha_become_rgb(tmp_path):
-    colours = flat(0)
-    colours[0], colours[1] = (200, 10, 30), (1, 2, 3)
-    Image.fromarray(colours).quantize(8).save(tmp_path / "palette.png")
-    save(tmp_path / "rgba.png", np.dstack([colours, flat(128)[..., :1]]))
-    save(tmp_path / "grey.png", colours[..., 0])
-    grey, palette, rgba = (record.image for record in folder_source(tmp_path))
-    np.testing.assert_array_equal(palette, colours)
-    np.testing.assert_array_equal(rgba, colours)
-    np.testing.assert_array_equal(grey, np.repeat(colours[..., :1], 3, axis=2))
+def test_palette_gray_and_alpha_become_rgb(tmp_path):
+    colors = flat(0)
+    colors[0], colors[1] = (200, 10, 30), (1, 2, 3)
+    Image.fromarray(colors).quantize(8).save(tmp_path / "palette.png")
+    save(tmp_path / "rgba.png", np.dstack([colors, flat(128)[..., :1]]))
+    save(tmp_path / "gray.png", colors[..., 0])
+    gray, palette, rgba = (item.image for item in folder_source(tmp_path))
+    np.testing.assert_array_equal(palette, colors)
+    np.testing.assert_array_equal(rgba, colors)
+    np.testing.assert_array_equal(gray, np.repeat(colors[..., :1], 3, axis=2))
 
 
-def test_sixteen_bit_grey_is_refused_rather_than_clipped(tmp_path):
+def test_sixteen_bit_gray_raises_an_error_instead_of_being_clipped(tmp_path):
     save(tmp_path / "deep.png", np.full((4, 4), 30000, np.uint16))
     with pytest.raises(OSError, match=r"deep\.png.*not 8 bit"):
         folder_source(tmp_path)[0]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_a_broken_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 not an image", b"\x89PNG\r\n\x1a\n"])
+def test_the_error_names_a_broken_file(tmp_path, content):
     (tmp_path / "broken.jpg").write_bytes(content)
     with pytest.raises(OSError, match=r"broken\.jpg"):
         folder_source(tmp_path)[0]
 
 
-def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(tmp_path):
+def test_a_truncated_jpeg_raises_an_error(tmp_path):
     save(tmp_path / "whole.jpg", fake_source(1, 64)[0].image)
     content = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "whole.jpg").write_bytes(content[: len(content) // 2])
@@ -78,22 +78,22 @@ def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(tmp_path):
         folder_source(tmp_path)[0]
 
 
-def test_real_photographs_decode():
+def test_photographs_decode():
     source = folder_source(shared_data("train/photos"))
     image = source[len(source) // 2].image
     assert image.dtype == np.uint8
     assert min(image.shape[:2]) == 512
 
 
-def test_a_list_is_relative_to_its_own_folder(tmp_path):
-    save(tmp_path / "pictures/a.png", flat(1))
-    save(tmp_path / "pictures/b.png", flat(2))
-    (tmp_path / "list.txt").write_text("pictures/b.png\n\npictures/a.png\n")
+def test_paths_of_a_list_are_relative_to_its_folder(tmp_path):
+    save(tmp_path / "images/a.png", flat(1))
+    save(tmp_path / "images/b.png", flat(2))
+    (tmp_path / "list.txt").write_text("images/b.png\n\nimages/a.png\n")
     source = list_source(tmp_path / "list.txt")
-    assert [record.path for record in source] == ["pictures/b.png", "pictures/a.png"]
-    assert [record.image[0, 0, 0] for record in source] == [2, 1]
+    assert [item.path for item in source] == ["images/b.png", "images/a.png"]
+    assert [item.image[0, 0, 0] for item in source] == [2, 1]
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="names no picture"):
+    with pytest.raises(ValueError, match="lists no images"):
         list_source(tmp_path / "empty.txt")
 
 
@@ -105,11 +105,11 @@ def mixed(tmp_path, probability):
     return list_source(tmp_path / "general.txt", tmp_path / "hq.txt", probability)
 
 
-def test_the_high_quality_list_is_mixed_in_with_its_probability(tmp_path):
+def test_images_of_the_high_quality_list_are_drawn_with_its_probability(tmp_path):
     source = mixed(tmp_path, 0.25)
     rng = np.random.default_rng(0)
     drawn = np.array([source.draw(1, rng).image[0, 0, 0] for _ in range(800)])
-    assert set(drawn.tolist()) == {1, 2, 3}  # the asked record of the general list, or any of the other
+    assert set(drawn.tolist()) == {1, 2, 3}  # image 1 of the general list, or any of the other list
     assert abs(np.mean(drawn >= 2) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 800)
     assert abs(np.sum(drawn == 2) - np.sum(drawn == 3)) < 4 * np.sqrt(200)
     again = np.random.default_rng(0)
@@ -117,12 +117,12 @@ def test_the_high_quality_list_is_mixed_in_with_its_probability(tmp_path):
 
 
 @pytest.mark.parametrize(("hq_file", "probability"), [(None, 0.5), ("hq.txt", 0.0), ("hq.txt", 1.5)])
-def test_a_probability_without_a_list_or_the_reverse_is_refused(tmp_path, hq_file, probability):
+def test_a_probability_without_a_list_and_the_reverse_raise_an_error(tmp_path, hq_file, probability):
     with pytest.raises(ValueError, match="hq_probability"):
         list_source(tmp_path / "general.txt", hq_file, probability)
 
 
-def test_pairs_are_matched_by_name_and_lq_is_enlarged_to_gt(tmp_path):
+def test_pairs_are_matched_by_name_and_lq_is_upscaled_to_gt(tmp_path):
     rng = np.random.default_rng(0)
     gt, lq = rng.integers(0, 256, (16, 24, 3), np.uint8), rng.integers(0, 256, (4, 6, 3), np.uint8)
     save(tmp_path / "gt/sub/a.png", gt)
@@ -137,17 +137,17 @@ def test_pairs_are_matched_by_name_and_lq_is_enlarged_to_gt(tmp_path):
     np.testing.assert_array_equal(source[1].lq, np.asarray(Image.fromarray(lq).resize((24, 16), Image.BICUBIC)))
 
 
-def test_pairs_that_do_not_fit_are_named(tmp_path):
+def test_errors_name_pairs_that_do_not_match(tmp_path):
     save(tmp_path / "gt/a.png", flat(0, 16, 24))
     save(tmp_path / "lq/a.png", flat(0, 4, 8))
     with pytest.raises(OSError, match=r"a\.png: GT is 24x16 and LQ 8x4"):
         pair_source(tmp_path)[0]
-    save(tmp_path / "gt/lonely.png", flat(0))
-    with pytest.raises(ValueError, match="lonely"):
+    save(tmp_path / "gt/unpaired.png", flat(0))
+    with pytest.raises(ValueError, match="unpaired"):
         pair_source(tmp_path)
 
 
-def test_the_identity_changes_with_what_a_source_holds(tmp_path):
+def test_the_identity_changes_with_the_content_of_a_source(tmp_path):
     before = mixed(tmp_path, 0.25)
     assert mixed(tmp_path, 0.25).identity == before.identity
     assert mixed(tmp_path, 0.5).identity != before.identity
@@ -157,7 +157,7 @@ def test_the_identity_changes_with_what_a_source_holds(tmp_path):
     assert fake_source(3, 8, 0).identity != fake_source(3, 8, 1).identity
 
 
-def test_fake_pictures_depend_on_seed_and_index_only():
+def test_fake_images_depend_on_seed_and_index_only():
     source = fake_source(3, 32, seed=5)
     np.testing.assert_array_equal(source[1].image, cloudpickle.loads(cloudpickle.dumps(source))[1].image)
     assert source[1].image.shape == (32, 32, 3)

@@ -1,4 +1,4 @@
-"""Perceptual distances against the original LPIPS package and an independent PyTorch computation."""
+"""Perceptual distances against recordings of the original LPIPS package and of PyTorch."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pisa_jax.metrics import lpips
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory):
-    """The random VGG16 of the goldens, through a torchvision-named file with a classifier in it."""
+    """The random VGG16 of the recordings, from a file with torchvision's names that also has a classifier."""
     recipe = json.loads(golden("train/vgg_recipe.json").read_text())
     draw = np.random.RandomState(recipe["seed"])
     state = {"classifier.0.weight": np.zeros((2, 2), np.float32)}
@@ -33,10 +33,10 @@ def vgg(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alex(tmp_path_factory):
-    """An AlexNet of recipe weights: RandomState(7), uniform in +-sqrt(6 / fan in), biases in +-0.1."""
+    """A random AlexNet: RandomState(7), weights uniform in +-sqrt(6 / fan in), biases uniform in +-0.1."""
     draw = np.random.RandomState(7)
     state = {}
-    for name, (height, width, c_in, c_out) in lpips.BACKBONES["alex"].kernels.items():
+    for name, (height, width, c_in, c_out) in lpips.FEATURE_NETWORKS["alex"].kernels.items():
         shape = (c_out, c_in, height, width)
         state[f"{name}.weight"] = ((draw.random_sample(shape) * 2 - 1) * np.sqrt(6 / np.prod(shape[1:]))).astype("f4")
         state[f"{name}.bias"] = ((draw.random_sample(c_out) * 2 - 1) * 0.1).astype(np.float32)
@@ -57,11 +57,11 @@ def weights(request):
 
 distance = jax.jit(lpips.distance)
 layer_terms = jax.jit(lpips.layer_terms)
-every_backbone = pytest.mark.parametrize("weights", ["vgg", "alex", "squeeze"], indirect=True)
+every_network = pytest.mark.parametrize("weights", ["vgg", "alex", "squeeze"], indirect=True)
 
 
 def recipe_pair():
-    """Two pictures of an odd size in [-1, 1] and noisy copies of them, as in the recorded PyTorch run."""
+    """Two images of odd size in [-1, 1] and noisy copies of them, as in the recorded PyTorch run."""
     draw = np.random.RandomState(1)
     a = (draw.random_sample((2, 67, 80, 3)) * 2 - 1).astype(np.float32)
     return jnp.asarray(a), jnp.asarray(np.clip(a + draw.normal(size=a.shape) * 0.3, -1, 1), jnp.float32)
@@ -88,7 +88,7 @@ def test_vgg_distance_terms_and_gradient_equal_the_original(vgg, i):
     assert relative_l2(np.asarray(ours_gradient), gradient) < 1e-2
 
 
-# Recorded with PyTorch 2.13 (nn.Conv2d, nn.MaxPool2d, ceil_mode for SqueezeNet) on the recipe weights and pictures.
+# Recorded with PyTorch 2.13 (nn.Conv2d, nn.MaxPool2d, ceil_mode for SqueezeNet) and the same weights and images.
 TORCH = {
     "alex": (
         [
@@ -126,7 +126,7 @@ def test_alexnet_and_squeezenet_equal_pytorch(weights):
     np.testing.assert_allclose(np.linalg.norm(gradient), gradient_norm, rtol=1e-3)
 
 
-def test_squeezenet_orders_the_example_of_the_lpips_authors(squeeze):
+def test_squeezenet_distances_of_the_example_of_the_lpips_authors(squeeze):
     reference, p0, p1 = (
         jnp.asarray(Image.open(shared_data(f"eval/lpips_example/{name}.png")).convert("RGB"))[None] / 127.5 - 1
         for name in ("ex_ref", "ex_p0", "ex_p1")
@@ -135,14 +135,14 @@ def test_squeezenet_orders_the_example_of_the_lpips_authors(squeeze):
     np.testing.assert_allclose(distance(squeeze, reference, p1), 3.16, atol=0.01)
 
 
-def test_shipped_squeezenet_is_the_archive_rounded_to_float16(squeeze):
+def test_packaged_squeezenet_is_the_archive_rounded_to_float16(squeeze):
     archive = lpips.load_weights(shared_data("perceptual/squeezenet_v1_1_caffe_features.npz"), "squeeze")
     assert sum(x.size for x in jax.tree.leaves(archive)) == 722_496
     rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), archive)
     assert jax.tree.all(jax.tree.map(np.array_equal, squeeze, rounded))
 
 
-def test_shipped_heads_are_those_of_lpips_0_1(vgg):
+def test_packaged_heads_are_those_of_lpips_0_1(vgg):
     heads = load_file(lpips.ASSETS / "heads.safetensors")
     with np.load(golden("train/lpips_lin.npz")) as recorded:
         for k in range(5):
@@ -152,7 +152,7 @@ def test_shipped_heads_are_those_of_lpips_0_1(vgg):
     assert sum(x.size for name, x in heads.items() if name.startswith("alex.")) == 1152
 
 
-@every_backbone
+@every_network
 def test_properties_of_a_distance(weights):
     a, b = (x[:, :48, :40] for x in recipe_pair())
     np.testing.assert_allclose(distance(weights, a, a), 0, atol=1e-12)
@@ -165,7 +165,7 @@ def test_properties_of_a_distance(weights):
 
 
 def test_gradient_is_finite_where_all_channels_are_zero(alex):
-    """Negative biases silence every channel; the original's gradient is NaN there, ours 0."""
+    """Negative biases make all channels 0: the gradient of the original implementation is NaN, this one is 0."""
     (tree,) = alex.values()
     layers = {name: {**layer, "bias": layer["bias"] - 10} for name, layer in tree["layers"].items()}
     silent = {"alex": {**tree, "layers": layers}}
@@ -178,26 +178,26 @@ def test_gradient_is_finite_where_all_channels_are_zero(alex):
     np.testing.assert_array_equal(flat, 0)
 
 
-def test_bfloat16_pictures_give_a_float32_distance_and_their_own_gradient(squeeze):
+def test_bfloat16_images_have_a_float32_distance_and_a_bfloat16_gradient(squeeze):
     a, b = (x[:1, :40, :40].astype(jnp.bfloat16) for x in recipe_pair())
     value, gradient = value_and_gradient(squeeze, a, b)
     assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
     assert jnp.isfinite(gradient).all()
 
 
-def test_names_for_logs(vgg, alex, squeeze):
-    assert lpips.describe(vgg) == "LPIPS 0.1 (VGG16)"
-    assert lpips.describe(alex) == "LPIPS 0.1 (AlexNet)"
-    assert lpips.describe(squeeze) == "SqueezeNet 1.1 feature distance, no heads"
+def test_distance_names(vgg, alex, squeeze):
+    assert lpips.distance_name(vgg) == "LPIPS 0.1 (VGG16)"
+    assert lpips.distance_name(alex) == "LPIPS 0.1 (AlexNet)"
+    assert lpips.distance_name(squeeze) == "SqueezeNet 1.1 feature distance, no heads"
 
 
-def test_too_small_pictures_are_refused(vgg):
+def test_too_small_images_raise_an_error(vgg):
     tiny = jnp.zeros((1, 12, 40, 3))
     with pytest.raises(ValueError, match=r"12x40 are too small.*32x32"):
         lpips.distance(vgg, tiny, tiny)
 
 
-def test_wrong_files_name_what_was_expected(tmp_path):
+def test_errors_of_wrong_weights_name_the_expected_layers(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"features.0.weight": np.zeros((8, 3, 3, 3), "f4"), "features.0.bias": np.zeros(8, "f4")}, path)
     with pytest.raises(ValueError, match=r"features\.0 has kernel and bias.*expected \(3, 3, 3, 64\)") as caught:
@@ -206,7 +206,7 @@ def test_wrong_files_name_what_was_expected(tmp_path):
     assert "expected 13 layers" in str(caught.value)
     with pytest.raises(ValueError, match="conv1 is missing"):
         lpips.load_weights(path, "squeeze")
-    with pytest.raises(ValueError, match=r"unknown perceptual backbone 'resnet': use one of vgg, alex, squeeze"):
+    with pytest.raises(ValueError, match=r"unknown perceptual network 'resnet': use one of vgg, alex, squeeze"):
         lpips.load_weights(path, "resnet")
     with pytest.raises(ValueError, match=r"hub id timm/vgg16\.tv_in1k"):
         lpips.load_weights(None, "vgg")
@@ -218,8 +218,8 @@ def test_wrong_files_name_what_was_expected(tmp_path):
         lpips.load_weights(broken, "squeeze")
 
 
-def test_a_hub_id_is_fetched_and_its_failure_explained(monkeypatch, tmp_path, alex):
-    """The hub's answer is replaced: a file for one id, no network for the other."""
+def test_weights_of_a_hub_id_are_downloaded_and_failures_explained(monkeypatch, tmp_path, alex):
+    """A stand-in for the download: a file for one id, no network for the other."""
     (tree,) = alex.values()
     path = tmp_path / "model.safetensors"
     state = {}
@@ -245,7 +245,7 @@ def test_a_hub_id_is_fetched_and_its_failure_explained(monkeypatch, tmp_path, al
         lpips.load_weights("owner/offline", "alex")
 
 
-def test_assets_carry_their_licences():
+def test_assets_contain_their_licenses():
     folder = Path(lpips.ASSETS)
     assert "Richard Zhang" in (folder / "LICENSE.lpips").read_text()
     assert "MIT License" in (folder / "LICENSE.squeezenet").read_text()

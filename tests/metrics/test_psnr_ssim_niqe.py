@@ -1,4 +1,4 @@
-"""Figures against published ones on the same files, closed forms and naive computations."""
+"""PSNR, SSIM, NIQE and bicubic against published values of the same files, closed forms and naive computations."""
 
 import json
 import math
@@ -25,11 +25,11 @@ def noise(seed, height=23, width=31):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-# --- published figures ------------------------------------------------------------------------------------------------
+# --- published values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("benchmark", ["realsr", "drealsr"])
-def test_psnr_ssim_and_niqe_agree_with_the_published_figures_of_every_file(benchmark):
+def test_psnr_ssim_and_niqe_agree_with_the_published_values_of_every_file(benchmark):
     folder = shared_data(f"eval/published_metrics/{benchmark}")
     published = json.loads((folder / "metrics.json").read_text())
     assert len(published) in (8, 10)
@@ -39,7 +39,7 @@ def test_psnr_ssim_and_niqe_agree_with_the_published_figures_of_every_file(bench
         assert psnr_ssim.psnr(sr, gt) == pytest.approx(row["PSNR"], abs=1e-3)
         assert psnr_ssim.ssim(sr, gt) == pytest.approx(row["SSIM"], abs=1e-4)
         niqe_errors.append(niqe.niqe(sr) - row["NIQE"])
-    # In flat regions NIQE counts the signs of rounding noise, so no two programs agree better than this.
+    # In flat regions NIQE depends on the signs of rounding errors, so independent implementations differ this much.
     assert np.abs(niqe_errors).max() < 0.05
     assert abs(np.mean(niqe_errors)) < 0.01
 
@@ -48,7 +48,7 @@ SETS = {"Set5/x4": 28.43, "Set5/x2": 33.68, "Set14/x4": 25.81, "BSD100_sub10/x4"
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_bicubic_figures_and_low_resolution_files_of_the_classic_sets(name):
+def test_bicubic_psnr_and_low_resolution_files_of_the_classic_sets(name):
     folder, scale = shared_data(f"eval/{name}"), int(name[-1])
     values = []
     for path in sorted((folder / "HR").iterdir()):
@@ -73,11 +73,11 @@ def test_psnr_of_a_constant_difference(color, error):
     assert psnr_ssim.psnr(flat(100), flat(108), color) == pytest.approx(20 * math.log10(255 / error))
 
 
-def test_psnr_of_equal_pictures_is_infinite():
+def test_psnr_of_equal_images_is_infinite():
     assert psnr_ssim.psnr(noise(0), noise(0)) == math.inf
 
 
-def test_border_is_cut_before_measuring():
+def test_the_border_is_cropped_before_measuring():
     sr, gt = flat(100), flat(100)
     sr[:2], sr[-2:], sr[:, :2], sr[:, -2:] = 0, 0, 0, 0
     assert psnr_ssim.psnr(sr, gt, crop_border=2) == math.inf
@@ -90,7 +90,7 @@ def test_border_is_cut_before_measuring():
 
 
 @pytest.mark.parametrize("color", ["y", "rgb"])
-def test_ssim_of_flat_pictures_is_the_luminance_term(color):
+def test_ssim_of_flat_images_is_the_luminance_term(color):
     a, b = (round(16 + v * 219 / 255) if color == "y" else v for v in (40, 200))
     c1 = (0.01 * 255) ** 2
     expected = (2 * a * b + c1) / (a * a + b * b + c1)
@@ -121,8 +121,8 @@ def test_rgb_ssim_is_the_mean_over_channels():
     a = noise(3)
     b = a.copy()
     b[..., 1] = noise(4)[..., 1]
-    grey_a, grey_b = (np.repeat(x[..., 1:2], 3, axis=2) for x in (a, b))
-    assert psnr_ssim.ssim(a, b, "rgb") == pytest.approx((2 + psnr_ssim.ssim(grey_a, grey_b, "rgb")) / 3)
+    gray_a, gray_b = (np.repeat(x[..., 1:2], 3, axis=2) for x in (a, b))
+    assert psnr_ssim.ssim(a, b, "rgb") == pytest.approx((2 + psnr_ssim.ssim(gray_a, gray_b, "rgb")) / 3)
 
 
 # --- bicubic ----------------------------------------------------------------------------------------------------------
@@ -130,32 +130,32 @@ def test_rgb_ssim_is_the_mean_over_channels():
 
 @pytest.mark.parametrize("scale", [4, 2, 1.5, 0.5, 0.25, 0.3])
 @pytest.mark.parametrize("border", ["mirror", "replicate"])
-def test_bicubic_keeps_flat_pictures_and_sizes_are_rounded_up(scale, border):
+def test_bicubic_keeps_flat_images_and_rounds_sizes_up(scale, border):
     out = matlab_bicubic(flat(77, 21, 30), scale, border)
     assert out.shape == (math.ceil(21 * scale), math.ceil(30 * scale), 3)
     assert (out == 77).all()
 
 
-def test_bicubic_keeps_a_ramp_and_centres_pixels_inside():
+def test_bicubic_keeps_a_ramp_and_aligns_pixel_centers():
     ramp = np.tile(np.arange(40.0), (8, 1))
     up, down = matlab_bicubic(ramp, 2)[8], matlab_bicubic(ramp, 0.5)[2]
     np.testing.assert_allclose(up[6:-6], (np.arange(80) / 2 - 0.25)[6:-6], atol=1e-12)
     np.testing.assert_allclose(down[4:-4], (np.arange(20) * 2 + 0.5)[4:-4], atol=1e-12)
 
 
-def test_bicubic_by_one_is_the_identity_and_turns_with_the_picture():
-    picture = noise(5)
-    np.testing.assert_array_equal(matlab_bicubic(picture, 1), picture)
-    smooth = picture.astype(float)
+def test_bicubic_by_one_is_the_identity_and_commutes_with_transposition():
+    image = noise(5)
+    np.testing.assert_array_equal(matlab_bicubic(image, 1), image)
+    smooth = image.astype(float)
     turned = matlab_bicubic(smooth.transpose(1, 0, 2), 0.4).transpose(1, 0, 2)
     np.testing.assert_allclose(matlab_bicubic(smooth, 0.4), turned, atol=1e-9)
 
 
-def test_mirrored_borders_see_the_mirrored_picture():
-    picture = noise(6, 8, 8).astype(float)
-    around = np.pad(picture, ((8, 8), (8, 8), (0, 0)), mode="symmetric")
+def test_mirror_borders_equal_explicit_mirror_padding():
+    image = noise(6, 8, 8).astype(float)
+    around = np.pad(image, ((8, 8), (8, 8), (0, 0)), mode="symmetric")
     whole = matlab_bicubic(around, 2)[16:-16, 16:-16]
-    np.testing.assert_allclose(matlab_bicubic(picture, 2), whole, atol=1e-9)
+    np.testing.assert_allclose(matlab_bicubic(image, 2), whole, atol=1e-9)
 
 
 # --- NIQE -------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_mirrored_borders_see_the_mirrored_picture():
 @pytest.mark.parametrize(("beta", "name"), [(2.0, "Gaussian"), (1.0, "Laplace"), (0.7, "peaked")])
 def test_aggd_fit_recovers_shape_and_scales_of_a_sample(beta, name):
     magnitude = np.abs(stats.gennorm.rvs(beta, size=(2, 200_000), random_state=1))
-    # A density continuous at 0 puts probability on each side in proportion to its scale.
+    # For a density that is continuous at 0, the probability of each side is proportional to its scale.
     left = np.random.default_rng(2).random(magnitude.shape) < 3 / 8
     shape, scale_left, scale_right = niqe._aggd(np.where(left, -3 * magnitude, 5 * magnitude))
     np.testing.assert_allclose(shape, beta, rtol=0.03)
@@ -173,24 +173,24 @@ def test_aggd_fit_recovers_shape_and_scales_of_a_sample(beta, name):
 
 
 def natural_texture():
-    """A picture with the 1/f amplitude spectrum of photographs."""
+    """An image with the 1/f amplitude spectrum of photographs."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(288)[:, None], np.fft.rfftfreq(288))
     frequency[0, 0] = 1
     spectrum = np.fft.rfft2(rng.standard_normal((288, 288))) / frequency
-    grey = np.fft.irfft2(spectrum, s=(288, 288))
-    grey = np.clip(128 + 40 * grey / grey.std(), 0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
+    gray = np.fft.irfft2(spectrum, s=(288, 288))
+    gray = np.clip(128 + 40 * gray / gray.std(), 0, 255).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
-def test_niqe_prefers_photograph_like_statistics_to_noise_and_blocks():
+def test_niqe_of_natural_texture_is_lower_than_of_noise_and_blocks():
     natural = natural_texture()
     blocky = np.repeat(np.repeat(natural[::8, ::8], 8, axis=0), 8, axis=1)
     assert niqe.niqe(natural) < niqe.niqe(noise(7, 288, 288))
     assert niqe.niqe(natural) < niqe.niqe(blocky)
 
 
-def test_niqe_looks_at_whole_blocks_only():
+def test_niqe_ignores_pixels_outside_whole_blocks():
     natural = natural_texture()
     inner = natural[:200, :290]
     assert niqe.niqe(inner) == pytest.approx(niqe.niqe(inner[:192, :288]), abs=1e-9)
@@ -199,11 +199,11 @@ def test_niqe_looks_at_whole_blocks_only():
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_impossible_requests_are_refused_with_their_values():
+def test_errors_contain_the_invalid_values():
     with pytest.raises(ValueError, match=r"differ in size: \(16, 20\) and \(16, 21\)"):
         psnr_ssim.psnr(flat(0), flat(0, 16, 21))
     with pytest.raises(ValueError, match="unknown color 'luma'"):
-        psnr_ssim._prepare(flat(0), flat(0), "luma", 0)
+        psnr_ssim._crop_and_convert(flat(0), flat(0), "luma", 0)
     with pytest.raises(ValueError, match="crop_border 8 leaves nothing of a 16x20"):
         psnr_ssim.ssim(flat(0), flat(0), crop_border=8)
     with pytest.raises(ValueError, match="11x11 pixels or more after cropping, got 10x14"):
