@@ -38,10 +38,7 @@ def plan(pixels: int) -> list[dict]:
     modules = backbone.build_modules(*random_model.model_configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
     weights, mesh = Weights(None, None, params, None), distributed.local_mesh(1)
-    tile, side = (
-        pixels // modules.vae_scale_factor,
-        2**13 // modules.vae_scale_factor,
-    )  # tiles of an image of 8192 pixels
+    tile = pixels // modules.vae_scale_factor
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=compiler_options())
