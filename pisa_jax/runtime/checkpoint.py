@@ -52,7 +52,7 @@ def claim_run_directory(config: Config, resume: bool, overwrite: bool) -> Path:
     folder, error = Path(config.out), None
     if jax.process_index() == 0:
         try:
-            _claim(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
+            _prepare(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
         except (OSError, ValueError) as raised:
             error = raised
     failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
@@ -61,14 +61,14 @@ def claim_run_directory(config: Config, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: bool) -> None:
+def _prepare(folder: Path, content: dict[str, Any], resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
     saved = folder / CONFIG_FILE
     if resume:
         if not saved.exists():
             raise FileNotFoundError(f"nothing to resume: {folder} is not a run directory (it has no {CONFIG_FILE})")
-        check_same_config(json.loads(saved.read_text()), described)
+        check_same_config(json.loads(saved.read_text()), content)
         return
     # A run that was killed at its start may leave hidden files and .part folders.
     if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
@@ -82,7 +82,7 @@ def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: boo
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(saved) as file:
-            file.write_text(json.dumps(described, indent=1))
+            file.write_text(json.dumps(content, indent=1))
     except OSError as error:
         raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Processes, meshes and shardings: batches sharded over all devices, frozen weights over "fsdp", adapters replicated."""
+"""Processes, meshes, shardings: batches sharded over all devices, frozen weights over "fsdp", adapters replicated."""
 
 import os
 from typing import Any

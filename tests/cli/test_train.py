@@ -72,7 +72,7 @@ def test_fields_and_switches(monkeypatch):
         (["configs/debug.py", "--batch-size", "0"], 2, "batch_size is at least 1, not 0"),
         (["configs/debug.py", "--data.source", "foldr"], 2, "data.source 'foldr' is none of folder, pairs"),
         (["configs/debug.py", "--data.source", "folder"], 2, "data.source folder needs data.path"),
-        (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume goes on with a run and --overwrite deletes it"),
+        (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume continues a run and --overwrite deletes it"),
         (["configs/debug.py", "--perceptual", "vg"], 2, "perceptual 'vg' is none of vgg, alex, squeeze"),
         (["configs/debug.py", "--stages.0.spec.decomposition", "lroa"], 1, "unknown decomposition 'lroa'"),
         (["configs/debug.py", "--model", "no/such/folder"], 1, "'no/such/folder' is neither a folder nor a hub id"),
