@@ -73,7 +73,7 @@ def _prepare(folder: Path, content: dict[str, Any], resume: bool, overwrite: boo
     # A run that was killed at its start may leave hidden files and .part folders.
     if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
         if not _is_run(saved):
-            raise FileExistsError(f"{folder} exists and is not a run directory; give another folder with --out")
+            raise FileExistsError(f"{folder} exists and is not a run directory; give another with --out")
         if not overwrite:
             raise FileExistsError(
                 f"{folder} exists; give --resume to continue the run, or --overwrite to delete it and start again"
