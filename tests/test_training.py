@@ -114,7 +114,7 @@ def test_a_stage_is_traced_once(interrupted):
 def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
     run = config(whole.parent)
     before = whole.read_bytes()
-    with pytest.raises(FileExistsError, match="give --resume to go on with it, --overwrite"):
+    with pytest.raises(FileExistsError, match="give --resume to continue the run, or --overwrite"):
         training.train(run)
     changed = dataclasses.replace(run, seed=7, stages=(run.stages[0], dataclasses.replace(run.stages[1], csd=2.0)))
     with pytest.raises(ValueError, match=r"seed was 0 and is 7; stages/1/csd was 1.0 and is 2.0"):
@@ -136,7 +136,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
         folder.mkdir()
         (folder / name).write_text(content)
         for overwrite in (False, True):
-            with pytest.raises(FileExistsError, match="holds other things than a run; give another folder with --out"):
+            with pytest.raises(FileExistsError, match="exists and is not a run directory; give another with --out"):
                 training.train(config(folder), overwrite=overwrite)
         assert (folder / name).read_text() == content
     run = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"folder cannot be written, give another with --out: .*file/run"):
+    with pytest.raises(OSError, match=r"run directory cannot be written, give another with --out: .*file/run"):
         training.train(config(tmp_path / "file" / "run"))
 
 

@@ -1,4 +1,4 @@
-"""`pisa-sr convert`: adapter files between this project's format and the original PiSA-SR's key names."""
+"""`pisa-sr convert`: convert adapter files between this project's format and that of the original PiSA-SR."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Convert adapters between this project's format and the original PiSA-SR's key names.",
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> in
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args(argv)
     if Path(args.target).suffix != ".safetensors":
-        parser.error(f"OUT is a safetensors file, expected a name such as adapters.safetensors, not {args.target}")
+        parser.error(f"OUT is {args.target}; its name must end with .safetensors")
     try:
         if Path(args.target).exists() and not args.overwrite:
             raise FileExistsError(f"{args.target} exists; give another name, or --overwrite")

@@ -1,1 +1,1 @@
-"""Infrastructure without knowledge of the method: files, parameter trees, devices, checkpoints, logs."""
+"""Infrastructure that is independent of the method: files, parameter trees, devices, checkpoints, logs."""

@@ -1,4 +1,4 @@
-"""What a run writes so that it can go on: orbax checkpoints, the config beside them, and the rules of its folder."""
+"""Run directories: the config of a run, its orbax checkpoints, and the rules for new, resumed and overwritten runs."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from pisa_jax.config import Config
 from pisa_jax.runtime.atomic_write import atomic_write
 
-# Fields that may change when a run goes on: where and how it computes and reports, not what. Another mesh changes the
-# adapters by rounding only.
+# Config fields that may change when a run is resumed: they do not affect the result. A different mesh changes the
+# adapters only by rounding.
 CHANGEABLE_FIELDS = (
     "out",
     "mesh_data",
@@ -32,60 +32,63 @@ CONFIG_FILE = "config.json"
 
 
 class Progress(NamedTuple):
-    """Where a run stands: index of the stage, and the loader's state."""
+    """Position of a run: the index of its stage, and the state of the data loader."""
 
     stage: int
     loader: dict[str, Any]
 
 
 def claim_run_directory(config: Config, resume: bool, overwrite: bool) -> Path:
-    """The run's folder with its config in it, ready for a new run, or for going on with `resume`.
+    """Create the run directory `config.out` with the config in it, or check it for `resume`; returns its path.
 
-    One process looks at and changes the folder, the others wait for what it found.
+    Only process 0 accesses the directory; the others wait for its result.
 
     Raises:
-        FileExistsError: it holds a run, and neither flag is given, or something else than a run.
-        FileNotFoundError: nothing to resume. ValueError: resuming with a config that differs in what matters.
-        OSError: the folder cannot be written, or the process that claims it failed.
+        FileExistsError: the directory holds a run and neither flag is given, or it holds other files.
+        FileNotFoundError: there is no run to resume.
+        ValueError: both flags, or a resumed run whose config differs in more than `CHANGEABLE_FIELDS`.
+        OSError: the directory cannot be written, or process 0 failed.
     """
     folder, error = Path(config.out), None
     if jax.process_index() == 0:
         try:
-            _claim(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
+            _prepare(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
         except (OSError, ValueError) as raised:
             error = raised
     failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
     if failed:
-        raise error or OSError(f"{folder} could not be claimed; process 0 says why")
+        raise error or OSError(f"the run directory {folder} could not be created; process 0 reports the reason")
     return folder
 
 
-def _claim(folder: Path, described: dict[str, Any], resume: bool, overwrite: bool) -> None:
+def _prepare(folder: Path, content: dict[str, Any], resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of them")
+        raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
     saved = folder / CONFIG_FILE
     if resume:
         if not saved.exists():
-            raise FileNotFoundError(f"nothing to resume: {folder} holds no run (no {CONFIG_FILE})")
-        check_same_config(json.loads(saved.read_text()), described)
+            raise FileNotFoundError(f"nothing to resume: {folder} is not a run directory (it has no {CONFIG_FILE})")
+        check_same_config(json.loads(saved.read_text()), content)
         return
-    # Hidden files and .part are what a run that was killed at its start leaves.
+    # A run that was killed at its start may leave hidden files and .part folders.
     if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
         if not _is_run(saved):
-            raise FileExistsError(f"{folder} holds other things than a run; give another folder with --out")
+            raise FileExistsError(f"{folder} exists and is not a run directory; give another with --out")
         if not overwrite:
-            raise FileExistsError(f"{folder} exists; give --resume to go on with it, --overwrite to start it anew")
+            raise FileExistsError(
+                f"{folder} exists; give --resume to continue the run, or --overwrite to delete it and start again"
+            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(saved) as file:
-            file.write_text(json.dumps(described, indent=1))
+            file.write_text(json.dumps(content, indent=1))
     except OSError as error:
-        raise OSError(f"the run's folder cannot be written, give another with --out: {error}") from error
+        raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
 
 
 def _is_run(saved: Path) -> bool:
-    """Whether a file is the config of a run, and not one of the many other things that are called so."""
+    """Return True if a file is the config of a run; many other programs write a file of this name."""
     try:
         return {"stages", "out"} <= json.loads(saved.read_text()).keys()
     except (OSError, ValueError, AttributeError):
@@ -93,7 +96,7 @@ def _is_run(saved: Path) -> bool:
 
 
 def check_same_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """ValueError naming every field, other than the free ones, in which two configs as dicts differ."""
+    """Raise ValueError with every field, except `CHANGEABLE_FIELDS`, in which two configs (as dicts) differ."""
     before, after = _leaves(saved), _leaves(now)
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
@@ -101,7 +104,9 @@ def check_same_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if before.get(name) != after.get(name) and not name.startswith(CHANGEABLE_FIELDS)
     ]
     if changed:
-        raise ValueError(f"the config differs from the saved run's: {'; '.join(changed)}; restore these or start anew")
+        raise ValueError(
+            f"the config differs from the saved run's: {'; '.join(changed)}; restore these values or start a new run"
+        )
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -115,9 +120,9 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of a run, written in the background, the newest kept; steps count over all stages.
+    """The checkpoints of a run, written asynchronously; the newest `keep` are kept. Steps count over all stages.
 
-    Each has the items `adapters` (for inference: every adapter trained so far), `state` (for resuming) and `progress`.
+    A checkpoint has the items `adapters` (all adapters trained so far), `state` (of the training step) and `progress`.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -127,14 +132,14 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, adapters: Any, state: Any, progress: Progress) -> None:
-        """Start writing a checkpoint; arrays may be donated as soon as this returns.
+        """Start to write a checkpoint; the arrays may be donated as soon as this returns.
 
         Raises:
-            OSError: this one, or the one before, could not be written; older ones are intact.
+            OSError: this checkpoint or the previous one could not be written; older ones are intact.
         """
         if step == self.latest:
             return
@@ -147,27 +152,27 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def progress(self) -> Progress:
-        """Where the newest checkpoint stands."""
+        """Return the progress of the newest checkpoint."""
         item = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return Progress(**self._manager.restore(self.latest, args=item)["progress"])
 
     def restore(self, adapters: Any, state: Any) -> tuple[Any, Any]:
-        """The newest (adapters, state) in the shapes, dtypes and shardings of the abstract trees given."""
+        """Return the newest (adapters, state) with the shapes, dtypes and shardings of the given abstract trees."""
         items = {"adapters": ocp.args.StandardRestore(adapters), "state": ocp.args.StandardRestore(state)}
         restored = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
         return restored["adapters"], restored["state"]
 
     def preempted(self, step: int) -> bool:
-        """Whether all processes of the run have agreed to stop at this step because one was told to (SIGTERM)."""
+        """Return True if the processes agreed to stop at this step because one of them received SIGTERM."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Wait for what is being written."""
+        """Wait until the pending checkpoint is written."""
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for what is being written, and end."""
+        """Wait until the pending checkpoint is written, and close the manager."""
         self.wait()
         with _disk_errors(self._folder):
             self._manager.close()
@@ -175,14 +180,14 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what orbax and tensorstore raise for a full or read-only disk into one sentence."""
+    """Convert the errors of orbax and tensorstore for a full or read-only disk to one short OSError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        # A checkpoint gets its number as its name when it is complete; the manager counts the broken one, too.
+        # A checkpoint is renamed to its number once it is complete; the manager also counts the incomplete one.
         complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-        intact = f"checkpoint {max(complete)} is intact" if complete else "none is there yet"
+        intact = f"checkpoint {max(complete)} is intact" if complete else "there is none yet"
         text = " ".join(str(error).split())[:300]
         raise OSError(
-            f"a checkpoint could not be written ({intact}); free space and go on with --resume: {text}"
+            f"a checkpoint could not be written ({intact}); free space and continue with --resume: {text}"
         ) from error

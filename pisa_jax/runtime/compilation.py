@@ -1,4 +1,4 @@
-"""Compilation: XLA options, and compiled functions kept per shape in a bounded table."""
+"""Compilation: XLA options, and a bounded cache of compiled functions."""
 
 import collections
 import functools
@@ -12,35 +12,43 @@ import jax.numpy as jnp
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Options for `jax.jit(..., compiler_options=)` that make the CPU back end fast; empty elsewhere.
+    """Return options for `jax.jit(..., compiler_options=)` that make the CPU back end fast; empty for other back ends.
 
-    jax 0.10 hands CPU convolutions to a library path that is slower than XLA's own at every shape measured. The flag is
-    experimental: it is left out where this jaxlib does not know it.
+    jax 0.10 passes CPU convolutions to a library that is slower than XLA's own code at every shape that was measured.
+    The flag is experimental: it is omitted if the installed jaxlib does not know it.
     """
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda x: x + 1, compiler_options=options)(jnp.zeros(()))
-    except Exception:  # jaxlib raises its own XlaRuntimeError or a plain one for unknown options, by version
+    except Exception:  # for an unknown option, jaxlib raises XlaRuntimeError or another error, depending on the version
         return {}
     return options
 
 
 class CompiledCache:
-    """A table of compiled functions; when it is full, the least recently used one is dropped."""
+    """A cache of at most `max_size` compiled functions; the least recently used one is evicted first.
+
+    Without a bound, a long-running process that meets images of many sizes would accumulate executables.
+
+    Raises:
+        ValueError: `max_size` is less than 1.
+    """
 
     def __init__(self, max_size: int):
+        if max_size < 1:
+            raise ValueError(f"max_size is {max_size}; a cache of compiled functions has at least 1 entry")
         self.max_size = max_size
         self.entries: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return the entry of `key`, made by `make()` on the first request."""
+    def get(self, key: Hashable, compile_fn: Callable[[], Any]) -> Any:
+        """Return the entry of `key`; on a miss, store the result of `compile_fn()`, or nothing if it raises."""
         if key not in self.entries:
-            self.entries[key] = make()
+            self.entries[key] = compile_fn()
             if len(self.entries) > self.max_size:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
@@ -48,14 +56,14 @@ class CompiledCache:
 
 
 class StageRunner:
-    """Runs functions of (weights, arrays), each compiled ahead of time and once per shape of its arrays."""
+    """Run functions of (weights, arrays), each compiled ahead of time, once per static arguments and array shapes."""
 
     def __init__(self, weights: Any, on_compile: Callable[[str, float], None], max_compiled: int = 64):
         self.weights, self.on_compile = weights, on_compile
         self.compiled = CompiledCache(max_compiled)
 
     def run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
-        """Return stage(*static, weights, *arrays); a compilation is reported as on_compile(description, seconds)."""
+        """Return stage(*static, weights, *arrays); calls on_compile(description, seconds) after each compilation."""
 
         def compile_stage():
             start = time.perf_counter()

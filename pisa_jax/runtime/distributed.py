@@ -1,4 +1,4 @@
-"""Mesh, layouts and process start: batches over every device, frozen weights cut over "fsdp", adapters everywhere."""
+"""Processes, meshes, shardings: batches sharded over all devices, frozen weights over "fsdp", adapters replicated."""
 
 import os
 from typing import Any
@@ -8,14 +8,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Smaller arrays are not worth cutting: the biases and norms of Stable Diffusion have at most 10 240 elements.
+# Smaller arrays are replicated: the biases and norms of Stable Diffusion have at most 10 240 elements.
 MIN_SIZE_TO_SHARD = 2**14
 
 
 def initialize() -> None:
-    """Join the other processes of this run, if the environment says there are any (a pod, SLURM, or JAX_* variables).
+    """Connect to the other processes of this run if the environment describes any (TPU pod, SLURM, or JAX_* variables).
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a run on localhost or by hand.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe processes that are started by hand.
     """
     named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     if all(named.values()):
@@ -27,47 +27,47 @@ def initialize() -> None:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A (data, fsdp) mesh over the first devices; data = -1 takes all that fsdp leaves.
+    """Return a (data, fsdp) mesh over the first devices; data = -1 uses all devices.
 
     Raises:
-        ValueError: there are not enough devices, or one that belongs to another process is left out.
+        ValueError: there are not enough devices, or devices of another process would be unused.
     """
     count = jax.device_count()
     if data == -1:
         data = max(count // fsdp, 1)
     used = data * fsdp
     if used > count or (used < count and jax.process_count() > 1):
-        among = f" of {jax.process_count()} processes, which all take part" if jax.process_count() > 1 else ""
+        among = f" of {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else ""
         raise ValueError(f"a mesh of data {data} x fsdp {fsdp} has {used} devices, and there are {count}{among}")
-    # Auto: under the default, Explicit, Flax convolutions raise.
-    axes = {"axis_shapes": (data, fsdp), "axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto,) * 2}
-    return jax.make_mesh(**axes, devices=jax.devices()[:used])
+    # Under Explicit axes, jax's default, Flax convolutions raise. The shape is positional: jax 0.12 renamed it.
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:used])
 
 
 def local_mesh(count: int) -> Mesh:
-    """A mesh with one axis, data, over the first devices of this process.
+    """Return a mesh with one axis, "data", over the first `count` devices of this process.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: the process has fewer devices.
     """
     devices = jax.local_devices()
     if count > len(devices):
-        raise ValueError(f"{count} devices are asked for, and there are {len(devices)} ({devices[0].platform})")
+        raise ValueError(f"{count} devices are requested, and there are {len(devices)} ({devices[0].platform})")
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding of arrays that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis cut over all devices."""
+    """Return the sharding of batches: the first axis over all devices."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """For frozen weights (arrays or shapes): the largest axis that "fsdp" divides is cut over it."""
+    """Return the shardings of frozen weights (arrays or shapes): the longest axis that "fsdp" divides is sharded."""
     size = mesh.shape["fsdp"]
 
     def sharding(leaf):
@@ -81,12 +81,15 @@ def weight_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Equal host arrays of every process as global arrays: each device receives its part alone, cast on the host."""
+    """Make global arrays from host arrays that are equal in every process.
 
-    def put(leaf, sharding):
-        def part(index):
+    Each device receives only its shard, cast to `dtype` on the host.
+    """
+
+    def make(leaf, sharding):
+        def shard(index):
             return np.asarray(leaf[index], dtype or leaf.dtype)
 
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(make, tree, shardings)

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
-# Measurements that are shown on the terminal only where they are not 0.
+# Measurements that are shown on the terminal only if they are not 0.
 COUNTERS = ("skipped", "bad_streak")
 
 
@@ -24,7 +24,7 @@ class RunLog:
     def __init__(self, folder: Path, batch_size: int, total: int, first: int):
         self._folder = folder / "tensorboard"
         self._folder.mkdir(exist_ok=True)
-        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it for ever.
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it forever.
         now = time.time()
         self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"))
         self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
@@ -40,15 +40,15 @@ class RunLog:
         now, steps = time.perf_counter(), max(step - self._step, 1)
         seconds = (now - self._since) / steps
         data = self._waited / steps
-        speed = {"pictures_per_second": self._batch_size / seconds, "step": seconds}
+        speed = {"images_per_second": self._batch_size / seconds, "step": seconds}
         speed |= {"data": data, "compute": seconds - data}
         self.log_scalars(step, {**values, **{f"time/{name}": value for name, value in speed.items()}})
         end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds * (self._bar.total - step)))
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value or not name.endswith(COUNTERS)]
-        shown += [f"{speed['pictures_per_second']:.3g} pictures/s", f"ends {end}"]
+        shown += [f"{speed['images_per_second']:.3g} images/s", f"ends {end}"]
         self._bar.update(step - self._step)
         self._bar.set_postfix_str(", ".join(shown))
-        if self._bar.disable:  # no terminal: a log file gets lines
+        if self._bar.disable:  # no terminal: print lines instead
             print(f"step {step}/{self._bar.total}: {', '.join(shown)}", flush=True)
         self._since, self._step, self._waited = now, step, 0.0
 

@@ -29,11 +29,14 @@ _SAFETENSORS_DTYPES = {
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Name -> tensor of a safetensors file or a torch state dict (told apart by content), also in {"state_dict": ...}.
+    """Read the tensors of a safetensors file or a torch state dict, recognized by content.
+
+    A torch file may hold the state dict itself or {"state_dict": ...}. Arrays are read-only views of the mapped file.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is damaged, or holds other things than tensors.
-        UnsafePickleError: it is a pickle that wants to run something.
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds anything but tensors.
+        UnsafePickleError: a pickle refers to anything but tensors and plain containers (a ValueError).
     """
     if is_safetensors(path):
         return _read_safetensors(path)
@@ -51,27 +54,34 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def release_mapped_pages(array: np.ndarray) -> None:
-    """Give back the memory of the mapped file that `array` is a view of; what is looked at later is read again."""
+    """Release the resident pages of the mapped file that `array` is a view of; later accesses read the file again.
+
+    Has no effect on other arrays, and on platforms without `madvise`.
+    """
     owner = array
     while owner is not None and not isinstance(owner, mmap.mmap):
         owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on every platform
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
         owner.madvise(mmap.MADV_DONTNEED)
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether the file looks like safetensors: 8 bytes of header length, then the header's brace."""
+    """Return True if the file starts like safetensors: 8 bytes of header length, then the brace of the header."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
+    """Return the metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged or has another format.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -93,7 +103,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Ma
 
 
 def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    # The library checks the header (bounds, overlaps, sizes) but copies every tensor; views of a map cost nothing.
+    # The library validates the header (bounds, overlaps, sizes), but copies every tensor; views of a map do not.
     read_metadata(path)
     with open(path, "rb") as file:
         data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -103,7 +113,7 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}; read are {', '.join(_SAFETENSORS_DTYPES)}")
+            raise ValueError(f"{path}: {name} is {entry['dtype']}; supported are {', '.join(_SAFETENSORS_DTYPES)}")
         first, last = (start + offset for offset in entry["data_offsets"])
         array = data[first:last].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         tensors[name] = np.require(array, requirements="A")

@@ -42,13 +42,15 @@ class UnsafePickleError(ValueError):
 
 
 def read_torch(path: str | Path) -> Any:
-    """What `torch.save` wrote (zip or legacy format): dicts, lists, tuples, numbers, strings; tensors as numpy arrays.
+    """Read a file of `torch.save` (zip or legacy format): containers, numbers and strings, and tensors as numpy arrays.
 
-    Parameters are their data, OrderedDicts are dicts (attributes such as `_metadata` are dropped), dtypes numpy dtypes.
+    A Parameter is read as its data, an OrderedDict as a dict without attributes such as `_metadata`, and a torch dtype
+    as a numpy dtype.
 
     Raises:
-        OSError: the file cannot be read. ValueError: truncated, damaged, big-endian, or a tensor that reaches beyond
-        its storage. UnsafePickleError: the pickle names anything else; the message says what.
+        OSError: the file cannot be read.
+        ValueError: it is truncated, damaged or big-endian, or a tensor exceeds its storage.
+        UnsafePickleError: the pickle refers to anything else, which the message names.
     """
     try:
         with open(path, "rb") as file:
@@ -56,7 +58,7 @@ def read_torch(path: str | Path) -> Any:
             data = np.frombuffer(mapped, np.uint8)
             return _read_zip(file, data) if mapped[:2] == b"PK" else _read_legacy(mapped, data)
     except UnsafePickleError as error:
-        raise UnsafePickleError(f"{path} is refused, and nothing in it was run: {error}. {_ADVICE}.") from None
+        raise UnsafePickleError(f"{path} was not loaded, and nothing in it was executed: {error}. {_ADVICE}.") from None
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     except ValueError as error:
@@ -64,7 +66,7 @@ def read_torch(path: str | Path) -> Any:
 
 
 class _Reference(NamedTuple):
-    """A storage as the pickle declares it."""
+    """A reference to a storage in the pickle, with the dtype and the number of elements that it declares."""
 
     dtype: np.dtype
     key: str
@@ -74,7 +76,7 @@ class _Reference(NamedTuple):
 def _read_zip(file: BufferedIOBase, data: np.ndarray) -> Any:
     records = _zip_records(file, data)
     if "data.pkl" not in records:
-        raise ValueError(f"a zip archive without data.pkl is no torch file (it holds {sorted(records)[:5]})")
+        raise ValueError(f"a zip archive without data.pkl is not a torch file (it holds {sorted(records)[:5]})")
     if "byteorder" in records and records["byteorder"].tobytes() != b"little":
         raise ValueError("it is big-endian; only little-endian files are read")
 
@@ -87,12 +89,12 @@ def _read_zip(file: BufferedIOBase, data: np.ndarray) -> Any:
 
 
 def _zip_records(file: BufferedIOBase, data: np.ndarray) -> dict[str, np.ndarray]:
-    """File name below the archive's one folder -> its bytes, in place."""
+    """Return file name, relative to the archive's top folder, -> view of its bytes."""
     records = {}
     for entry in zipfile.ZipFile(file).infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise ValueError(f"{entry.filename!r} is compressed or encrypted, which torch.save never does")
-        # The local header's name and extra field may be longer than the directory's: torch pads with them.
+        # The extra field of the local header may be longer than in the directory: torch uses it for alignment.
         name_size, extra_size = struct.unpack_from("<26xHH", data, entry.header_offset)
         start = entry.header_offset + 30 + name_size + extra_size
         records[entry.filename.partition("/")[2]] = data[start : start + entry.file_size]
@@ -100,18 +102,18 @@ def _zip_records(file: BufferedIOBase, data: np.ndarray) -> dict[str, np.ndarray
 
 
 def _read_legacy(stream: mmap.mmap, data: np.ndarray) -> Any:
-    """Magic number, version, system, the object, its storage keys, then each storage's length and bytes."""
+    """Read pickles of magic number, version, system, object and storage keys, then each storage's length and bytes."""
     no_storage: Callable = {}.__getitem__
     if _interpret(stream, no_storage) != 0x1950A86A20F9469CFC6C:
-        raise ValueError("it is neither a zip archive nor a torch file of the older kind (no magic number)")
+        raise ValueError("it is neither a zip archive nor a legacy torch file (no magic number)")
     if _interpret(stream, no_storage) != 1001:
-        raise ValueError("its format version is not 1001, the only one there is")
+        raise ValueError("its format version is not 1001, the only legacy version")
     system = _interpret(stream, no_storage)
     if type(system) is not dict or system.get("little_endian") is not True:
         raise ValueError("it is big-endian; only little-endian files are read")
 
-    # The storages lie behind the pickle that declares them, so the pickle is read twice: first with storages that
-    # have a size but no memory (their stride is 0), to know what follows it.
+    # The storages follow the pickle that declares them, so the pickle is interpreted twice: first with placeholders
+    # of stride 0, which need no memory, to find the storages.
     declared: dict[str, _Reference] = {}
 
     def declare(reference: _Reference) -> np.ndarray:
@@ -123,7 +125,7 @@ def _read_legacy(stream: mmap.mmap, data: np.ndarray) -> Any:
     _interpret(stream, declare)
     keys = _interpret(stream, no_storage)
     if type(keys) is not list or any(type(key) is not str for key in keys) or set(keys) != set(declared):
-        raise ValueError("its list of storages is not the set of storages that its tensors name")
+        raise ValueError("its list of storages differs from the storages of its tensors")
     storages, at = {}, stream.tell()
     for key in keys:
         (numel,) = struct.unpack_from("<q", data, at)
@@ -138,11 +140,11 @@ def _read_legacy(stream: mmap.mmap, data: np.ndarray) -> Any:
 def _typed(data: np.ndarray, reference: _Reference) -> np.ndarray:
     if data.size != reference.numel * reference.dtype.itemsize:
         raise ValueError(f"storage {reference.key!r} has {data.size} bytes, not {reference.numel} x {reference.dtype}")
-    return np.require(data.view(reference.dtype), requirements="A")  # legacy files place storages anywhere
+    return np.require(data.view(reference.dtype), requirements="A")  # the storages of legacy files are not aligned
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """The view of `storage` (1-d) at `offset` with `size` and `stride` (in elements), if it stays inside."""
+    """Return the view of a 1-d `storage` with offset, size and stride in elements; ValueError if it exceeds it."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
         raise ValueError("a tensor without a storage")
     shapes = type(size) is type(stride) is tuple and len(size) == len(stride)
@@ -153,15 +155,15 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.nda
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= storage.size:
         raise ValueError(f"a tensor reaches element {last} of a storage of {storage.size}")
-    if math.prod(size) > storage.size:  # an expanded view: a few bytes that read as any number of gigabytes
-        raise ValueError(f"a tensor of {size} on a storage of {storage.size} elements; clone() it, then save")
+    if math.prod(size) > storage.size:  # an expanded view: a few bytes could stand for any number of gigabytes
+        raise ValueError(f"a tensor of {size} on a storage of {storage.size} elements; save a clone() of it")
     strides = [step * storage.strides[0] for step in stride]
     return as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None) -> np.ndarray:
     if metadata:
-        raise ValueError("a tensor with a conjugate or negative bit; resolve it (resolve_neg), then save")
+        raise ValueError("a tensor with a conjugate or negative bit; save it after resolve_conj() and resolve_neg()")
     return _rebuild_tensor(storage, offset, size, stride)
 
 
@@ -184,19 +186,19 @@ _GLOBALS |= {f"torch.{storage}": dtype for storage, dtype in _DTYPES.values()} |
 
 
 def _interpret(stream: BufferedIOBase | mmap.mmap, storage: Callable[[_Reference], np.ndarray]) -> Any:
-    """The object that the pickle at the stream's position describes; `storage` gives the storages it refers to."""
+    """Build the object of the pickle at the stream's position; `storage` maps references to arrays."""
     stack: list = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
     push = stack.append
 
-    def cut(at: int) -> list:
+    def pop_from(at: int) -> list:
         items = stack[at:]
         del stack[at:]
         return items
 
     literals = "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
-    steps: dict[str, Callable[[Any], object]] = {
+    handlers: dict[str, Callable[[Any], object]] = {
         **dict.fromkeys(literals.split(), push),
         **dict.fromkeys(["PROTO", "FRAME"], lambda _: None),
         "NONE": lambda _: push(None),
@@ -206,36 +208,36 @@ def _interpret(stream: BufferedIOBase | mmap.mmap, storage: Callable[[_Reference
         "EMPTY_DICT": lambda _: push({}),
         "EMPTY_TUPLE": lambda _: push(()),
         "MARK": lambda _: marks.append(len(stack)),
-        "TUPLE": lambda _: push(tuple(cut(marks.pop()))),
-        **{f"TUPLE{n}": lambda _, n=n: push(tuple(cut(-n))) for n in (1, 2, 3)},
-        "APPEND": lambda _: _fill(cut(-1), stack[-1]),
-        "SETITEM": lambda _: _fill(cut(-2), stack[-1]),
-        **dict.fromkeys(["APPENDS", "SETITEMS"], lambda _: _fill(cut(marks.pop()), stack[-1])),
+        "TUPLE": lambda _: push(tuple(pop_from(marks.pop()))),
+        **{f"TUPLE{n}": lambda _, n=n: push(tuple(pop_from(-n))) for n in (1, 2, 3)},
+        "APPEND": lambda _: _fill(pop_from(-1), stack[-1]),
+        "SETITEM": lambda _: _fill(pop_from(-2), stack[-1]),
+        **dict.fromkeys(["APPENDS", "SETITEMS"], lambda _: _fill(pop_from(marks.pop()), stack[-1])),
         **dict.fromkeys(["BINPUT", "LONG_BINPUT"], lambda index: memo.update({index: stack[-1]})),
         "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
         **dict.fromkeys(["BINGET", "LONG_BINGET"], lambda index: push(memo[index])),
         "GLOBAL": lambda names: push(_global(*names.split(" ", 1))),
-        "STACK_GLOBAL": lambda _: push(_global(*cut(-2))),
+        "STACK_GLOBAL": lambda _: push(_global(*pop_from(-2))),
         "BINPERSID": lambda _: push(storage(_reference(stack.pop()))),
-        "REDUCE": lambda _: push(_call(*cut(-2))),
+        "REDUCE": lambda _: push(_call(*pop_from(-2))),
         "BUILD": lambda _: _drop_state(stack[-2], stack.pop()),
     }
     try:
         for opcode, arg, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 return stack.pop()
-            if opcode.name not in steps:
-                asked = f" {arg[:80]!r}" if isinstance(arg, str) else ""
-                raise UnsafePickleError(f"it uses the opcode {opcode.name}{asked}, which torch.save never writes")
-            steps[opcode.name](arg)
+            if opcode.name not in handlers:
+                argument = f" {arg[:80]!r}" if isinstance(arg, str) else ""
+                raise UnsafePickleError(f"it uses the opcode {opcode.name}{argument}, which torch.save never writes")
+            handlers[opcode.name](arg)
     except (IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
 
 
 def _global(module: Any, name: Any) -> Any:
     full = f"{module}.{name}" if type(module) is type(name) is str else "something without a name"
     if full not in _GLOBALS:
-        raise UnsafePickleError(f"it asks for {full[:80]!r}")
+        raise UnsafePickleError(f"it refers to {full[:80]!r}")
     return _GLOBALS[full]
 
 
@@ -246,7 +248,7 @@ def _call(function: Any, args: Any) -> Any:
 
 
 def _drop_state(target: Any, state: Any) -> None:
-    # A torch state dict carries an attribute `_metadata`. No attribute is ever set here.
+    # A torch state dict has an attribute `_metadata`, which is dropped: attributes are never set.
     if type(target) is not dict:
         raise UnsafePickleError(f"it sets attributes of a {type(target).__name__}")
 
@@ -254,11 +256,11 @@ def _drop_state(target: Any, state: Any) -> None:
 def _fill(items: list, target: Any) -> None:
     if type(target) is list:
         target.extend(items)
-    # No other keys: a few nested tuples can take forever to hash.
+    # Other keys are refused: hashing a few nested tuples can take exponential time.
     elif type(target) is dict and all(type(key) in (str, int) for key in items[::2]):
         target.update(zip(items[::2], items[1::2], strict=True))
     else:
-        raise ValueError("its pickle is damaged, or has a dict with keys that are neither strings nor integers")
+        raise ValueError("the pickle is damaged, or a dict has keys that are neither strings nor integers")
 
 
 def _reference(persistent_id: Any) -> _Reference:

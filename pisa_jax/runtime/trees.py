@@ -1,4 +1,4 @@
-"""Path-keyed parameter trees: `{"down_blocks_0/resnets_0/conv1/kernel": leaf}` and back, selection and comparison."""
+"""Parameter trees keyed by path, such as "down_blocks_0/resnets_0/conv1/kernel"; selection and comparison."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ SEPARATOR = "/"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one dict keyed by path.
+    """Convert nested dicts to one dict keyed by path.
 
     >>> flatten({"conv_in": {"kernel": 1, "bias": 2}})
     {'conv_in/kernel': 1, 'conv_in/bias': 2}
@@ -40,10 +40,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select(paths: Iterable[str], pattern: str) -> list[str]:
-    """The paths in which the regular expression `pattern` is found, in order.
+    """Return the paths that contain a match of the regular expression `pattern`, in order.
 
     Raises:
-        ValueError: nothing matches; the message shows what the paths look like.
+        ValueError: no path matches; the message shows the first paths.
     """
     paths = list(paths)
     found = [path for path in paths if re.search(pattern, path)]
@@ -53,13 +53,13 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the allowed name nearest to a mistyped one, or an empty string."""
+    """Return "; did you mean 'x'?" for the allowed name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def shape_diff(expected: Mapping[str, tuple], found: Mapping[str, tuple], most: int = 8) -> str:
-    """A readable list of how two path -> shape maps differ; empty where they agree."""
+def shape_diff(expected: Mapping[str, tuple], found: Mapping[str, tuple], limit: int = 8) -> str:
+    """List the differences of two path -> shape maps, one per line, at most `limit`; "" if there are none."""
     lines = [f"missing     {path} {shape}" for path, shape in expected.items() if path not in found]
     lines += [
         f"unexpected  {path} {shape}{suggest(path, expected)}" for path, shape in found.items() if path not in expected
@@ -69,6 +69,6 @@ def shape_diff(expected: Mapping[str, tuple], found: Mapping[str, tuple], most: 
         for path, shape in expected.items()
         if path in found and tuple(found[path]) != tuple(shape)
     ]
-    if len(lines) > most:
-        lines = [*lines[:most], f"... and {len(lines) - most} more"]
+    if len(lines) > limit:
+        lines = [*lines[:limit], f"... and {len(lines) - limit} more"]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The frozen Stable Diffusion parts: diffusers' Flax UNet and VAE and transformers' Flax CLIP text encoder.
+"""The modules of Stable Diffusion: diffusers' Flax UNet and VAE, and transformers' Flax CLIP text encoder.
 
-The only file that imports diffusers or transformers. Their modules are used as released; where they differ from the
-PyTorch modules that the published weights were trained with, linen interceptors correct them from outside: see
-`_CORRECTED`. Everything outside this file is NHWC, and latents here are scaled (times `latent_scale`).
+This is the only file that imports diffusers or transformers. Their modules are used as released. Where they differ from
+the PyTorch modules, with which the published weights were trained, linen interceptors correct them: see `_CORRECTED`.
+All functions take and return NHWC arrays, and latents are scaled (multiplied by `latent_scale`) unless stated.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from diffusers.utils import logging as diffusers_logging
 
-# diffusers says on import, and in every constructor, that its Flax classes are deprecated: known, and answered by the
-# exact pins in setup.cfg. It must be told before its models are imported.
+# diffusers warns on import and in every constructor that its Flax classes are deprecated; setup.cfg pins the last
+# release that has them. The warnings can only be muted before the models are imported.
 diffusers_logging.set_verbosity_error()
 
 import flax.linen as nn  # noqa: E402
@@ -31,12 +31,12 @@ from pisa_jax.sd import layers  # noqa: E402
 
 Params = Mapping[str, Any]
 
-# What `jax.checkpoint` policies call the outputs of the residual and transformer blocks.
+# Name of the outputs of residual and transformer blocks for the policies of `jax.checkpoint`.
 BLOCK_OUTPUT = "block_output"
 _BLOCKS = (resnet_flax.FlaxResnetBlock2D, attention_flax.FlaxTransformer2DModel, vae_flax.FlaxResnetBlock2D)
 
-# PyTorch config keys that the Flax modules ignore, with the values they act as if they had read. None, False and ()
-# are accepted for every other key they do not know; anything else is refused.
+# PyTorch config keys that the Flax modules ignore, with the values that they implement. For any other unknown key,
+# only None, False and () are accepted.
 _UNET_IGNORED = {
     "act_fn": ("silu",),
     "norm_eps": (1e-5,),
@@ -56,7 +56,7 @@ _VAE_IGNORED = {
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
 }
-# Keys the Flax classes do have a field for, but do not act on, or act on in a way PyTorch does not.
+# Keys that the Flax classes have fields for, but ignore or interpret in another way than PyTorch.
 _UNET_READ = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_attention_heads": (None,),
@@ -64,23 +64,23 @@ _UNET_READ = {
     "only_cross_attention": (False,),
     "dropout": (0.0,),
 }
-# Keys that only have a meaning together with another key that is refused.
+# Keys that have a meaning only together with another key, which is refused.
 _INERT = {"addition_embed_type_num_heads"}
 _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
 class VaeHooks(NamedTuple):
-    """What is done at the places of the VAE where a position sees more than its neighbours, or the resolution changes.
+    """Overrides for the VAE's non-local layers (GroupNorm, attention) and resampling.
 
-    The defaults are those of a whole picture; tiles need others (`vae_flow`).
+    The defaults are for whole images; `vae_tiling` overrides them for tiles.
     """
 
-    # (x, scale, bias, groups, epsilon) -> the normalised x
+    # (x, scale, bias, groups, epsilon) -> normalized x
     norm: Callable = layers.group_norm
     # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
     attention: Callable = lambda query, key, value, size: layers.attention(query, key, value)
-    # What is upsampled, and what was downsampled, on its way to the next layer.
+    # Applied to the input of each upsampler, and to the output of each downsampler.
     before_upsample: Callable = lambda x: x
     after_downsample: Callable = lambda x: x
 
@@ -90,7 +90,7 @@ DEFAULT_HOOKS = VaeHooks()
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """The modules of one model, without weights. Hashed by identity: a static argument of jitted functions."""
+    """The modules of one model, without weights. Hashed by identity, so it can be a static argument of `jax.jit`."""
 
     unet: FlaxUNet2DConditionModel
     vae: vae_flax.FlaxAutoencoderKL
@@ -98,12 +98,12 @@ class Backbone:
 
     @property
     def latent_scale(self) -> float:
-        """What encoded latents are multiplied with before the UNet sees them (0.18215 for SD 2.1)."""
+        """Factor between the encoder's output and the latents of the UNet (0.18215 for SD 2.1)."""
         return self.vae.scaling_factor
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent (4 for SD 2.1)."""
+        """Channels of the latents (4 for SD 2.1)."""
         return self.vae.latent_channels
 
     @property
@@ -119,10 +119,10 @@ def build_modules(
     dtype: Any = jnp.float32,
     vae_dtype: Any = jnp.float32,
 ) -> Backbone:
-    """The modules that three diffusers `config.json` describe.
+    """Build the modules that the `config.json` of the UNet, the VAE and the text encoder describe.
 
     Raises:
-        ValueError: a config asks for something that the Flax modules would silently ignore.
+        ValueError: a config has a value that the Flax modules would silently ignore.
     """
     return Backbone(
         unet=_construct(FlaxUNet2DConditionModel, unet, _UNET_IGNORED, _UNET_READ, _UNET_BLOCKS, dtype),
@@ -138,20 +138,20 @@ def _construct(cls, config, ignored, read, blocks, dtype):
         if key.startswith("_") or (key in known and allowed is None):
             continue
         if not (value in allowed if allowed else not value or key in _INERT):
-            instead = " or ".join(map(repr, allowed)) if allowed else "None or False"
+            instead = " or ".join(map(repr, allowed)) if allowed else "only None or False"
             raise ValueError(
-                f"{cls.__name__} cannot honour {key} = {value!r} of this checkpoint's config.json: it would act as if "
-                f"{key} were {instead}, and the result would be wrong. Use a checkpoint shaped like SD 2.1-base."
+                f"{cls.__name__} does not support {key} = {value!r} of this checkpoint's config.json: it implements "
+                f"{instead}, and the result would be wrong. Use a checkpoint with the architecture of SD 2.1-base."
             )
     for key in ("down_block_types", "up_block_types"):
         if unknown := set(config.get(key, ())) - blocks:
-            raise ValueError(f"{key} has {sorted(unknown)}; {cls.__name__} knows {sorted(blocks)}")
+            raise ValueError(f"{key} has {sorted(unknown)}; {cls.__name__} supports {sorted(blocks)}")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known}
     return cls(**values, dtype=dtype)
 
 
 def param_shapes(backbone: Backbone) -> dict[str, Any]:
-    """Trees of ShapeDtypeStruct for "unet", "vae" and "text", without computing anything."""
+    """Return the parameter trees "unet", "vae" and "text" with `jax.ShapeDtypeStruct` leaves; computes nothing."""
     key = jax.random.key(0)
     side = 8 * backbone.vae_scale_factor
     latents = jnp.zeros((1, backbone.latent_channels, 64, 64))
@@ -172,7 +172,7 @@ def eps(
     timesteps: Int[Array, "b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
 ) -> Float[Array, "b h w c"]:
-    """The UNet's noise prediction for scaled latents of any size; float32."""
+    """Predict the noise in scaled latents of any size with the UNet; float32."""
     batch = latents.shape[0]
     timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
     prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[1:]))
@@ -209,7 +209,7 @@ def encode(
 def decode(
     backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = DEFAULT_HOOKS
 ) -> Float[Array, "b h w 3"]:
-    """Images, nominally in [-1, 1] and not clipped, of scaled latents; float32."""
+    """Decode scaled latents to images, nominally in [-1, 1] but not clipped; float32."""
     with nn.intercept_methods(_corrections(hooks)):
         images = backbone.vae.apply(
             {"params": params}, latents / backbone.latent_scale, method=backbone.vae.decode
@@ -218,15 +218,18 @@ def decode(
 
 
 def encode_text(backbone: Backbone, params: Params, token_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
-    """Last hidden state after the final layer norm, no token masked (as SD 2.1 is used); float32."""
+    """Return the last hidden state of the text encoder after its final layer norm; float32.
+
+    No token is masked, as in SD 2.1.
+    """
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
     out = backbone.text.apply({"params": params}, token_ids, jnp.ones_like(token_ids), positions)
     return out.last_hidden_state.astype(jnp.float32)
 
 
 def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]]:
-    """A function from prompts to CLIP token ids, padded with the checkpoint's own pad token and cut to its length."""
-    # The fast tokenizer: the slow one splits CJK text otherwise unless ftfy is installed.
+    """Return a function from prompts to CLIP token ids, padded and truncated to the length of the checkpoint."""
+    # The slow tokenizer splits CJK text differently unless ftfy is installed.
     tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
 
     def tokenize(prompts: list[str]) -> np.ndarray:
@@ -237,7 +240,10 @@ def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]
 
 
 def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
-    """One call's interceptor: it remembers the sizes that the UNet's upsamplers must return to."""
+    """Return an interceptor for one call of a module.
+
+    It records the input size of each downsampler of the UNet; the matching upsampler crops its output to that size.
+    """
     sizes: list[tuple[int, int]] = []
 
     def intercept(next_fun, args, kwargs, context):
@@ -260,7 +266,7 @@ def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
 
 
 def _group_norm(hooks: VaeHooks, module: nn.GroupNorm, x):
-    # FlaxTransformer2DModel's norm is the one made with 1e-5 where PyTorch has 1e-6.
+    # FlaxTransformer2DModel creates its norm with 1e-5, PyTorch's with 1e-6.
     transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     weights = module.variables["params"]
     return hooks.norm(x, weights["scale"], weights["bias"], module.num_groups, 1e-6 if transformer else module.epsilon)

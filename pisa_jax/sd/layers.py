@@ -1,6 +1,7 @@
-"""The few array operations whose plain formulation is slow or inexact: GroupNorm, attention, upsampling.
+"""Array operations whose plain formulation is slow or inexact: GroupNorm, attention, upsampling.
 
-All take and return NHWC (or batch, position, head, channel) arrays and change nothing but rounding.
+Arrays are NHWC, or (batch, position, head, channel) for attention. Results equal those of the plain formulation up to
+rounding.
 """
 
 import functools
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Measured on 2 CPU cores: a map over heads and chunks of 256 queries keeps the scores in cache (87 GFLOP/s against
-# 21-29 for one batched product) once there are more positions than that; below, one product is faster.
+# Queries per step on a CPU. A map over heads and chunks of 256 queries keeps the scores in the cache: 87 GFLOP/s on 2
+# cores, against 21-29 for one batched product. With fewer positions than that, one product is faster.
 QUERY_CHUNK = 256
 
 
@@ -22,10 +23,12 @@ def group_norm(
     groups: int,
     epsilon: float,
 ) -> Float[Array, "b *space c"]:
-    """GroupNorm with float32 statistics per channel, combined per group, applied as one scale and one shift.
+    """Apply GroupNorm: y = (x - mean_g) / sqrt(var_g + epsilon) * scale + bias.
 
-    y = (x - mean_g) / sqrt(var_g + epsilon) * scale + bias. The variance is taken around the mean in a second pass:
-    E[x^2] - E[x]^2 loses all digits where the mean is large. (Wu and He 2018, eq. 1-2.)
+    Statistics are computed in float32 per channel and combined per group; y is one multiplication and one addition. The
+    variance is computed around the mean in a second pass, because E[x^2] - E[x]^2 loses all digits for a large mean.
+
+    Reference: Wu and He 2018, equations 1 and 2.
     """
     space = tuple(range(1, x.ndim - 1))
     wide = x.astype(jnp.float32)
@@ -44,9 +47,12 @@ def group_norm(
 def attention(
     query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
 ) -> Float[Array, "b n h d"]:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+    """Compute softmax(q k^T / sqrt(d)) v.
 
-    With more than QUERY_CHUNK queries and keys no score matrix is kept by a CPU, nor by cuDNN where it can compute.
+    With more than QUERY_CHUNK queries and keys, the score matrix is not stored: CPUs compute it in chunks, GPUs use
+    cuDNN where `cudnn_attention_compiles`.
+
+    Reference: Vaswani et al. 2017, equation 1.
     """
     if min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
         return jax.nn.dot_product_attention(query, key, value)
@@ -59,7 +65,7 @@ def attention(
 
 @functools.cache
 def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
-    """Whether cuDNN compiles attention and its gradient here: not for float32, large heads, cards before Ampere."""
+    """Return True if cuDNN compiles attention and its gradient: not for float32, large heads, or GPUs before Ampere."""
     if jax.default_backend() != "gpu":
         return False
     heads = jax.ShapeDtypeStruct((1, 64, 1, channels), dtype)
@@ -69,7 +75,7 @@ def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
 
     try:
         jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(heads, heads, heads).compile()
-    except Exception:  # by what is missing: RuntimeError, NotImplementedError, XlaRuntimeError
+    except Exception:  # RuntimeError, NotImplementedError or XlaRuntimeError, depending on what is missing
         return False
     return True
 
@@ -93,38 +99,40 @@ def _chunked_attention(query, key, value):
         out = jax.lax.map(of_head, (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
         return out.reshape(heads, -1, channels)[:, :positions].swapaxes(0, 1)
 
-    return jax.vmap(of_sample)(query, key, value)  # vmap, not a map: a batch may be cut over devices
+    return jax.vmap(of_sample)(query, key, value)  # not lax.map: the batch may be sharded over devices
 
 
-# Keys per step of `attention_over_first_keys`: a chunk's scores, 4 MB, stay in a CPU's cache and keep a GPU busy.
+# Keys per step of `attention_over_first_keys`: the 4 MB of scores fit a CPU's cache and are enough work for a GPU.
 KEY_CHUNK = 4096
 
 
 def attention_over_first_keys(
     query: Float[Array, "n h d"], key: Float[Array, "m h d"], value: Float[Array, "m h d"], count: Int[Array, ""]
 ) -> Float[Array, "n h d"]:
-    """softmax(q k^T / sqrt(d)) v over the first `count` keys, chunk by chunk with a running maximum; m is any bound.
+    """Compute softmax(q k^T / sqrt(d)) v over the first `count` of m keys, in chunks with a running maximum.
 
-    `count` is traced: what it costs depends on it, what is compiled does not. (Milakov and Gimelshein 2018, alg. 3.)
+    `count` is traced: the run time depends on it, the compiled code does not.
+
+    Reference: Milakov and Gimelshein 2018, algorithm 3.
     """
     positions, heads, channels = query.shape
     step = min(KEY_CHUNK, key.shape[0])
     key, value = (jnp.pad(array, ((0, -len(array) % step), (0, 0), (0, 0))) for array in (key, value))
 
     def of_chunk(queries):
-        def further(index, carry):
+        def add_chunk(index, carry):
             top, total, out = carry
             keys, values = (jax.lax.dynamic_slice_in_dim(array, index * step, step) for array in (key, value))
             scores = jnp.einsum("nhd,mhd->hnm", queries, keys, preferred_element_type=jnp.float32) * channels**-0.5
             scores = jnp.where(index * step + jnp.arange(step) < count, scores, -jnp.inf)
-            higher = jnp.maximum(top, scores.max(-1))
-            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             added = jnp.einsum("hnm,mhd->hnd", weights.astype(values.dtype), values)
-            return higher, total * fade + weights.sum(-1), out * fade[..., None] + added
+            return new_top, total * decay + weights.sum(-1), out * decay[..., None] + added
 
         shape = (heads, QUERY_CHUNK)
         start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, channels))
-        _, total, out = jax.lax.fori_loop(0, -(-count // step), further, start)
+        _, total, out = jax.lax.fori_loop(0, -(-count // step), add_chunk, start)
         return (out / total[..., None]).swapaxes(0, 1).astype(value.dtype)
 
     chunks = jnp.pad(query, ((0, -positions % QUERY_CHUNK), (0, 0), (0, 0))).reshape(-1, QUERY_CHUNK, heads, channels)
@@ -132,7 +140,7 @@ def attention_over_first_keys(
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Nearest-neighbour upsampling by 2."""
+    """Upsample by 2 with nearest-neighbor interpolation."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -141,8 +149,8 @@ def upsample_conv(
 ) -> Float[Array, "b h2 w2 o"]:
     """Compute conv3x3(upsample_nearest(x)) as four 2x2 convolutions on x, one per output phase: 4/9 of the products.
 
-    An even output row sees the input rows (i - 1, i, i) and an odd one (i, i, i + 1), so two of the three taps add up;
-    the same along the width.
+    An even output row depends on the input rows (i - 1, i, i), an odd one on (i, i, i + 1), so two of the three taps
+    can be added beforehand. The same holds for columns.
     """
     rows = (((1, 0), (kernel[0], kernel[1] + kernel[2])), ((0, 1), (kernel[0] + kernel[1], kernel[2])))
     phases = []

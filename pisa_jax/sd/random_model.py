@@ -1,7 +1,4 @@
-"""Stable Diffusion checkpoints with random weights: the right shapes and sizes, and no knowledge.
-
-For tests, benchmarks, and trying a training set-up where no real weights are at hand.
-"""
+"""Stable Diffusion checkpoints with random weights, for tests, benchmarks, and trying a training setup."""
 
 import json
 import math
@@ -70,10 +67,10 @@ SCHEDULER = {
 }
 _SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 _SMALL_TEXT |= {"vocab_size": 514}
-# What each size changes of the UNet, the VAE and the text encoder.
+# Size -> changes to the configs of the UNet, the VAE and the text encoder.
 SIZES = {
     "sd21": ({}, {}, {}),
-    # A quarter of its operations and memory: what a small machine can still train.
+    # Half the channels, a quarter of the operations and memory.
     "half": (
         {"block_out_channels": [160, 320, 640, 640], "attention_head_dim": [5, 5, 10, 10], "cross_attention_dim": 512},
         {"block_out_channels": [64, 128, 256, 256]},
@@ -86,7 +83,7 @@ SIZES = {
         {"block_out_channels": [32, 32, 32, 64], "layers_per_block": 1},
         _SMALL_TEXT,
     ),
-    # Fewer blocks, so that it compiles in seconds; latents of 8 channels, 4 pixels apart.
+    # Fewer blocks, so it compiles in seconds; 4 pixels per latent and 8 channels.
     "nano": (
         {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32, "in_channels": 8}
         | {"attention_head_dim": [2, 4], "sample_size": 8, "out_channels": 8}
@@ -100,9 +97,13 @@ SIZES = {
 
 
 def model_configs(size: str) -> tuple[dict, dict, dict]:
-    """The UNet's, the VAE's and the text encoder's config.json for a size of `SIZES`."""
+    """Return the config.json of the UNet, the VAE and the text encoder for a size in `SIZES`.
+
+    Raises:
+        ValueError: unknown size.
+    """
     if size not in SIZES:
-        raise ValueError(f"no size {size!r}, known: {', '.join(SIZES)}")
+        raise ValueError(f"unknown size {size!r}, known: {', '.join(SIZES)}")
     unet, vae, text = SIZES[size]
     return UNET | unet, VAE | vae, TEXT | text
 
@@ -113,7 +114,7 @@ def base_model(size: str) -> BaseModel:
 
 
 def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float32) -> dict:
-    """Weights that keep activations at the size of their inputs: N(0, 1 / fan_in), scales 1, biases 0."""
+    """Draw weights that preserve the magnitude of activations: N(0, 1 / fan_in), scales 1, biases 0."""
 
     def leaf(path: str, shape: tuple) -> np.ndarray:
         name = path.rsplit("/", 1)[-1]
@@ -126,8 +127,8 @@ def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float3
 
 
 def write_tokenizer(folder: Path) -> None:
-    """CLIP's byte-level vocabulary without its merges: every prompt is spelled out."""
-    # CLIP writes a printable byte as itself and the others as the characters from 256 on; printable ones come first.
+    """Write a tokenizer with CLIP's byte-level vocabulary and no merges: one token per byte."""
+    # CLIP represents printable bytes as themselves, and the others as characters from 256; printable ones come first.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -143,13 +144,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_random_model(folder: Path, size: str = "tiny", seed: int = 0, dtype: str = "float32") -> None:
-    """A diffusers folder and `adapters.safetensors` in it, the factors of both adapters non-zero."""
+    """Write a diffusers folder, and in it `adapters.safetensors` with non-zero factors in both adapters."""
     rng = np.random.default_rng(seed)
-    described = dict(zip(("unet", "vae", "text"), model_configs(size), strict=True))
-    modules = backbone.build_modules(**described)
+    model = dict(zip(("unet", "vae", "text"), model_configs(size), strict=True))
+    modules = backbone.build_modules(**model)
     shapes = backbone.param_shapes(modules)
     params = {part: random_params(shapes[part], rng, np.dtype(dtype)) for part in pretrained.PARTS}
-    pretrained.write_pretrained(folder, described, params, SCHEDULER, dtype)
+    pretrained.write_pretrained(folder, model, params, SCHEDULER, dtype)
     write_tokenizer(folder / "tokenizer")
     spec = AdapterSpec()
     trees = {}

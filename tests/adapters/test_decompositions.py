@@ -185,7 +185,7 @@ def eps(modules, params, trees, x, timestep, prompt):
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("names", [("pix",), ("pix", "sem")], ids="+".join)
 def test_unet_with_adapters_equals_the_original(names, index, timestep):
-    model, adapters = recorded_backbone, recorded_model(), recorded_adapters()
+    model, adapters = recorded_model(), recorded_adapters()
     arrays = np.load(golden("comp/unet.npz"))
     x, prompt = nhwc(arrays[f"x{index}"]), jnp.asarray(arrays[f"emb{index}"])
     expected = nhwc(arrays[f"{''.join(names)}{index}_t{timestep}"])

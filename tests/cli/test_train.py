@@ -72,7 +72,7 @@ def test_fields_and_switches(monkeypatch):
         (["configs/debug.py", "--batch-size", "0"], 2, "batch_size is at least 1, not 0"),
         (["configs/debug.py", "--data.source", "foldr"], 2, "data.source 'foldr' is none of folder, pairs"),
         (["configs/debug.py", "--data.source", "folder"], 2, "data.source folder needs data.path"),
-        (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume goes on with a run and --overwrite deletes it"),
+        (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume continues a run and --overwrite deletes it"),
         (["configs/debug.py", "--perceptual", "vg"], 2, "perceptual 'vg' is none of vgg, alex, squeeze"),
         (["configs/debug.py", "--stages.0.spec.decomposition", "lroa"], 1, "unknown decomposition 'lroa'"),
         (["configs/debug.py", "--model", "no/such/folder"], 1, "'no/such/folder' is neither a folder nor a hub id"),
@@ -111,13 +111,13 @@ def test_the_debug_run_and_its_result(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         printed += done.stdout
-    assert printed.count(" pictures/s, ends ") == 8
+    assert printed.count(" images/s, ends ") == 8
     with Image.open(next(tmp_path.glob("photo*_4x.png"))) as result:
         assert result.size == (80, 48)
 
     found = events(out / "tensorboard")
     assert list(found["pix/l2"]) == [1, 2, 3, 4]
     assert list(found["sem/csd"]) == list(found["sem/perceptual"]) == [5, 6, 7, 8]
-    assert list(found["time/pictures_per_second"]) == list(range(1, 9))
+    assert list(found["time/images_per_second"]) == list(range(1, 9))
     for name in ("validation", *(f"validation/{figure}" for figure in ("l2", "psnr", "ssim", "perceptual"))):
         assert list(found[name]) == [0, 4, 8], name

@@ -1,4 +1,4 @@
-"""Weight files: what torch and safetensors write, whole and damaged."""
+"""Tensor files of torch and safetensors: reading, writing, damaged files, memory."""
 
 import os
 import pickle
@@ -46,7 +46,7 @@ def test_reads_every_dtype_view_and_parameter(kind, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_values_beside_the_tensors(kind):
+def test_reads_other_values_than_tensors(kind):
     found = read_torch(FILES / f"nested_{kind}.pth")
     assert found["epoch"] == 3
     assert found["rate"] == 1e-4
@@ -80,7 +80,7 @@ def test_reads_other_pickle_protocols(expected):
     check(read_tensors(FILES / "protocol4_zip.pth"), tensor_values(expected))
 
 
-def test_reads_files_of_python_2():
+def test_reads_files_written_by_python_2():
     found = read_tensors(FILES / "lpips_vgg_python2.pth")
     assert [array.shape for array in found.values()] == [(1, n, 1, 1) for n in (64, 128, 256, 512, 512)]
     heads = np.load(golden("train/lpips_lin.npz"))
@@ -125,7 +125,7 @@ def test_random_damage_gives_only_clear_errors(tmp_path):
             target.write_bytes(damaged)
             found = outcome(target)
             assert not isinstance(found, ValueError) or str(target) in str(found)
-            str(found)  # all that was read can be looked at
+            str(found)  # every element can be accessed
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_random_damage_gives_only_clear_errors(tmp_path):
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "pickle|opcode"),
     ],
 )
-def test_other_files_are_refused(content, message, tmp_path):
+def test_files_of_other_formats_are_refused(content, message, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match=rf"x\.pth.*({message})"):
         read_tensors(tmp_path / "x.pth")
@@ -178,13 +178,13 @@ def test_safetensors_round_trip(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), found[name], strict=True)
 
 
-def test_same_input_same_bytes(tmp_path):
+def test_equal_input_gives_equal_bytes(tmp_path):
     for name in ("a", "b"):
         write_safetensors(tmp_path / name, sample_tensors(), {"note": "x"})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": np.ones(2)}, {})
     before = path.read_bytes()
@@ -197,13 +197,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_written_files_have_the_users_mode(tmp_path):
+def test_written_files_have_the_permissions_of_the_umask(tmp_path):
     write_safetensors(tmp_path / "a", {"a": np.ones(2)}, {})
     (tmp_path / "b").touch()
     assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
 
 
-def test_write_to_a_missing_folder(tmp_path):
+def test_writing_to_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_safetensors(tmp_path / "none" / "x", {"a": np.ones(2)}, {})
 
@@ -233,7 +233,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-def test_released_arrays_take_no_memory_and_keep_their_values(tmp_path):
+def test_released_pages_use_no_memory_and_are_read_again(tmp_path):
     def mapped_kib():
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
         return int(line.split()[1])
@@ -247,4 +247,4 @@ def test_released_arrays_take_no_memory_and_keep_their_values(tmp_path):
     release_mapped_pages(view)
     assert mapped_kib() - before < 0.1 * values.nbytes / 2**10
     np.testing.assert_array_equal(view, values.T)
-    release_mapped_pages(values)  # is no view of a file: nothing to give back
+    release_mapped_pages(values)  # not a view of a file: no effect

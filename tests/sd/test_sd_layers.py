@@ -100,11 +100,6 @@ def test_double_repeats_pixels():
     assert layers.upsample_nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
-def test_compiler_options_are_accepted():
-    options = compiler_options()
-    assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6.0
-
-
 @pytest.mark.parametrize("count", [1, 300, 5000])
 def test_attention_over_some_keys(count):
     query, key, value = (jax.random.normal(jax.random.key(i), (n, 2, 8)) for i, n in enumerate((300, 5000, 5000)))

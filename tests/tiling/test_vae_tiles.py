@@ -280,5 +280,5 @@ def test_two_devices_give_what_one_gives(tmp_path):
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="999 devices are asked for, and there are"):
+    with pytest.raises(ValueError, match="999 devices are requested, and there are"):
         small_upscaler(devices=999)
