@@ -41,7 +41,7 @@ def decoder_margins(backbone: Backbone) -> list[int]:
 def encoder_margin(backbone: Backbone) -> int:
     """Latents that the encoder sees around a result: three quarters of what it would need to be exact.
 
-    The last quarter changes nothing that could be measured (docs/any_size.md), and costs a fifth of the encoder.
+    The last quarter changes nothing that could be measured (docs/vae_tiling.md), and costs a fifth of the encoder.
     """
     resnets = 2 * backbone.vae.layers_per_block
     margin = 1 + 4 + resnets  # conv_out and the mid block
@@ -54,7 +54,7 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
     """What a batch of pictures of this shape needs.
 
     Four activations of the last upsampler's width at the picture's resolution: a CPU keeps two and a half (measured,
-    docs/any_size.md), other back ends may need more. And the attention's scores, where they are not cut into chunks.
+    docs/vae_tiling.md), other back ends may need more. And the attention's scores, where they are not cut into chunks.
     """
     batch, height, width, _ = shape
     channels = backbone.vae.block_out_channels
