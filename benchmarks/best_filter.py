@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pisa_jax.imaging.matlab_resize import matlab_bicubic, rgb_to_y
+from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics.pairing import pair_files
+from pisa_jax.metrics.psnr_ssim import rgb_to_y
 
 
 def best_filter(source: np.ndarray, target: np.ndarray, taps: int, step: int) -> np.ndarray:
