@@ -1,10 +1,9 @@
-"""Both stages on drawn pictures and a tiny random model: does everything run? Nothing is learnt.
+"""A smoke test: both stages on synthetic images and a tiny random model. The adapters are of no use.
 
     python train.py configs/debug.py
 
 Hardware: any; under a minute of CPU time, nearly all of it compilation. Expected: runs/debug/adapters.safetensors,
-which `infer.py` takes together with runs/debug/model. Measured: 52 s of CPU time, 69 s on 2 cores that other programs
-used too (2026-11-25).
+which `infer.py` takes together with runs/debug/model. Measured: 52 s of CPU time, 69 s on 2 busy cores (2026-11-25).
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage

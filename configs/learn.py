@@ -1,12 +1,12 @@
-"""Does training learn? Both stages on photographs, with a random base model that is small enough for a CPU.
+"""Both stages on photographs with a random base model that is small enough for a CPU: training must lower errors.
 
     python train.py configs/learn.py --data.path PHOTOS --validation.path OTHER_PHOTOS
 
-A random decoder cannot draw, so the pictures are poor; but errors that adapters can lower must fall on pictures that no
-step has seen: in the pixel stage l2, in the semantic stage the perceptual distance. No CSD: a random teacher knows
-nothing. Hardware: 2 CPU cores, a few minutes. Expected: in the pixel stage l2 falls by a third, in the semantic stage
-the perceptual distance by a twentieth (`test_it_learns`). Measured on the first 6 pictures of Kodak24, trained on 352
-photographs, 2026-11-25:
+A random decoder cannot reconstruct images, so the results are poor. But errors that adapters can lower must fall on
+images that were not used for training: l2 in the pixel stage, the perceptual distance in the semantic stage. There is
+no CSD, because a random teacher carries no information. Hardware: 2 CPU cores, a few minutes. Expected: l2 falls by a
+third in the pixel stage, and the perceptual distance by a twentieth in the semantic stage (`test_it_learns`). Measured
+on the first 6 images of Kodak24, trained on 352 photographs, 2026-11-25:
 
 | step | l2 | PSNR | SqueezeNet distance |
 |---|---|---|---|

@@ -2,9 +2,9 @@
 
     python train.py configs/sd21.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Data there: LSDIR and the first 10 000 pictures of FFHQ, crops of 512, batch 16, RAM tags of the ground truth as
-prompts. 4 000 + 8 500 steps of AdamW at 5e-5. Hardware there: not stated per run; here: not yet run (no weights of
-Stable Diffusion or VGG16 where this was written).
+Data of the paper: LSDIR and the first 10 000 images of FFHQ, crops of 512, batch 16, RAM tags of the ground truth as
+prompts. 4 000 + 8 500 steps of AdamW at 5e-5. Hardware: not stated per run by the paper; not yet run with this package
+(the weights of Stable Diffusion and VGG16 were not available for testing).
 Expected on RealSR 128 -> 512, default scales: PSNR 25.50, SSIM .7417, LPIPS .2672. Measured: not yet run.
 """
 

@@ -1,8 +1,8 @@
-"""The published recipe (configs/sd21.py) on one GPU of 24 GB: batches of 16 in parts of 1, recomputed activations.
+"""The published recipe (configs/sd21.py) on one GPU of 24 GB: gradient accumulation over 16 parts, rematerialization.
 
     python train.py configs/sd21_1gpu.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Hardware: meant for one GPU of 24 GB; not yet run on one (docs/training.md has compiled memory).
+Hardware: meant for one GPU of 24 GB; not yet run on one (docs/training.md has the memory of compiled steps).
 Expected: same steps, same effective batch, same figures as configs/sd21.py. Measured: not yet run.
 """
 
