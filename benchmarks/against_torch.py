@@ -1,4 +1,4 @@
-"""Seconds of encoder, UNet (one pass) and decoder here and in PyTorch on the same machine, in turn.
+"""Time of encoder, UNet (one pass) and decoder in this package and in PyTorch, in alternating runs on one machine.
 
     python -m venv .venv-torch && .venv-torch/bin/pip install -r benchmarks/requirements-torch.txt
     python benchmarks/make_checkpoint.py sd21
@@ -29,7 +29,7 @@ LAYOUTS = ("contiguous_format", "channels_last")
 
 
 class Torch:
-    """benchmarks/torch_stages.py in its own interpreter."""
+    """A process that runs benchmarks/torch_stages.py in another Python environment."""
 
     def __init__(self, python: str, folder: str, layout: str):
         command = [python, Path(__file__).with_name("torch_stages.py"), folder, layout]
@@ -37,7 +37,7 @@ class Torch:
         print(self._process.stdout.readline().strip(), flush=True)
 
     def seconds(self, stage: str, side: int) -> float:
-        """Seconds of a stage for a picture of side x side."""
+        """Measure the seconds of a stage for an image of side x side pixels."""
         print(stage, side, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
@@ -47,7 +47,7 @@ class Torch:
 
 
 def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.Array]]]:
-    """For every stage: side of the picture -> the same stage here, as a function without arguments."""
+    """Compile the stages: stage name -> function from the side of an image to a call without arguments."""
     loaded = pretrained.load(folder)
     base = loaded.base
     unet, vae = (on_device(loaded.params[part], np.float32) for part in ("unet", "vae"))
@@ -71,11 +71,13 @@ def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.A
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a diffusers folder")
     parser.add_argument("--torch", required=True, help="the interpreter of an environment with PyTorch and diffusers")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="of the enlarged picture, in pixels")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[256, 512], help="sides of the upscaled image, in pixels"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
@@ -87,7 +89,7 @@ def main() -> None:
         medians = {name: statistics.median(values) for name, values in alternate(timed, args.repeats).items()}
         best = min(medians[layout] for layout in LAYOUTS)
         figures = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
-        print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of PyTorch's better", flush=True)
+        print(f"{side}, {stage}: {figures}; {medians['pisa_jax'] / best:.2f} of the faster PyTorch layout", flush=True)
     for process in there.values():
         process.close()
 

@@ -1,11 +1,10 @@
-"""Pictures per second of the degradation on one core, where its time goes, and its speed against plain formulations.
+"""Throughput of the degradation on one core, the time of each operation, and a comparison with plain implementations.
 
     python benchmarks/degradation.py [--size 512] [--count 200]
 
-The baseline is the same pipeline in float32 with operations written down the obvious way: cv2.filter2D, numpy's own
-Poisson and normal generators, JPEG as batched 8 x 8 products (resizing is the same in both). Both run in turn on the
-same pictures and seeds, and their operations agree (checked before anything is timed). Times are processor times of
-the one thread.
+The baseline is the same pipeline in float32 with straightforward operations: cv2.filter2D, NumPy's Poisson and normal
+generators, and JPEG as batched 8 x 8 products (resizing is the same in both). Both run alternately on the same images
+and seeds, and their operations agree (checked before the timing). Times are CPU times of the single thread.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import scipy
 
 from pisa_jax.data import degradation
 
-PICTURE = Path(__file__).resolve().parents[1] / "tests/assets/fixtures/degr/stats_gt.png"
+IMAGE = Path(__file__).resolve().parents[1] / "tests/assets/fixtures/degr/stats_gt.png"
 OPERATIONS = ("filter2d", "resize", "jpeg", "gaussian_noise", "poisson_noise")
 
 
@@ -71,7 +70,7 @@ PLAIN = {
 
 
 def check_agreement(image: np.ndarray):
-    """The deterministic operations of both give the same picture."""
+    """Check that the deterministic operations of both implementations agree."""
     rng = np.random.default_rng(0)
     kernel = degradation.random_kernel(rng, (0.2, 3.0))
     pairs = [
@@ -79,7 +78,7 @@ def check_agreement(image: np.ndarray):
         (degradation.jpeg(image[:, :250], 80.3), plain_jpeg(image[:, :250], 80.3)),
     ]
     for ours, plain in pairs:
-        # A few coefficients of a JPEG may round the other way.
+        # A few JPEG coefficients may be rounded differently.
         assert np.quantile(np.abs(ours - plain), 0.999) < 1e-4
 
 
@@ -90,7 +89,7 @@ def timed(image: np.ndarray, seed: int) -> float:
 
 
 def shares(image: np.ndarray, count: int) -> dict[str, float]:
-    """Mean milliseconds per picture inside each operation, and in all."""
+    """Measure the mean milliseconds per image in each operation and in total."""
     spent = defaultdict(float)
 
     def clocked(name, function):
@@ -116,9 +115,9 @@ def main():
     cv2.setNumThreads(1)
     versions = f"numpy {np.__version__}, opencv {cv2.__version__}, scipy {scipy.__version__}"
     print(f"python {platform.python_version()}, {versions}")
-    print(f"{platform.machine()}, one thread, {args.count} pictures of {args.size} x {args.size}")
+    print(f"{platform.machine()}, one thread, {args.count} images of {args.size} x {args.size}")
 
-    image = cv2.imread(str(PICTURE))[..., ::-1] / np.float32(255)
+    image = cv2.imread(str(IMAGE))[..., ::-1] / np.float32(255)
     image = np.clip(cv2.resize(image, (args.size, args.size), interpolation=cv2.INTER_CUBIC), 0, 1)
     check_agreement(image)
     for seed in range(20):
@@ -130,11 +129,11 @@ def main():
             plain.append(timed(image, seed))
     for name, times in (("pisa_jax", ours), ("plain", plain)):
         mean, median = np.mean(times), np.median(times)
-        print(f"{name:9s} {1e3 * mean:6.1f} ms mean, {1e3 * median:6.1f} ms median, {1 / mean:5.1f} pictures/s")
+        print(f"{name:9s} {1e3 * mean:6.1f} ms mean, {1e3 * median:6.1f} ms median, {1 / mean:5.1f} images/s")
     means, medians = np.mean(plain) / np.mean(ours), np.median(plain) / np.median(ours)
     print(f"plain / pisa_jax: {means:.2f} by the means, {medians:.2f} by the medians\n")
 
-    print("milliseconds per picture      pisa_jax    plain")
+    print("milliseconds per image        pisa_jax    plain")
     by_ours = shares(image, args.count)
     with mock.patch.multiple(degradation, **PLAIN):
         by_plain = shares(image, args.count)

@@ -1,10 +1,10 @@
-"""How much of a grid or weave is in pictures: a decoder leaves one where latents are off.
+"""Strength of periodic artifacts (grid, weave), which a decoder produces from errors of the latents.
 
     python benchmarks/grid.py results ground_truth
 
-The mean power of luma along the axes over that in oblique directions, in overlapping Hann windows of 64 x 64 pixels, at
-the periods of one latent (3.3 to 4.8 pixels where the VAE's factor is 4) and of two (4.8 to 10). Pictures have more
-along the axes by themselves: compare with ground truth.
+The measure is the mean power of luma along the axes, relative to oblique directions, in overlapping Hann windows of
+64 x 64 pixels. It has one value for the period of one latent (3.3 to 4.8 pixels for a VAE of factor 4) and one for two
+latents (4.8 to 10). Natural images have more power along the axes as well, so compare with the ground truth.
 """
 
 import argparse
@@ -21,9 +21,9 @@ PERIODS = ((3.3, 4.8), (4.8, 10))
 
 
 def grid(y: np.ndarray) -> list[float]:
-    """The measure for one picture's luma at each of PERIODS; ValueError for one smaller than a window."""
+    """Measure the luma of one image at each of PERIODS. Raises ValueError if the image is smaller than a window."""
     if min(y.shape) < WINDOW:
-        raise ValueError(f"{y.shape[1]}x{y.shape[0]} pixels; it takes {WINDOW}x{WINDOW}")
+        raise ValueError(f"{y.shape[1]}x{y.shape[0]} pixels; at least {WINDOW}x{WINDOW} are needed")
     windows = np.lib.stride_tricks.sliding_window_view(y, (WINDOW, WINDOW))[:: WINDOW // 2, :: WINDOW // 2]
     taper = np.hanning(WINDOW)[:, None] * np.hanning(WINDOW)
     power = np.abs(np.fft.fft2((windows - windows.mean((2, 3), keepdims=True)) * taper)) ** 2
@@ -40,14 +40,14 @@ def grid(y: np.ndarray) -> list[float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="of pictures at their final size")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of images at their final size")
     for folder in parser.parse_args().folders:
         found = [grid(rgb_to_y(np.asarray(Image.open(path).convert("RGB")))) for path in list_pictures(folder)]
         means, medians = np.mean(found, axis=0), np.median(found, axis=0)
         figures = (f"{mean:.1f} (median {median:.1f})" for mean, median in zip(means, medians, strict=True))
-        print(f"{folder}: {', '.join(figures)} in {len(found)} pictures", flush=True)
+        print(f"{folder}: {', '.join(figures)} in {len(found)} images", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seconds per stage of inference, compile time and peak memory.
+"""Time per stage of inference, compile time and peak memory.
 
     python benchmarks/make_checkpoint.py sd21 && python benchmarks/infer.py --model sd21 --size 128
     python benchmarks/infer.py --model sd21 --size 128 --dtype bfloat16 --vae-dtype bfloat16
 
-Run it twice with the same --compile-cache to see the start from the cache. Ratios are against the single UNet pass of
-the default setting, in the same run.
+Run it twice with the same --compile-cache to measure the start from the cache. Ratios are relative to the default
+setting with its single UNet pass, in the same run.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pisa_jax import Upscaler
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = model_parser(__doc__)
     parser.add_argument("--compile-cache")
     args = parser.parse_args()
@@ -51,16 +51,16 @@ def main() -> None:
     timed = {
         "encode + UNet, default": lambda: predict(False).eps_full,
         "encode + UNet, adjustable": lambda: predict(True).eps_full,
-        "decode and colours": lambda: pipeline.render(one, (1.0, 1.0), batch, (side, side)),
+        "decode and color fix": lambda: pipeline.render(one, (1.0, 1.0), batch, (side, side)),
     }
     found = alternate({name: functools.partial(seconds, function) for name, function in timed.items()}, args.repeats)
     medians = {name: statistics.median(values) for name, values in found.items()}
     for name, value in medians.items():
         print(f"{name}: {value:.2f} s")
-    default = medians["encode + UNet, default"] + medians["decode and colours"]
-    adjustable = medians["encode + UNet, adjustable"] + medians["decode and colours"]
-    print(f"picture: default {default:.2f} s, adjustable {adjustable:.2f} s ({adjustable / default:.2f} of default)")
-    print(f"a further pair of scales: {medians['decode and colours'] / default:.2f} of default")
+    default = medians["encode + UNet, default"] + medians["decode and color fix"]
+    adjustable = medians["encode + UNet, adjustable"] + medians["decode and color fix"]
+    print(f"image: default {default:.2f} s, adjustable {adjustable:.2f} s ({adjustable / default:.2f} of default)")
+    print(f"a further pair of scales: {medians['decode and color fix'] / default:.2f} of default")
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 

@@ -1,10 +1,10 @@
-"""kill -9 at random moments, twenty times, and the run still ends with the same adapters, bit for bit.
+"""Kill a run at random moments (kill -9) and check that its adapters are bit-equal to those of an uninterrupted run.
 
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
-Moments are uniform over the time that a whole run takes, from the start of the interpreter on: so they fall into
-imports, compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step. A
-run that has ended is followed by a new one until all kills are done.
+The moments are uniform over the time of a whole run, from the start of the interpreter. They fall into imports,
+compilation, steps and the writing of checkpoints, in both stages. A checkpoint is written after every step. When a run
+ends, a new one starts until the number of kills is reached.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FIELDS = ["--data.crop", "32", "--stages.0.steps", "10", "--stages.1.steps", "10
 
 
 def start(out: Path, cache: Path) -> subprocess.Popen:
-    """The run in `out`, begun or continued."""
+    """Start or resume the run in `out`."""
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "debug.py"), "--out", str(out), *FIELDS]
     resume = ["--resume"] if (out / "config.json").exists() else []
     named = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -32,22 +32,22 @@ def start(out: Path, cache: Path) -> subprocess.Popen:
 
 
 def check(out: Path, code: int, expected: bytes | None = None) -> bytes:
-    """The adapters of a run that has ended; exits where it failed or they are not as expected."""
+    """Read the adapters of a finished run; exit if it failed or they differ from `expected`."""
     if code:
         sys.exit(f"the run in {out.name} ended with exit code {code}")
     found = (out / "adapters.safetensors").read_bytes()
     if expected not in (None, found):
-        sys.exit(f"the adapters of the run in {out.name} DIFFER from those of the run that nothing stopped")
+        sys.exit(f"the adapters of the run in {out.name} DIFFER from those of the uninterrupted run")
     return found
 
 
 def newest(out: Path) -> int:
-    """The newest complete checkpoint; 0 if there is none."""
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
     return max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdecimal()), default=0)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -60,7 +60,7 @@ def main() -> None:
         begin = time.perf_counter()
         expected = check(Path(folder) / "whole", start(Path(folder) / "whole", cache).wait())
         typical = time.perf_counter() - begin
-        print(f"a run that nothing stops takes {typical:.1f} s", flush=True)
+        print(f"an uninterrupted run takes {typical:.1f} s", flush=True)
         kills, runs = 0, 0
         while kills < args.kills:
             moment, before = draw.uniform(0, typical), newest(out)

@@ -1,9 +1,9 @@
-"""Write a Stable Diffusion checkpoint with random weights: the right shapes and sizes, and pictures of noise.
+"""Write a Stable Diffusion checkpoint with random weights: correct shapes and sizes, results of noise.
 
     python benchmarks/make_checkpoint.py FOLDER              # SD 2.1-base: 866 M + 84 M + 340 M parameters, 5.2 GB
     python benchmarks/make_checkpoint.py FOLDER --size tiny  # the same architecture, 2 M parameters
 
-Also writes adapters.safetensors (rank 4 + 4) in it: everything `infer.py` and `train.py` need but the knowledge.
+The folder also contains adapters.safetensors (rank 4 + 4), so `infer.py` and `train.py` can use it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pisa_jax.sd import random_model
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")

@@ -1,13 +1,13 @@
-"""Memory by size of picture and tile: what XLA's plan of a stage says, and what real runs hold.
+"""Memory by size of image and tile: XLA's memory plan of a stage, and the peak memory of real runs.
 
     python benchmarks/make_checkpoint.py tiny --size tiny
     python benchmarks/memory.py runs --model tiny --sizes 512 1024 2048
     python benchmarks/memory.py plan
     python benchmarks/memory.py plot
 
-`plan` compiles the decoder and the encoder at Stable Diffusion 2.1's size, whole and by tiles, and runs nothing. `runs`
-takes one picture of each size through the VAE, encoder, decoder and colours, in a process of its own. Both append to
---records, from which `plot` draws docs/memory.png.
+`plan` compiles the decoder and the encoder at Stable Diffusion 2.1's size, for whole images and for tiles, and runs
+nothing. `runs` processes one image of each size with the encoder, the decoder and the color fix, each in its own
+process. Both append to --records, from which `plot` draws docs/memory.png.
 """
 
 import argparse
@@ -34,11 +34,11 @@ GIB = 2**30
 
 
 def plan(pixels: int) -> list[dict]:
-    """Temporaries of one call of each stage, in bytes; attention in chunks, as on CPUs."""
+    """Compute the temporaries of one call of each stage in bytes, with chunked attention as on CPUs."""
     modules = backbone.build(*random_model.configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
     weights, mesh = Weights(None, None, params, None), distributed.first_devices(1)
-    tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of a picture of 8192 pixels
+    tile, side = pixels // modules.factor, 2**13 // modules.factor  # tiles of an image of 8192 pixels
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=compiler_options())
@@ -61,18 +61,18 @@ def plan(pixels: int) -> list[dict]:
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:
-    """Of float32."""
+    """Shape of a float32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def integers(*shape: int) -> jax.ShapeDtypeStruct:
-    """Of int32."""
+    """Shape of an int32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def one_run(model: str, pixels: int, tile: int) -> dict:
-    """Peak resident memory of one picture through encoder, decoder and colours, above that of the loaded model."""
-    # Memory depends on neither, and time does: one pass over the tiles, few keys.
+    """Measure the peak resident memory of encoder, decoder and color fix above that of the loaded model."""
+    # Memory does not depend on the number of passes and keys, but time does.
     vae_tiles.MOST_PASSES, vae_tiles.MOST_KEYS = 1, 2**12
     upscaler = Upscaler.load(model, Path(model) / "adapters.safetensors", vae_tile=tile)
     before, start = _peak(), time.perf_counter()
@@ -87,7 +87,7 @@ def one_run(model: str, pixels: int, tile: int) -> dict:
 
 
 def in_process(model: str, pixels: int, tile: int) -> dict:
-    """`one_run` in a process of its own: a peak is that of a process's whole life."""
+    """Run `one_run` in its own process, since a peak covers the whole life of a process."""
     command = [sys.executable, __file__, "one", "--model", model, "--sizes", str(pixels), "--tile", str(tile)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +98,7 @@ def _peak() -> int:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Peak against size: plans at Stable Diffusion 2.1's size, and real runs of the small model."""
+    """Plot peak memory against size: plans at Stable Diffusion 2.1's size, and real runs of the small model."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
@@ -110,19 +110,19 @@ def plot(records: list[dict], path: Path) -> None:
         if kind == "run":
             sides = sorted({r["pixels"] for r in records if r["kind"] == kind})
             axis.loglog(sides, [24 * s**2 / GIB for s in sides], "k:", base=2, label="input and output")
-        of = "the tile" if kind == "plan" else "the picture"
+        of = "the tile" if kind == "plan" else "the image"
         axis.set(title=titles[kind], xlabel=f"pixels a side of {of}", ylabel="GiB")
         axis.legend()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plan", "runs", "plot", "one"])
     parser.add_argument("--model", help="a folder of make_checkpoint.py")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--tile", type=int, default=512, help="0: the whole picture")
+    parser.add_argument("--tile", type=int, default=512, help="0: the whole image")
     parser.add_argument("--records", type=Path, default=Path("memory.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("docs/memory.png"))
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The two predictions: one UNet call on a batch of two with the low-rank path in its second half, or two calls.
+"""Time of the two predictions: one UNet call on a batch of two (low-rank path in its second half), or two calls.
 
     python benchmarks/make_checkpoint.py sd21 && python benchmarks/predictions.py --model sd21 --size 128
 
-"a batch of two" is what `Upscaler` does. "two calls, merged" keeps a second UNet, with both adapters merged; "two
-calls, low-rank" keeps one. Also: two decodes one after the other against one of a batch of two. Runs alternate.
+`Upscaler` uses "a batch of two". "two calls, merged" keeps a second UNet with both adapters merged; "two calls,
+low-rank" keeps one UNet. The script also compares two decodes with one decode of a batch of two. Runs alternate.
 """
 
 import functools
@@ -22,7 +22,7 @@ from pisa_jax.runtime.compilation import compiler_options
 
 
 def report(title: str, programs: dict, repeats: int) -> None:
-    """Medians, their ratios to the first program's, and how far results are from its."""
+    """Print the medians, their ratios to the first program, and the largest difference from its result."""
     print(title)
     results = {name: np.asarray(program()) for name, program in programs.items()}
     found = alternate({name: functools.partial(seconds, program) for name, program in programs.items()}, repeats)
@@ -34,7 +34,7 @@ def report(title: str, programs: dict, repeats: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     args = model_parser(__doc__).parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, VAE {args.vae_dtype}")
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"

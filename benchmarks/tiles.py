@@ -1,9 +1,9 @@
-"""How far a picture decoded and encoded in tiles is from the whole, in grey levels, and whether a seam shows.
+"""Error of the tiled VAE in gray levels, relative to the VAE applied to the whole image, and beside tile borders.
 
     python benchmarks/tiles.py photo.jpg --size 2048 --tile 512
 
-The encoder's error is seen through the whole decoder, as in a result. "Beside borders" is the mean over the two rows or
-columns along every border between tiles, over the mean of all others: 1 where there is no seam.
+The error of the encoder is measured after the decoder of the whole image, as in a result. "Beside borders" is the mean
+error of the two rows or columns along every border between tiles, relative to the mean of all others: 1 means no seam.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from pisa_jax.inference import Predictions
 
 
 def read(path: Path, side: int) -> np.ndarray:
-    """The middle of a picture as a square of `side` pixels, (1, side, side, 3) in [-1, 1]."""
+    """Read the center of an image as a square of `side` pixels, (1, side, side, 3) in [-1, 1]."""
     with Image.open(path) as image:
         square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     return np.float32(square)[None] / 127.5 - 1
 
 
 def decoded(upscaler: Upscaler, latents: np.ndarray, style: np.ndarray) -> np.ndarray:
-    """Grey levels of what the decoder makes of latents."""
+    """Decode latents to gray levels."""
     nothing = np.zeros_like(latents)
     images = upscaler.pipeline.render(Predictions(latents, nothing, nothing), (1.0, 1.0), style, style.shape[1:3])
     return 127.5 * (images + 1)
 
 
 def compare(found: np.ndarray, expected: np.ndarray, tile: int) -> str:
-    """Errors in grey levels, and beside the borders of tiles."""
+    """Describe the error in gray levels and beside the borders of tiles."""
     error = np.abs(found - expected)[0]
     borders = np.arange(tile, len(error), tile)
     beside = np.zeros(error.shape[:2], bool)
@@ -44,11 +44,11 @@ def compare(found: np.ndarray, expected: np.ndarray, tile: int) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--adapters", type=Path, help="of a model other than the demo")
+    parser.add_argument("--adapters", type=Path, help="adapters, for a model other than the demo")
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--tile", type=int, default=512)
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
 
     options = {"color_fix": "none", "notice": print}
     whole, tiled = (Upscaler.load(args.model, args.adapters, vae_tile=tile, **options) for tile in (0, args.tile))
-    batch = read(args.picture, args.size)
+    batch = read(args.image, args.size)
 
     def timed(what, function, *arrays):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models share: their command line, and seconds of things that run in turn."""
+"""Common parts of the benchmarks of whole models: the command line, and timing of alternating runs."""
 
 import argparse
 import time
@@ -10,11 +10,11 @@ import jax
 
 
 def model_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the model, the size of the picture, the dtypes and the number of timed runs."""
+    """Make a parser with the model, the size of the image, the dtypes and the number of timed runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of make_checkpoint.py, or any other with --adapters")
     parser.add_argument("--adapters", type=Path)
-    parser.add_argument("--size", type=int, default=128, help="side of the square input, enlarged 4 times")
+    parser.add_argument("--size", type=int, default=128, help="side of the square input, which is upscaled 4 times")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--vae-dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
@@ -22,13 +22,13 @@ def model_parser(description: str) -> argparse.ArgumentParser:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Seconds until the arrays that `function` returns are there."""
+    """Measure the seconds until the arrays that `function` returns are ready."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
 def alternate(timed: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each of `timed` (functions that return seconds) returns, run in turn; a first round warms up."""
+    """Run the functions of `timed`, which return seconds, in turn; the first round is a warm-up and is dropped."""
     rounds = [{name: function() for name, function in timed.items()} for _ in range(repeats + 1)]
     return {name: [figures[name] for figures in rounds[1:]] for name in timed}

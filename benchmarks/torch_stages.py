@@ -1,7 +1,7 @@
-"""The stages of inference in PyTorch: a process that computes one whenever benchmarks/against_torch.py asks.
+"""The stages of inference in PyTorch, as a process that benchmarks/against_torch.py controls.
 
-Runs in an environment of its own (benchmarks/requirements-torch.txt). Every line on its input names a stage and
-the side of a picture in pixels; every line of its output is the seconds that took.
+It runs in its own environment (benchmarks/requirements-torch.txt). Every input line has a stage and the side of an
+image in pixels; every output line has the seconds of that stage.
 """
 
 import functools
@@ -15,7 +15,7 @@ TIMESTEP = 1
 
 
 def main() -> None:
-    """Arguments: model folder, "channels_last" or "contiguous_format"."""
+    """Run the process; arguments: model folder, "channels_last" or "contiguous_format"."""
     folder, layout = sys.argv[1], getattr(torch, sys.argv[2])
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval().to(memory_format=layout)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval().to(memory_format=layout)

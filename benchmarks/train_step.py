@@ -1,12 +1,12 @@
-"""The training step: operations, memory and seconds, with adapters as a low-rank path and merged into the weights.
+"""Operations, memory and time of the training step, with adapters as a low-rank path and merged into the weights.
 
-    python benchmarks/train_step.py --size half --crop 256                # compiles and runs both, in turn
+    python benchmarks/train_step.py --size half --crop 256                # compiles and runs both, alternating
     python benchmarks/train_step.py --stages pix sem --batch-sizes 1 4    # SD 2.1 at 512: compiles only
-    python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU that is not there (libtpu)
+    python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU that is not attached (libtpu)
 
-Weights are random, which changes neither. Memory is what one device needs while a step runs: arguments (weights,
-optimiser, batch), results that do not take an argument's place, and temporaries, from the compiled program's own
-analysis. Merged weights compute W + dW inside the step and differentiate through it.
+The weights are random, which does not affect the figures. Memory is the need of one device during a step, from the
+memory analysis of the compiled step: arguments (weights, optimizer state, batch), results that do not reuse an
+argument, and temporaries. "merged" computes W + dW inside the step and differentiates through it.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
 
 
 def vgg_shapes() -> dict[str, Any]:
-    """Shapes of the weights of LPIPS."""
+    """Return the shapes of the weights of LPIPS."""
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     kernels = lpips.BACKBONES["vgg"].kernels
     layers = {name: {"kernel": of(shape), "bias": of(shape[-1:])} for name, shape in kernels.items()}
@@ -60,7 +60,7 @@ def vgg_shapes() -> dict[str, Any]:
 
 
 def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Shapes of what `train_step.train_step` takes: frozen weights, state, batch, key."""
+    """Return the shapes of the arguments of `train_step.train_step`: frozen weights, state, batch, key."""
     of, shapes = jax.ShapeDtypeStruct, bb.param_shapes(modules)
 
     def cast(tree, dtype):
@@ -90,7 +90,7 @@ def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, 
 
 
 def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Random values for `arguments`."""
+    """Draw random values for the shapes of `arguments`."""
     frozen, _, batch, _ = shapes
     rng, key = np.random.default_rng(0), jax.random.key(0)
 
@@ -115,13 +115,13 @@ def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, 
     state = train_step.init_state(
         lora.init(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
     )
-    pictures = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
+    images = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
-    return frozen, state, train_step.Batch(*pictures, ids, seen), key
+    return frozen, state, train_step.Batch(*images, ids, seen), key
 
 
 def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
-    """The compiled step and the seconds that took."""
+    """Compile the step; also returns the seconds of the compilation."""
     step = functools.partial(
         train_step.train_step,
         base=base_model(modules),
@@ -147,7 +147,7 @@ def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, 
 
 
 def describe(compiled: Any) -> str:
-    """Operations and memory of a compiled program."""
+    """Describe the operations and the memory of a compiled step."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = held + memory.temp_size_in_bytes
@@ -155,23 +155,23 @@ def describe(compiled: Any) -> str:
 
 
 def step_seconds(program: Any, arrays: tuple[Any, ...]) -> float:
-    """Seconds of a step; every one starts from the same state."""
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, arrays[1]))  # the program takes its memory
+    """Measure the seconds of a step that starts from the same state every time."""
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, arrays[1]))  # the step donates the state
     return seconds(lambda: program(arrays[0], state, *arrays[2:]))
 
 
 def device_for(topology: str | None) -> Any:
-    """The first device here, or of a TPU topology such as "v5p:2x2x1" that is only compiled for."""
+    """Return the first attached device, or the first of a TPU topology such as "v5p:2x2x1", for compilation only."""
     if topology is None:
         return jax.devices()[0]
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or libtpu looks for the machine's own TPUs first
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # otherwise libtpu first looks for attached TPUs
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(random_model.SIZES), default="sd21")
     parser.add_argument("--crop", type=int, default=512)
@@ -179,8 +179,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["pix"])
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
     parser.add_argument("--remat", choices=["no", "yes", "both"], default="no")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of UNet and VAE")
-    parser.add_argument("--topology", help="compile for this TPU instead of the device here")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of UNet and VAE")
+    parser.add_argument("--topology", help="compile for this TPU instead of the attached device")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; SD 2.1's size is never run on a CPU")
     args = parser.parse_args()
     device = device_for(args.topology)
