@@ -6,18 +6,19 @@
     python train.py configs/demo.py
     python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN --sem 0.6
 
-Hardware: 2 cores of an AMD EPYC, 2026-11-25 and 26 (jax 0.10.2): VAE 1 300 + 500 + 1 500 steps in 75 minutes, prior
-1 150 + 1 300 steps in 37, pix in 59, sem in 12. Data: 365 photographs and graphics (NOTICE).
-Measured: on CID22_val9 degraded with seed 0: bicubic 24.11 dB and a SqueezeNet distance of 5.67, scales 1,0 24.57 and
-4.93, scales 1,1 24.51 and 4.79; Kodak24: 24.43 and 6.43, 24.73 and 5.88, 24.70 and 5.63. Expected: 1 dB over bicubic,
-not reached.
-Tried: the gain of pix grows less and less with its steps, to near that of each picture's best linear filter. Without
-latent_window, sem makes a grid; as trained, it weaves, so it ships with 0.6 of its alpha. CSD without `latent`
-collapses with 1 after 60 steps, with 0.05 after 180 of 600: the adapter then makes latents for which the prior's two
-predictions agree, and a grid. docs/results.md has other losses of both stages, and where the error lies.
-Not as the commands above: the prior's first 1 150 steps read another numbering of the tokens than its last 1 300 and
-what ships. The adapters were trained on the float16 weights that ship. sem was first trained with other weights of its
-losses; then these were put into the run, and it went on from the end of pix with --resume.
+Hardware: 2 cores of an AMD EPYC, 2026-11-25 and 26 (jax 0.10.2). VAE: 1 300 + 500 + 1 500 steps in 75 minutes. Prior:
+1 150 + 1 300 steps in 37 minutes. pix: 59 minutes. sem: 12 minutes. Data: 365 photographs and graphics (NOTICE).
+Expected: 1 dB over bicubic (not reached).
+Measured (PSNR in dB and SqueezeNet distance, images degraded with seed 0):
+CID22_val9: bicubic 24.11 and 5.67, scales 1,0 24.57 and 4.93, scales 1,1 24.51 and 4.79.
+Kodak24: bicubic 24.43 and 6.43, scales 1,0 24.73 and 5.88, scales 1,1 24.70 and 5.63.
+Settings: without latent_window, sem adds a grid. At its trained strength, sem adds a weave, so it ships with 0.6 of its
+alpha. CSD without `latent` collapses after 60 steps (weight 1) or 180 of 600 steps (weight 0.05): the adapter produces
+latents for which the two predictions of the prior agree, which decode to a grid. demo/NOTES.md describes other losses
+of both stages and where the error lies.
+Differences from the commands above: the first 1 150 steps of the prior used another numbering of the tokens than the
+last 1 300 steps and the shipped model. The adapters were trained on the shipped float16 weights. sem was first trained
+with other loss weights; then the run was resumed from the end of pix with the weights below.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage

@@ -1,9 +1,10 @@
-"""Choose what the demo model trains on: links to all photographs but the samples', and their prompts.
+"""Select the training images of the demo model: links to all images except the samples', and their prompts.
 
     python demo/pictures.py --data TRAIN --out runs/demo_pictures
 
-TRAIN holds pictures and a manifest.csv with the columns file and original_file. The prompts, in prompts.jsonl beside
-the links, are what a file's original name says, if it is made of words, and words for quality.
+TRAIN contains images and a manifest.csv with the columns file and original_file. The prompts are written to
+prompts.jsonl beside the links. A prompt consists of the words of the original file name, if it has any, and words for
+quality.
 """
 
 import argparse
@@ -14,29 +15,29 @@ from pathlib import Path
 
 from words import GRAPHICS, POSITIVE
 
-# The sample inputs of the package are made from these: nothing may have seen them.
+# The sample inputs of the package are made from these images, so nothing may train on them.
 HELD_OUT = ("budgie_oakland_zoo_otters", "budgie_roman_colosseum", "budgie_perched_osprey", "budgie_blue_periwinkle")
-# Parts of file names that say nothing about a picture.
-_IDLE = {"img", "pexels", "photo", "unsplash"}
+# Parts of file names that do not describe the content of an image.
+_UNINFORMATIVE = {"img", "pexels", "photo", "unsplash"}
 
 
 def content(original: str) -> str:
-    """The words of an original file name such as "img/CQ100/img/balinese_dancer.png"; "" for numbers and hashes."""
+    """Extract the words of a file name such as "img/CQ100/img/balinese_dancer.png"; "" for numbers and hashes."""
     name = Path(original.split(" (")[0]).stem.lower()
     if re.fullmatch(r"[0-9a-f]{32}", name):
         return ""
     words = re.findall(r"[a-z]{3,}", name.replace("_", " "))
-    return " ".join(word for word in words if word not in _IDLE)
+    return " ".join(word for word in words if word not in _UNINFORMATIVE)
 
 
 def prompt(path: str, original: str) -> str:
-    """Content, if any, and quality."""
+    """Join the words for content, if any, and for quality."""
     quality = GRAPHICS if path.startswith("graphics") else POSITIVE
     return ", ".join(filter(None, [content(original), *quality]))
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -51,7 +52,7 @@ def main() -> None:
         link.symlink_to((args.data / path).resolve())
     lines = [json.dumps({"path": path, "prompt": text}) for path, text in chosen.items()]
     (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(chosen)} of {len(rows)} pictures in {args.out}")
+    print(f"{len(chosen)} of {len(rows)} images in {args.out}")
 
 
 if __name__ == "__main__":
