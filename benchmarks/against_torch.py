@@ -21,8 +21,8 @@ import numpy as np
 from timing import alternate, seconds
 
 from pisa_jax import model
-from pisa_jax.inference import on_device
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import pretrained
 
 LAYOUTS = ("contiguous_format", "channels_last")

@@ -20,7 +20,6 @@ from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.model import BaseModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
-from pisa_jax.runtime.tensor_files import release_mapped_pages
 from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import pretrained
 from pisa_jax.tiling import memory, vae_tiles
@@ -107,17 +106,6 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def on_device(tree: Any, dtype: Any) -> Any:
-    """Cast host arrays and place them on the default device one by one; file-mapped memory is released as they go."""
-
-    def place(leaf):
-        placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))
-        release_mapped_pages(leaf)
-        return placed
-
-    return jax.tree.map(place, tree)
-
-
 def load_weights(
     model_name: str | Path, adapters: str | Path, dtype: str | None, vae_dtype: str, prompt: str
 ) -> tuple[BaseModel, Weights, AdapterSpec]:
@@ -134,20 +122,20 @@ def load_weights(
     if "pix" not in trained.trees:
         raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
     # The text encoder is loaded first because it is dropped again; then one weight after the other.
-    text = on_device(loaded.params["text"], jnp.float32)
+    text = distributed.on_device(loaded.params["text"], jnp.float32)
     embedding = base.encode_text(text, jnp.asarray(loaded.tokenize([prompt])))
     del text
     weights = Weights(
         injection.merge(
-            on_device(loaded.params["unet"], base.unet_dtype),
+            distributed.on_device(loaded.params["unet"], base.unet_dtype),
             {"pix": trained.trees["pix"]},
             trained.specs,
             {"pix": 1.0},
             donate=True,
         ),
         # After the pixel stage of a training there is no sem adapter yet: eps_full then equals eps_pix.
-        on_device(trained.trees.get("sem", {}), jnp.float32),
-        on_device(loaded.params["vae"], base.vae_dtype),
+        distributed.on_device(trained.trees.get("sem", {}), jnp.float32),
+        distributed.on_device(loaded.params["vae"], base.vae_dtype),
         embedding,
     )
     return base, weights, trained.specs.get("sem", AdapterSpec())

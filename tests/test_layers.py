@@ -11,7 +11,8 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation distributed messages run_log torch_layout torch_pickle trees | tensor_files checkpoint",
+    "runtime": "atomic_write compilation messages run_log torch_layout torch_pickle trees | tensor_files checkpoint | "
+    "distributed",
     "imaging": "arrays color contact_sheet encode icc matlab_resize | decode | image_io | network_input",
     "losses": "",
     "tiling": "memory vae_tiles windows",

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from pisa_jax.adapters import files
 from pisa_jax.adapters.adapter_tree import Adapters
-from pisa_jax.inference import on_device
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
+from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone, pretrained, random_model
 from pisa_jax.sd.base_model import base_model
 

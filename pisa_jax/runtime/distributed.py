@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pisa_jax.runtime.tensor_files import release_mapped_pages
+
 # Smaller arrays are replicated: the biases and norms of Stable Diffusion have at most 10 240 elements.
 MIN_SIZE_TO_SHARD = 2**14
 
@@ -93,3 +95,14 @@ def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
     return jax.tree.map(make, tree, shardings)
+
+
+def on_device(tree: Any, dtype: Any) -> Any:
+    """Cast host arrays and place them on the default device one by one; file-mapped memory is released as they go."""
+
+    def place(leaf):
+        placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))
+        release_mapped_pages(leaf)
+        return placed
+
+    return jax.tree.map(place, tree)

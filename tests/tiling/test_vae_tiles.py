@@ -13,8 +13,9 @@ from test_inference import picture, random_upscaler
 from tiny import close
 
 from pisa_jax.imaging import color
-from pisa_jax.inference import Settings, Weights, on_device
+from pisa_jax.inference import Settings, Weights
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model, vae_tiling
 from pisa_jax.sd.base_model import base_model
