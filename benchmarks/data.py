@@ -20,7 +20,8 @@ from PIL import Image
 
 from pisa_jax.data import sources
 from pisa_jax.data.degradation import degrade
-from pisa_jax.data.loader import crop_pair, make_loader, to_float
+from pisa_jax.data.loader import crop_pair, make_loader
+from pisa_jax.imaging.ranges import uint8_to_signed, uint8_to_unit, unit_to_uint8
 
 
 def write_images(folder: str, count: int = 32, size: int = 1200) -> None:
@@ -40,7 +41,7 @@ def time_stages(source: sources.Source, crop: int, count: int) -> dict[str, floa
         return result
 
     def degrade_rounded(gt: np.ndarray) -> np.ndarray:
-        return np.rint(degrade(gt.astype(np.float32) / np.float32(255), rng) * 255).astype(np.uint8)
+        return unit_to_uint8(degrade(uint8_to_unit(gt), rng))
 
     for index in range(-2, count):
         if index == 0:
@@ -49,7 +50,7 @@ def time_stages(source: sources.Source, crop: int, count: int) -> dict[str, floa
         gt, _ = timed("crop + flip", crop_pair, source_image, crop, True, rng)
         lq = timed("degrade", degrade_rounded, gt)
         pair = timed("batch", np.stack, [gt, lq])
-        timed("to float", to_float, pair)
+        timed("to float", uint8_to_signed, pair)
     return seconds
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pisa_jax.metrics.pairing import list_pictures
+from pisa_jax.imaging.image_files import find_images
 from pisa_jax.metrics.psnr_ssim import rgb_to_y
 
 WINDOW = 64
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of images at their final size")
     for folder in parser.parse_args().folders:
-        found = [grid(rgb_to_y(np.asarray(Image.open(path).convert("RGB")))) for path in list_pictures(folder)]
+        found = [grid(rgb_to_y(np.asarray(Image.open(path).convert("RGB")))) for path in find_images(folder)]
         means, medians = np.mean(found, axis=0), np.median(found, axis=0)
         figures = (f"{mean:.1f} (median {median:.1f})" for mean, median in zip(means, medians, strict=True))
         print(f"{folder}: {', '.join(figures)} in {len(found)} images", flush=True)

@@ -18,7 +18,8 @@ from PIL import Image
 from pisa_jax.adapters import files
 from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.data.degradation import degrade_and_downscale
-from pisa_jax.imaging.image_io import read_rgb8
+from pisa_jax.imaging.image_reading import read_rgb8
+from pisa_jax.imaging.ranges import uint8_to_unit
 from pisa_jax.sd.pretrained import DEMO
 
 SAMPLE_SEED = 3
@@ -35,7 +36,7 @@ def write_samples(photos: Path, out: Path, truths: Path) -> None:
         height, width = 512, min(640, picture.shape[1] // 4 * 4)
         y, x = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
         crop = picture[y : y + height, x : x + width]
-        lq = degrade_and_downscale(np.float32(crop) / 255, np.random.default_rng((SAMPLE_SEED, index)))
+        lq = degrade_and_downscale(uint8_to_unit(crop), np.random.default_rng((SAMPLE_SEED, index)))
         Image.fromarray(lq).save(out / f"{name}.png")
         Image.fromarray(crop).save(truths / f"{name}.jpg", quality=95, subsampling=0)
 

@@ -15,8 +15,11 @@ from pisa_jax import model
 from pisa_jax.adapters import checks, files, injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec, Scales
-from pisa_jax.imaging import image_io, network_input
+from pisa_jax.imaging import network_input
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
+from pisa_jax.imaging.image_data import ImageData, from_array, to_array, to_pil
+from pisa_jax.imaging.image_reading import from_pil
+from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
 from pisa_jax.model import BaseModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
@@ -97,8 +100,8 @@ def recolor(color_fix: str, weights: Weights, decoded: Any, style: Any) -> jax.A
     """Apply the color fix: the end of stage 3, and a stage of its own for tiled images."""
     del weights
     # AdaIN's epsilon depends on the range of the values: the original's is for images in [0, 1].
-    content, source = (jnp.clip(decoded, -1, 1) + 1) / 2, (style + 1) / 2
-    return jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1) * 2 - 1
+    content, source = signed_to_unit(jnp.clip(decoded, -1, 1)), signed_to_unit(style)
+    return unit_to_signed(jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1))
 
 
 def default_dtype() -> str:
@@ -256,14 +259,14 @@ class Session:
     def __init__(
         self,
         pipeline: Pipeline,
-        images: Sequence[image_io.Picture],
+        images: Sequence[ImageData],
         scale: float,
         seed: int | None,
         adjustable: bool,
-        convert: Callable[[image_io.Picture], Any] = lambda image: image,
+        convert: Callable[[ImageData], Any] = lambda image: image,
     ):
         base, settings = pipeline.base, pipeline.settings
-        prepared = [network_input.prepare(image, scale, settings.min_size, base.factor) for image in images]
+        prepared = [network_input.prepare_input(image, scale, settings.min_size, base.factor) for image in images]
         self._pipeline, self._images, self._adjustable, self._convert = pipeline, images, adjustable, convert
         self._inputs = np.stack([array for array, _ in prepared])
         self._plans = [plan for _, plan in prepared]
@@ -293,7 +296,7 @@ class Session:
         """
         return self._convert(self.render_all(pix, sem)[0])
 
-    def render_all(self, pix: float = 1.0, sem: float = 1.0) -> list[image_io.Picture]:
+    def render_all(self, pix: float = 1.0, sem: float = 1.0) -> list[ImageData]:
         """Return all images of the session at one pair of scales; raises as `render` does."""
         if not self._adjustable and (pix, sem) != (1, 1):
             raise ValueError(
@@ -301,7 +304,7 @@ class Session:
                 "adjustable=True"
             )
         arrays = self._pipeline.render(self._predictions, (pix, sem), self._inputs, self._plans[0].working)
-        return [network_input.finish(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
+        return [network_input.finish_output(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
 
 
 class Upscaler:
@@ -376,15 +379,13 @@ class Upscaler:
             adjustable: predict with `pix` alone, too; without it only the scales 1, 1 can be rendered.
         """
         if isinstance(image, np.ndarray):
-            source = image_io.from_array(image)
-            convert = functools.partial(image_io.to_array, dtype=image.dtype.type)
+            source = from_array(image)
+            convert = functools.partial(to_array, dtype=image.dtype.type)
         else:
-            source, convert = image_io.from_pil(image), image_io.to_pil
+            source, convert = from_pil(image), to_pil
         return Session(self.pipeline, [source], scale, seed, adjustable, convert)
 
-    def open_all(
-        self, images: Sequence[image_io.Picture], scale: float | int, seed: int | None, adjustable: bool
-    ) -> Session:
+    def open_all(self, images: Sequence[ImageData], scale: float | int, seed: int | None, adjustable: bool) -> Session:
         """Open decoded images of equal size as one batch, for `Session.render_all`."""
         return Session(self.pipeline, images, scale, seed, adjustable)
 

@@ -12,7 +12,9 @@ from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorde
 from pisa_jax import Settings, Upscaler, model
 from pisa_jax.adapters import injection
 from pisa_jax.config import AdapterSpec
-from pisa_jax.imaging import image_io, network_input
+from pisa_jax.imaging import network_input
+from pisa_jax.imaging.image_data import from_array, to_array
+from pisa_jax.imaging.image_reading import read_image
 from pisa_jax.inference import Weights
 from pisa_jax.runtime.compilation import CompiledCache
 
@@ -98,8 +100,8 @@ def test_whole_run_equals_the_original(run):
 def test_written_picture_is_the_original_one(run):
     args = run["args"]
     # The original writes colour where the input is grey.
-    source = dataclasses.replace(image_io.read_picture(golden(f"lr/{run['image']}.png")), gray=False)
-    prepared, plan = network_input.prepare(source, args["upscale"], args["process_size"], 8)
+    source = dataclasses.replace(read_image(golden(f"lr/{run['image']}.png")), gray=False)
+    prepared, plan = network_input.prepare_input(source, args["upscale"], args["process_size"], 8)
     theirs = nhwc(np.load(golden(f"infer/{run['inputs']}.npz"))["c_t_uint8"])[0]
     ours = np.round((prepared[: plan.working[0], : plan.working[1]] + 1) / 2 * 255)
     if ours.shape != theirs.shape:
@@ -117,9 +119,7 @@ def test_written_picture_is_the_original_one(run):
         [result] = session.render_all(args["lambda_pix"], args["lambda_sem"])
         with Image.open(golden(f"infer/{run['name']}__mode__{align}.png")) as written:
             expected = np.asarray(written.convert("RGB"), int)
-        difference = np.abs(
-            image_io.to_array(result, np.uint8).astype(int).reshape(*result.rgb.shape[:2], -1) - expected
-        )
+        difference = np.abs(to_array(result, np.uint8).astype(int).reshape(*result.rgb.shape[:2], -1) - expected)
         assert np.mean(difference <= 3) >= 0.995, (align, np.bincount(difference.ravel()))
 
 
@@ -164,7 +164,7 @@ def test_another_pair_costs_one_decode():
 def test_scales_zero_are_the_round_trip_through_the_vae():
     upscaler = random_upscaler(color_fix="none")
     source = picture(8, 8)
-    prepared, _ = network_input.prepare(image_io.from_array(source), 4, 32, 8)
+    prepared, _ = network_input.prepare_input(from_array(source), 4, 32, 8)
     base, weights = upscaler.pipeline.base, upscaler.pipeline.runner.weights
     latents = base.encode(weights.vae, jnp.asarray(prepared[None]), None)
     expected = np.clip(base.decode(weights.vae, latents)[0], -1, 1)
@@ -174,7 +174,7 @@ def test_scales_zero_are_the_round_trip_through_the_vae():
 
 def test_batches_equal_single_pictures():
     upscaler = random_upscaler(tile=4, overlap=1)
-    sources = [image_io.from_array(picture(8, 10, seed)) for seed in range(3)]
+    sources = [from_array(picture(8, 10, seed)) for seed in range(3)]
     together = upscaler.open_all(sources, 4, 5, adjustable=True).render_all(0.8, 0.6)
     for source, result in zip(sources, together, strict=True):
         [alone] = upscaler.open_all([source], 4, 5, adjustable=True).render_all(0.8, 0.6)

@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
 from pisa_jax.imaging.arrays import RGB8
-from pisa_jax.imaging.image_io import from_array, read_rgb8, write_picture
-from pisa_jax.metrics.pairing import list_pictures
+from pisa_jax.imaging.image_data import from_array
+from pisa_jax.imaging.image_files import find_images
+from pisa_jax.imaging.image_reading import read_rgb8
+from pisa_jax.imaging.image_writing import write_image
+from pisa_jax.imaging.ranges import uint8_to_unit
 from pisa_jax.runtime.messages import error_text
 
 SIDES = ("lq", "gt")
@@ -39,7 +42,7 @@ def degraded_pair(image: RGB8, seed: int, name: str) -> tuple[RGB8, RGB8]:
     gt = image[:height, :width]
     # The name seeds the generator too: images get different degradations, independent of the other files.
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big")
-    return degrade_and_downscale(gt / np.float32(255), np.random.default_rng((seed, digest))), gt
+    return degrade_and_downscale(uint8_to_unit(gt), np.random.default_rng((seed, digest))), gt
 
 
 def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str], None]) -> int:
@@ -57,7 +60,7 @@ def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str
         except (OSError, ValueError, MemoryError) as error:
             return f"{file}: {error_text(error)}"
         for side, image in zip(SIDES, pair, strict=True):
-            write_picture(unfinished / side / f"{file.stem}.png", from_array(image))
+            write_image(unfinished / side / f"{file.stem}.png", from_array(image))
         return None
 
     try:
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr degrade") -> in
     # Images are degraded in parallel threads; OpenCV's own threads would compete with them.
     cv2.setNumThreads(1)
     try:
-        files = list_pictures(arguments.gt)
+        files = find_images(arguments.gt)
         shared = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
         if shared:
             raise ValueError(f"files that differ in the suffix only would overwrite each other: {', '.join(shared)}")

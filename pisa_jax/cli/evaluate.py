@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pisa_jax import __version__
 from pisa_jax.config import Scales
-from pisa_jax.imaging.image_io import WRITABLE
+from pisa_jax.imaging.image_writing import WRITABLE
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
 from pisa_jax.metrics.pairing import EvaluationItem, pair_files

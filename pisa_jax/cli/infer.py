@@ -1,188 +1,158 @@
-"""Upscale photographs: `python infer.py -i photo.jpg -o out --scales 1,0.7`; alone: the samples that ship with it."""
+"""Upscale photographs: `python infer.py -i photo.jpg -o out --scales 1,0.7`; without arguments: the shipped samples."""
 
 import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# Nothing that imports jax may be imported here: --help and usage errors answer at once.
+from pisa_jax.cli.arguments import integer_at_least, scales, upscale_factor
+
+# Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
+if TYPE_CHECKING:
+    from pisa_jax.cli.infer_files import FileReport, UpscaleOptions
+    from pisa_jax.inference import Upscaler
 
 # Sample images of the demo model, the default input.
 SAMPLES = Path(__file__).parents[1] / "assets" / "demo" / "samples"
 
 
-def pair(text: str) -> tuple[float, float]:
-    """ "1.0,0.7" or "0.7" (both) to (pix, sem)."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 2) or not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not PIX,SEM (two numbers) or one number for both, such as 1.0,0.7"
-        )
-    return values[0], values[-1]
-
-
-def enlargement(text: str) -> float:
-    """A finite number of at least 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 1 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return value
-
-
-def whole(least: int):
-    """A parser of integers of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
-def vae_tile(text: str) -> int | str:
-    """ "auto", 0 or a number of pixels."""
-    return text if text == "auto" else whole(0)(text)
+def parse_vae_tile(text: str) -> int | str:
+    """Parse "auto", or an integer of at least 0 (pixels)."""
+    return text if text == "auto" else integer_at_least(0)(text)
 
 
 def parser(prog: str = "infer.py") -> argparse.ArgumentParser:
-    """Every flag; the names that the original program has for them work too."""
+    """Build the parser; the flag names of the original program are accepted as well."""
     p = argparse.ArgumentParser(
         prog=prog,
         description="Adjustable one-step super-resolution of photographs (PiSA-SR).",
-        epilog="A first scale that is negative needs '=': --scales=-0.2,1",
+        epilog="A negative first scale needs '=': --scales=-0.2,1",
         allow_abbrev=False,
     )
-    add = p.add_argument
-    add("-i", "--input", "--input_image", nargs="+", metavar="PATH",
-        help="pictures, or folders of them (default: the samples of the demo model)")  # fmt: skip
-    add("-o", "--output", "--output_dir", type=Path, default=Path("out"), metavar="FOLDER",
-        help="where results go (default out)")  # fmt: skip
-    add("-s", "--scale", "--upscale", type=enlargement, default=4.0, help="enlargement, any number >= 1 (default 4)")
-    add("--scales", nargs="+", type=pair, metavar="PIX,SEM",
-        help="how much fidelity and detail to add, one or many pairs (default 1,1)")  # fmt: skip
-    add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
-    add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
-    add("--default", action="store_true", help=argparse.SUPPRESS)
-    add("--grid", action="store_true", help="also write a labelled contact sheet of all pairs beside the input")
-    add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
-        help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
-    add("--adapters", "--pretrained_path", metavar="FILE",
-        help="pisa_sr.pkl or adapters.safetensors (default: the demo's)")  # fmt: skip
-    add("--color-fix", "--align_method", default="adain", choices=["adain", "wavelet", "none", "nofix"],
-        help="how the colours of the input are kept (default adain)")  # fmt: skip
-    add("--min-size", "--process_size", type=whole(1), default=512, metavar="PIXELS",
-        help="enlarge small inputs so that the model works on at least this size (default 512)")  # fmt: skip
-    add("-t", "--tile", "--latent_tiled_size", type=whole(0), default=96, metavar="LATENTS",
-        help="side of the UNet's windows, for larger pictures (default 96; 0 = never)")  # fmt: skip
-    add("--overlap", "--latent_tiled_overlap", type=whole(0), default=32, metavar="LATENTS",
-        help="overlap of the windows (default 32)")  # fmt: skip
-    add("--vae-tile", type=vae_tile, default=None, metavar="PIXELS|auto|0",
-        help="side of the VAE's tiles, for larger pictures (default auto: what memory allows; 0 = never)")  # fmt: skip
-    add("--vae_encoder_tiled_size", type=whole(0), metavar="PIXELS", help=argparse.SUPPRESS)
-    add("--vae_decoder_tiled_size", type=whole(0), metavar="LATENTS", help=argparse.SUPPRESS)
-    add("--devices", type=whole(1), default=1, metavar="N", help="spread tiles and pictures over N devices (default 1)")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the UNet (default float32 on CPUs, else bfloat16)")
-    add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="of the VAE (default float32)")
-    add("--seed", type=whole(0), metavar="N", help="sample the latent; without it the result is deterministic")
-    add("--prompt", default="", help="text for the UNet (default empty, as it was trained)")
-    add("--batch-size", type=whole(1), default=1, metavar="N", help="pictures of equal size done together (default 1)")
-    add(
-        "--ext",
-        default="auto",
-        choices=["auto", "png", "jpg", "webp", "tiff"],
-        help="output format (default: the input's)",
-    )
-    add("--suffix", default="", help="put at the end of output names")
-    add("--skip-existing", action="store_true", help="leave out inputs whose outputs are there")
-    add(
-        "--compile-cache",
-        default=None,
-        metavar="DIR|off",
-        help="compiled programs (default: in the user's cache folder)",
-    )
-    add("--json", type=Path, metavar="FILE", help="write a record per file")
+    _add_main_arguments(p.add_argument)
+    _add_model_arguments(p.add_argument)
+    _add_output_arguments(p.add_argument)
     return p
 
 
-def chosen_vae_tile(args: argparse.Namespace) -> int | str:
-    """--vae-tile, or the smaller of the two sizes that the original program has, in pixels."""
-    # The original counts the decoder's tiles in latents, each of 8 pixels.
+def _add_main_arguments(add: Callable[..., Any]) -> None:
+    add("-i", "--input", "--input_image", nargs="+", metavar="PATH",
+        help="images, or folders of images (default: the samples of the demo model)")  # fmt: skip
+    add("-o", "--output", "--output_dir", type=Path, default=Path("out"), metavar="FOLDER",
+        help="output folder (default out)")  # fmt: skip
+    add("-s", "--scale", "--upscale", type=upscale_factor, default=4.0,
+        help="upscale factor, any number >= 1 (default 4)")  # fmt: skip
+    add("--scales", nargs="+", type=scales, metavar="PIX,SEM",
+        help="strength of the fidelity and of the detail adapter, one or more pairs (default 1,1)")  # fmt: skip
+    add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
+    add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
+    add("--default", action="store_true", help=argparse.SUPPRESS)
+    add("--grid", action="store_true",
+        help="also write a labeled contact sheet of the input and the results at all pairs of scales")  # fmt: skip
+
+
+def _add_model_arguments(add: Callable[..., Any]) -> None:
+    add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
+        help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
+    add("--adapters", "--pretrained_path", metavar="FILE",
+        help="pisa_sr.pkl or adapters.safetensors (default: the adapters of the demo model)")  # fmt: skip
+    add("--color-fix", "--align_method", default="adain", choices=["adain", "wavelet", "none", "nofix"],
+        help="color correction towards the input (default adain)")  # fmt: skip
+    add("--min-size", "--process_size", type=integer_at_least(1), default=512, metavar="PIXELS",
+        help="shortest side at which the model works: smaller images are first upscaled (default 512)")  # fmt: skip
+    add("-t", "--tile", "--latent_tiled_size", type=integer_at_least(0), default=96, metavar="LATENTS",
+        help="side of the UNet's windows for larger images (default 96; 0: no windows)")  # fmt: skip
+    add("--overlap", "--latent_tiled_overlap", type=integer_at_least(0), default=32, metavar="LATENTS",
+        help="overlap of the windows (default 32)")  # fmt: skip
+    add("--vae-tile", type=parse_vae_tile, default=None, metavar="PIXELS|auto|0",
+        help="side of the VAE's tiles for larger images (default auto: by the free memory; 0: no tiles)")  # fmt: skip
+    add("--vae_encoder_tiled_size", type=integer_at_least(0), metavar="PIXELS", help=argparse.SUPPRESS)
+    add("--vae_decoder_tiled_size", type=integer_at_least(0), metavar="LATENTS", help=argparse.SUPPRESS)
+    add("--devices", type=integer_at_least(1), default=1, metavar="N",
+        help="shard tiles and images over N devices (default 1)")  # fmt: skip
+    add("--dtype", choices=["bfloat16", "float32"], help="type of the UNet (default float32 on CPUs, else bfloat16)")
+    add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="type of the VAE (default float32)")
+    add("--seed", type=integer_at_least(0), metavar="N",
+        help="sample the latent with this seed (default: use its mean, which is deterministic)")  # fmt: skip
+    add("--prompt", default="", help="text for the UNet (default empty, as in training)")
+    add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
+        help="images of equal size per call of the model (default 1)")  # fmt: skip
+    add("--compile-cache", default=None, metavar="DIR|off",
+        help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
+
+
+def _add_output_arguments(add: Callable[..., Any]) -> None:
+    add("--ext", default="auto", choices=["auto", "png", "jpg", "webp", "tiff"],
+        help="output format (default auto: the format of the input)")  # fmt: skip
+    add("--suffix", default="", help="text appended to the stems of output files")
+    add("--skip-existing", action="store_true", help="skip inputs whose output files exist")
+    add("--json", type=Path, metavar="FILE", help="write a report of every input file")
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Parse the command line and fill in what depends on several flags; exits with code 2 on wrong usage."""
+    p = parser(prog)
+    args = p.parse_args(argv)
+    if args.tile and args.overlap >= args.tile:
+        p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
+    if not args.input:  # a first demonstration: the samples with increasing strength of the detail adapter
+        args.input, args.grid = [str(SAMPLES)], True
+        args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
+    args.scales = [(1.0, 1.0)] if args.default or not args.scales else list(dict.fromkeys(args.scales))
+    if args.lambda_pix is not None or args.lambda_sem is not None:
+        args.scales = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
+    args.color_fix = {"nofix": "none"}.get(args.color_fix, args.color_fix)
+    args.vae_tile = choose_vae_tile(args)
+    return args
+
+
+def choose_vae_tile(args: argparse.Namespace) -> int | str:
+    """Return --vae-tile, or the smaller of the two tile sizes of the original program, in pixels."""
+    # The original program counts the decoder's tiles in latents, each of 8 pixels.
     sizes = [args.vae_encoder_tiled_size or 0, 8 * (args.vae_decoder_tiled_size or 0)]
     given = min((size for size in sizes if size), default="auto")
     return given if args.vae_tile is None else args.vae_tile
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
-    """The exit code: 0 all done, 1 something failed, 2 wrong usage, 130 interrupted."""
-    p = parser(prog)
-    args = p.parse_args(argv)
-    if args.tile and args.overlap >= args.tile:
-        p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
-    if not args.input:  # a first look: what turning the scale of the details does
-        args.input, args.grid = [str(SAMPLES)], True
-        args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
-    pairs = [(1.0, 1.0)] if args.default or not args.scales else list(dict.fromkeys(args.scales))
-    if args.lambda_pix is not None or args.lambda_sem is not None:
-        pairs = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
-
-    from tqdm import tqdm
-
-    enable_cache(args.compile_cache)
-    from pisa_jax.cli import infer_files
-    from pisa_jax.inference import Upscaler
-
-    def on_compile(what: str, seconds: float) -> None:
-        tqdm.write(f"compiled {what} in {seconds:.1f} s", file=sys.stderr)
+    """Run the command. Exit code: 0 every file done, 1 a file failed, 2 wrong usage, 130 interrupted."""
+    args = parse_arguments(argv, prog)
+    enable_compilation_cache(args.compile_cache)
+    from pisa_jax.cli.infer_files import UpscaleOptions
+    from pisa_jax.cli.infer_names import find_inputs
+    from pisa_jax.imaging.image_files import IMAGE_SUFFIXES
 
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        upscaler = Upscaler.load(
-            args.model,
-            args.adapters,
-            dtype=args.dtype,
-            vae_dtype=args.vae_dtype,
-            prompt=args.prompt,
-            on_compile=on_compile,
-            color_fix={"nofix": "none"}.get(args.color_fix, args.color_fix),
-            min_size=args.min_size,
-            tile=args.tile,
-            overlap=args.overlap,
-            vae_tile=chosen_vae_tile(args),
-            devices=args.devices,
-            notice=functools.partial(tqdm.write, file=sys.stderr),
-        )
-        inputs = infer_files.find_inputs(args.input)
+        upscaler = load_upscaler(args)
+        inputs = find_inputs(args.input)
+        if not inputs:
+            raise ValueError(f"no images in {' '.join(args.input)}; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    if not inputs:
-        print(
-            f"{prog}: no pictures in {' '.join(args.input)}: {' '.join(infer_files.PICTURE_SUFFIXES)}",
-            file=sys.stderr,
-        )
-        return 1
-    options = infer_files.Options(
-        args.output, args.scale, tuple(pairs), args.seed, args.batch_size, args.ext, args.suffix, args.skip_existing,
-        args.grid,
-    )  # fmt: skip
-    return upscale(inputs, upscaler, options, args.json)
+    options = UpscaleOptions(
+        output=args.output,
+        scale=args.scale,
+        scales=tuple(args.scales),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        ext=args.ext,
+        suffix=args.suffix,
+        skip_existing=args.skip_existing,
+        grid=args.grid,
+    )
+    return upscale_with_progress(inputs, upscaler, options, args.json)
 
 
-def enable_cache(choice: str | None) -> None:
-    """Keep compiled programs in a folder, so that the next start compiles nothing."""
+def enable_compilation_cache(choice: str | None) -> None:
+    """Keep compiled functions in the folder `choice`, in the user's cache folder (None), or not at all ("off")."""
     if choice == "off":
         return
     import jax
@@ -192,34 +162,60 @@ def enable_cache(choice: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def upscale(inputs: list[Path], upscaler, options, json_file: Path | None) -> int:
-    """Run over the files with a progress bar, write the records, say what happened."""
+def load_upscaler(args: argparse.Namespace) -> "Upscaler":
+    """Load the model and the adapters of the command line; raises as `Upscaler.load` does."""
     from tqdm import tqdm
 
-    from pisa_jax.cli import infer_files
+    from pisa_jax.inference import Upscaler
+
+    def on_compile(stage: str, seconds: float) -> None:
+        tqdm.write(f"compiled {stage} in {seconds:.1f} s", file=sys.stderr)
+
+    return Upscaler.load(
+        args.model,
+        args.adapters,
+        dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
+        prompt=args.prompt,
+        on_compile=on_compile,
+        notice=functools.partial(tqdm.write, file=sys.stderr),
+        color_fix=args.color_fix,
+        min_size=args.min_size,
+        tile=args.tile,
+        overlap=args.overlap,
+        vae_tile=args.vae_tile,
+        devices=args.devices,
+    )
+
+
+def upscale_with_progress(
+    inputs: Sequence[Path], upscaler: "Upscaler", options: "UpscaleOptions", json_file: Path | None
+) -> int:
+    """Upscale files with a progress bar, write the reports to `json_file`, print a summary, return the exit code."""
+    from tqdm import tqdm
+
+    from pisa_jax.cli.infer_files import count_outcomes, upscale_files
     from pisa_jax.runtime.atomic_write import atomic_write
 
-    records, start, interrupted = [], time.perf_counter(), False
+    reports, start, interrupted = [], time.perf_counter(), False
 
-    def done(record: infer_files.Record) -> None:
-        records.append(record)
-        for text in [*record.notes, *([f"FAILED: {record.error}"] if record.error else [])]:
-            tqdm.write(f"{record.input}: {text}", file=sys.stderr)
+    def on_report(report: "FileReport") -> None:
+        reports.append(report)
+        for text in [*report.notes, *([f"FAILED: {report.error}"] if report.error else [])]:
+            tqdm.write(f"{report.input}: {text}", file=sys.stderr)
         bar.update()
 
-    with tqdm(total=len(inputs), unit="picture", disable=None) as bar:
+    with tqdm(total=len(inputs), unit="image", disable=None) as bar:
         try:
-            infer_files.run(inputs, upscaler, options, done)
+            upscale_files(inputs, upscaler, options, on_report)
         except KeyboardInterrupt:
             interrupted = True
     if json_file:
         with atomic_write(json_file) as file:
-            file.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
-    counts = infer_files.summary(records)
-    told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ok", "skipped", "failed") if counts[outcome])
-    print(
-        f"{told or 'nothing done'} of {len(inputs)} in {time.perf_counter() - start:.1f} s; results in {options.output}"
-    )
+            file.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    counts = count_outcomes(reports)
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "nothing done"
+    print(f"{summary} of {len(inputs)} in {time.perf_counter() - start:.1f} s; results in {options.output}")
     if interrupted:
         return 130
     return 1 if counts["failed"] else 0

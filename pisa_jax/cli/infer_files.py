@@ -1,194 +1,186 @@
-"""Files in, files out: what `infer.py` does around an `Upscaler`."""
+"""Upscale image files: reading, batching by size, writing, and one report per input file."""
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from pisa_jax.imaging import image_io
+from pisa_jax.cli.infer_names import output_stems, scale_marks
+from pisa_jax.config import Scales
 from pisa_jax.imaging.contact_sheet import contact_sheet
+from pisa_jax.imaging.image_data import ImageData, to_pil
+from pisa_jax.imaging.image_reading import from_pil, read_image
+from pisa_jax.imaging.image_writing import output_suffix, write_image
 from pisa_jax.inference import Upscaler
+from pisa_jax.runtime.messages import error_text
 from pisa_jax.tiling.memory import is_out_of_memory
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-
-Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is written where."""
+class UpscaleOptions:
+    """Options of `upscale_files`."""
 
+    # Output folder.
     output: Path
+    # Upscale factor.
     scale: float = 4.0
-    # (pix, sem), each an output file of every input.
-    pairs: tuple[Pair, ...] = ((1.0, 1.0),)
-    # Sample the latent with this seed; None: its mean.
+    # Pairs (pix, sem); every input gets one output file per pair.
+    scales: tuple[Scales, ...] = ((1.0, 1.0),)
+    # Seed with which the latent is sampled; None: its mean.
     seed: int | None = None
-    # Pictures of equal size that share a call of the model.
+    # Images of equal size per call of the model.
     batch_size: int = 1
-    # "auto" keeps the input's format where it can hold the result; else "png", "jpg", "webp", "tiff".
+    # "auto" (the format of the input if it can hold the result), "png", "jpg", "webp" or "tiff".
     ext: str = "auto"
+    # Text appended to the stems of output files.
     suffix: str = ""
+    # Skip inputs whose output files exist.
     skip_existing: bool = False
-    # Also write one labelled sheet of all pairs beside the input.
+    # Also write a labeled contact sheet of the input and the results at all pairs of scales.
     grid: bool = False
 
 
 @dataclass
-class Record:
-    """What became of one input; `as_json` is a line of `--json`."""
+class FileReport:
+    """Outcome of one input file; an entry of the file that `--json` writes. Sizes are (width, height)."""
 
     input: str
+    # "ok", "skipped" or "failed"
     outcome: str = "failed"
     outputs: list[str] = field(default_factory=list)
     input_size: tuple[int, int] | None = None
     output_size: tuple[int, int] | None = None
     scale: float | None = None
-    scales: list[Pair] = field(default_factory=list)
+    scales: list[Scales] = field(default_factory=list)
     seconds: float = 0.0
     error: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
-class _Job:
-    record: Record
-    picture: image_io.Picture
+class _PendingFile:
+    """A decoded input file that waits for its batch."""
+
+    report: FileReport
+    image: ImageData
     outputs: list[Path]
     sheet: Path | None
 
 
-def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the pictures directly inside the folders named, in order, each once.
+def upscale_files(
+    inputs: Sequence[Path],
+    upscaler: Upscaler,
+    options: UpscaleOptions,
+    on_report: Callable[[FileReport], None] = lambda report: None,
+) -> list[FileReport]:
+    """Upscale `inputs` into `options.output` and return a report per input, in order.
 
-    A path that does not exist stays in the list: reading it reports it.
-    """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES) if path.is_dir() else [path]
-        found |= dict.fromkeys(inside)
-    return list(found)
-
-
-def output_stems(inputs: Sequence[Path]) -> list[str]:
-    """A file name, without ending, for each input: its stem, and its format or folder where stems are shared."""
-    for name in (
-        lambda p: p.stem,
-        lambda p: p.name.replace(".", "_"),
-        lambda p: f"{p.resolve().parent.name}_{p.name.replace('.', '_')}",
-    ):
-        stems = [name(path) for path in inputs]
-        if max(Counter(stems).values(), default=1) == 1:
-            return stems
-    return [f"{index:04d}_{stem}" for index, stem in enumerate(stems)]
-
-
-def run(
-    inputs: Sequence[Path], upscaler: Upscaler, options: Options, done: Callable[[Record], None] = lambda record: None
-) -> list[Record]:
-    """Upscale `inputs` into `options.output`; every one gets a record, which `done` sees as soon as it is final.
-
-    A file that fails does not stop the others.
+    `on_report` is called with every report as soon as it is final. A file that fails does not stop the others.
     """
     protected = {path.resolve() for path in inputs}
-    records, waiting = [], defaultdict(list)
+    reports, batches = [], defaultdict(list)
     for path, stem in zip(inputs, output_stems(inputs), strict=True):
-        record = Record(str(path), scale=options.scale, scales=list(options.pairs))
-        records.append(record)
-        try:
-            job = _prepare(path, stem, record, options, protected)
-        except (OSError, ValueError) as error:
-            record.error = _one_line(error)
-            done(record)
+        report = FileReport(str(path), scale=options.scale, scales=list(options.scales))
+        reports.append(report)
+        pending = _read(path, stem, report, options, protected)
+        if pending is None:
+            on_report(report)
             continue
-        if record.outcome == "skipped":
-            done(record)
-            continue
-        group = waiting[job.picture.rgb.shape]
-        group.append(job)
-        if len(group) == options.batch_size:
-            _flush(group, upscaler, options, done)
-    for group in waiting.values():
-        if group:
-            _flush(group, upscaler, options, done)
-    return records
+        batch = batches[pending.image.rgb.shape]
+        batch.append(pending)
+        if len(batch) == options.batch_size:
+            _upscale_batch(batch, upscaler, options, on_report)
+            batch.clear()
+    for batch in batches.values():
+        if batch:
+            _upscale_batch(batch, upscaler, options, on_report)
+    return reports
 
 
-def _prepare(path: Path, stem: str, record: Record, options: Options, protected: set[Path]) -> _Job:
-    picture = image_io.read_picture(path)
-    record.input_size = (picture.rgb.shape[1], picture.rgb.shape[0])
-    record.notes += picture.notes
-    ending = image_io.output_suffix(picture, options.ext)
-    labels = [f"_p{pix:g}_s{sem:g}" for pix, sem in options.pairs] if len(options.pairs) > 1 else [""]
-    outputs = [options.output / f"{stem}{label}{options.suffix}{ending}" for label in labels]
-    sheet = options.output / f"{stem}_grid{options.suffix}.png" if options.grid else None
-    for output in [*outputs, sheet] if sheet else outputs:
-        if output.resolve() in protected:
-            raise ValueError(f"{output} is an input and would be overwritten; give another --output or a --suffix")
-    if options.skip_existing and all(output.exists() for output in [*outputs, *([sheet] if sheet else [])]):
-        record.outcome, record.outputs = "skipped", [str(output) for output in outputs]
-    return _Job(record, picture, outputs, sheet)
+def count_outcomes(reports: Sequence[FileReport]) -> dict[str, int]:
+    """Count the reports of each outcome."""
+    counts = Counter(report.outcome for report in reports)
+    return {outcome: counts[outcome] for outcome in ("ok", "skipped", "failed")}
 
 
-def _flush(jobs: list[_Job], upscaler: Upscaler, options: Options, done: Callable[[Record], None]) -> None:
+def _read(
+    path: Path, stem: str, report: FileReport, options: UpscaleOptions, protected: set[Path]
+) -> _PendingFile | None:
+    """Read an input and choose its output files; None, with the reason in `report`, if it fails or is skipped."""
+    try:
+        image = read_image(path)
+        report.input_size = (image.rgb.shape[1], image.rgb.shape[0])
+        report.notes += image.notes
+        ending = options.suffix + output_suffix(image, options.ext)
+        outputs = [options.output / f"{stem}{mark}{ending}" for mark in scale_marks(options.scales)]
+        sheet = options.output / f"{stem}_grid{options.suffix}.png" if options.grid else None
+        written = [*outputs, sheet] if sheet else outputs
+        for output in written:
+            if output.resolve() in protected:
+                raise ValueError(f"{output} is an input and would be overwritten; give another --output or a --suffix")
+    except (OSError, ValueError) as error:
+        report.error = error_text(error)
+        return None
+    if options.skip_existing and all(output.exists() for output in written):
+        report.outcome, report.outputs = "skipped", [str(output) for output in outputs]
+        return None
+    return _PendingFile(report, image, outputs, sheet)
+
+
+def _upscale_batch(
+    batch: Sequence[_PendingFile],
+    upscaler: Upscaler,
+    options: UpscaleOptions,
+    on_report: Callable[[FileReport], None],
+) -> None:
+    """Upscale images of equal size, write the results and complete the reports."""
     start = time.perf_counter()
     try:
-        adjustable = any(tuple(pair) != (1.0, 1.0) for pair in options.pairs)
-        session = upscaler.open_all([job.picture for job in jobs], options.scale, options.seed, adjustable)
-        results = [session.render_all(*pair) for pair in options.pairs]
-    except (ValueError, MemoryError, RuntimeError) as error:  # jax reports a full device as a RuntimeError
-        for job in jobs:
-            job.record.error = _explain(error)
+        adjustable = any(pair != (1.0, 1.0) for pair in options.scales)
+        session = upscaler.open_all([pending.image for pending in batch], options.scale, options.seed, adjustable)
+        results = [session.render_all(*pair) for pair in options.scales]
+    except (ValueError, MemoryError, RuntimeError) as error:  # jax raises RuntimeError if the device memory is full
+        for pending in batch:
+            pending.report.error = _explain(error)
     else:
-        for index, job in enumerate(jobs):
-            _write(job, [pictures[index] for pictures in results], options)
-    for job in jobs:
-        job.record.seconds = round((time.perf_counter() - start) / len(jobs), 3)
-        done(job.record)
-    jobs.clear()
+        for index, pending in enumerate(batch):
+            _write(pending, [images[index] for images in results], options)
+    for pending in batch:
+        pending.report.seconds = round((time.perf_counter() - start) / len(batch), 3)
+        on_report(pending.report)
 
 
-def _write(job: _Job, results: list[image_io.Picture], options: Options) -> None:
-    record = job.record
+def _write(pending: _PendingFile, results: Sequence[ImageData], options: UpscaleOptions) -> None:
+    """Write the results of one input, one per pair of scales, and its contact sheet."""
+    report = pending.report
     try:
-        for path, picture in zip(job.outputs, results, strict=True):
-            record.notes += [note for note in image_io.write_picture(path, picture) if note not in record.notes]
-            record.outputs.append(str(path))
-        if job.sheet:
-            _write_sheet(job, results, options)
-            record.outputs.append(str(job.sheet))
+        for path, image in zip(pending.outputs, results, strict=True):
+            report.notes += [note for note in write_image(path, image) if note not in report.notes]
+            report.outputs.append(str(path))
+        if pending.sheet:
+            sheet = _contact_sheet(pending.image, results, options.scales)
+            write_image(pending.sheet, from_pil(sheet))
+            report.outputs.append(str(pending.sheet))
     except (OSError, ValueError) as error:
-        record.error = _one_line(error)
+        report.error = error_text(error)
         return
     height, width = results[0].rgb.shape[:2]
-    record.outcome, record.output_size = "ok", (width, height)
+    report.outcome, report.output_size = "ok", (width, height)
 
 
-def _write_sheet(job: _Job, results: list[image_io.Picture], options: Options) -> None:
+def _contact_sheet(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
     size = results[0].rgb.shape[1::-1]
-    enlarged = image_io.to_pil(job.picture).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    labels = [f"pix {pix:g}  sem {sem:g}" for pix, sem in options.pairs]
-    cells = [("input, bicubic", enlarged), *zip(labels, map(image_io.to_pil, results), strict=True)]
-    sheet = contact_sheet(cells, columns=min(len(cells), 4))
-    image_io.write_picture(job.sheet, image_io.from_pil(sheet))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    bicubic = to_pil(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    labels = [f"pix {pix:g}  sem {sem:g}" for pix, sem in pairs]
+    cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]
+    return contact_sheet(cells, columns=min(len(cells), 4))
 
 
 def _explain(error: BaseException) -> str:
-    text = _one_line(error)
+    text = error_text(error)
     if is_out_of_memory(error):
         return f"out of memory; try a smaller --batch-size, --vae-tile or --scale, or --dtype bfloat16 ({text[:120]})"
     return text
-
-
-def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """How many records have each outcome."""
-    return Counter(record.outcome for record in records)

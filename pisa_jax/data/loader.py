@@ -22,10 +22,11 @@ import cv2
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from pisa_jax.data.sources import MixedSource, Source, SourceImage
+from pisa_jax.imaging.ranges import uint8_to_signed, uint8_to_unit, unit_to_uint8
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,12 @@ def make_training_sample(
     gt, lq = crop_pair(source_image, crop, flip, rng)
     use_prompt = bool(rng.random() >= null_prompt_probability)
     if lq is None:
-        degraded = degrade(gt.astype(np.float32) / np.float32(255), rng)
+        degraded = degrade(uint8_to_unit(gt), rng)
         if degraded.shape != gt.shape:
             raise ValueError(
                 f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; shapes must match"
             )
-        lq = np.rint(np.clip(degraded, 0, 1) * 255).astype(np.uint8)
+        lq = unit_to_uint8(degraded)
     return TrainingSample(gt, lq, source_image.path, use_prompt, skipped)
 
 
@@ -136,12 +137,6 @@ def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
         "use_prompt": [sample.use_prompt for sample in samples],
         "skipped": [reason for sample in samples for reason in sample.skipped],
     }
-
-
-def to_float(pictures: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """8 bit 0..255 to float32 -1..1: x / 127.5 - 1."""
-    scaled = np.divide(pictures, np.float32(127.5), dtype=np.float32)
-    return np.subtract(scaled, np.float32(1), out=scaled)
 
 
 def _exit_with_parent() -> None:
@@ -201,8 +196,8 @@ class Loader:
         self._position += 1
         self._count_unreadable(batch["skipped"])
         return {
-            "lq": to_float(batch["lq"]),
-            "gt": to_float(batch["gt"]),
+            "lq": uint8_to_signed(batch["lq"]),
+            "gt": uint8_to_signed(batch["gt"]),
             "prompt": np.array([self._prompts.get(path, "") for path in batch["path"]], dtype=np.str_),
             "use_prompt": np.array(batch["use_prompt"]),
             "path": np.array(batch["path"], dtype=np.str_),

@@ -5,7 +5,6 @@ A source has a length, returns a `SourceImage` per index and raises OSError nami
 
 import functools
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pisa_jax.imaging.arrays import RGB8
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+from pisa_jax.imaging.image_data import ImageError
+from pisa_jax.imaging.image_files import IMAGE_SUFFIXES, list_images
+from pisa_jax.imaging.image_reading import decode_rgb8
 
 
 class SourceImage(NamedTuple):
@@ -47,17 +47,21 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> SourceImage: ...
 
 
-def decode_rgb(file: Path | io.BytesIO, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode a picture upright (EXIF orientation applied) as 8-bit RGB; OSError naming it if that is impossible."""
+def decode_rgb(data: bytes, name: str) -> RGB8:
+    """Decode the content of an image file to upright 8-bit sRGB.
+
+    Raises:
+        OSError: `data` cannot be decoded; the message begins with `name`.
+    """
     try:
-        with Image.open(file) as picture:
-            if picture.mode.startswith(("I", "F")):
-                # Pillow's convert("RGB") clips 16-bit and float grey to white instead of scaling it.
-                raise ValueError(f"pixel mode {picture.mode} is not 8 bit; convert the file to 8 bit first")
-            ImageOps.exif_transpose(picture, in_place=True)
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types on broken files
-        raise OSError(f"{name}: {error or type(error).__name__}") from error
+        return decode_rgb8(data, name)
+    except (ImageError, MemoryError) as error:  # the loader replaces images that raise OSError
+        raise OSError(str(error) or f"{name}: not enough memory to decode it") from error
+
+
+def read_rgb(path: Path) -> RGB8:
+    """Read an image file as `decode_rgb` does."""
+    return decode_rgb(path.read_bytes(), str(path))
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -99,11 +103,11 @@ class FileSource:
 
     def __getitem__(self, index: int) -> SourceImage:
         name = self.names[index]
-        image = decode_rgb(self.root / name, str(self.root / name))
+        image = read_rgb(self.root / name)
         if not self.lq_names:
             return SourceImage(image, name)
-        lq_path = self.root / self.lq_names[index]
-        return SourceImage(image, name, match_size(decode_rgb(lq_path, str(lq_path)), image, str(self.root / name)))
+        lq = read_rgb(self.root / self.lq_names[index])
+        return SourceImage(image, name, match_size(lq, image, str(self.root / name)))
 
 
 @dataclass(frozen=True)
@@ -139,25 +143,19 @@ class MixedSource:
         return self.general[index]
 
 
-def list_pictures(folder: str | os.PathLike) -> tuple[str, ...]:
-    """Sorted names, relative to `folder`, of all pictures below it; ValueError if there are none."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder")
-    names = sorted(
-        (Path(parent) / file).relative_to(root).as_posix()
-        for parent, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith(".")
-    )
+def image_names(folder: str | os.PathLike) -> tuple[str, ...]:
+    """List the images of `folder` and its subfolders as sorted relative names. Raises ValueError if there are none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    names = list_images(folder, recursive=True)
     if not names:
-        raise ValueError(f"no picture in {root} or below; looked for {', '.join(PICTURE_SUFFIXES)}")
+        raise ValueError(f"no images in {folder} or its subfolders; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
     return tuple(names)
 
 
 def folder_source(path: str | os.PathLike) -> FileSource:
     """All images in a folder and its subfolders, sorted by name. Raises ValueError if there are none."""
-    return FileSource(Path(path), list_pictures(path))
+    return FileSource(Path(path), image_names(path))
 
 
 def pair_source(path: str | os.PathLike) -> FileSource:
@@ -167,7 +165,7 @@ def pair_source(path: str | os.PathLike) -> FileSource:
     """
     sides = []
     for side in ("gt", "lq"):
-        names = list_pictures(Path(path) / side)
+        names = image_names(Path(path) / side)
         by_stem = {os.path.splitext(name)[0]: f"{side}/{name}" for name in names}
         if len(by_stem) < len(names):
             raise ValueError(f"{Path(path) / side} has images that differ in the suffix only: pairs are ambiguous")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,10 +56,10 @@ class TfdsSource:
             raise IndexError(f"index {index} is not in 0..{self.count - 1}")
         example = self._examples[index]
         path = example["path"].decode() if "path" in example else f"{self.split}/{index}"
-        image = decode_rgb(io.BytesIO(example[self.gt_key]), path)
+        image = decode_rgb(example[self.gt_key], path)
         if self.lq_key is None:
             return SourceImage(image, path)
-        return SourceImage(image, path, match_size(decode_rgb(io.BytesIO(example[self.lq_key]), path), image, path))
+        return SourceImage(image, path, match_size(decode_rgb(example[self.lq_key], path), image, path))
 
 
 def _open_builder(name_or_dir: str):

@@ -1,1 +1,1 @@
-"""Image files to arrays and back: decoding, encoding, color management, resizing, contact sheets."""
+"""Image files and arrays: decoding, encoding, color management, resizing, value ranges, contact sheets."""

@@ -1,7 +1,7 @@
-"""Colour correction: give the output the colours of the input it was made from.
+"""Color correction: transfer the colors of the network input (style) to the network output (content).
 
-Both functions take (content, style) in [0, 1], the scale on which the original adds its 1e-5, and work on every
-sample of a batch by itself. Crop padding off first: it would change the statistics.
+Both methods take (content, style) in [0, 1], the range for which the original program's epsilon of 1e-5 is meant, and
+treat every image of a batch separately. Padding must be cropped first because it would change the statistics.
 """
 
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-EPSILON = 1e-5  # added to the variance by the original program
+EPSILON = 1e-5  # added to the variance, as in the original program
 
 
 def _mean_std(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
-    """Mean and sqrt(unbiased variance + 1e-5) per sample and channel; the variance of a single pixel is 0."""
+    """Compute mean and sqrt(unbiased variance + 1e-5) per image and channel; the variance of a single pixel is 0."""
     pixels = x.shape[1] * x.shape[2]
     mean = x.mean((1, 2), keepdims=True)
     variance = jnp.square(x - mean).sum((1, 2), keepdims=True) / max(pixels - 1, 1)
@@ -21,9 +21,9 @@ def _mean_std(x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Floa
 
 
 def adain(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) -> Float[Array, "b h w c"]:
-    """Move mean and deviation of every channel of `content` to those of `style`.
+    """Give every channel of `content` the mean and standard deviation of `style` (adaptive instance normalization).
 
-    (content - mean_c) / std_c * std_s + mean_s. Huang and Belongie, ICCV 2017, equation 8.
+    (content - mean_c) / std_c * std_s + mean_s. Huang and Belongie, ICCV 2017, eq. 8.
     """
     mean_c, std_c = _mean_std(content)
     mean_s, std_s = _mean_std(style)
@@ -31,7 +31,7 @@ def adain(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) ->
 
 
 def adain_in_place(content: Float[np.ndarray, "h w c"], style: Float[np.ndarray, "h w c"], rows: int = 256) -> None:
-    """`adain`, clipped, of one picture of any size, on the host and without copies; both are in [-1, 1] here."""
+    """Apply `adain` to one image in [-1, 1] on the host, without copies, and clip the result; `style` is in [-1, 1]."""
     strips = [slice(first, first + rows) for first in range(0, len(content), rows)]
     (mean_c, std_c), (mean_s, std_s) = (_mean_std_by_strips(array, strips) for array in (content, style))
     for strip in strips:
@@ -42,17 +42,17 @@ def _mean_std_by_strips(array, strips):
     pixels = array.shape[0] * array.shape[1]
     mean = sum(array[strip].sum((0, 1), dtype=np.float64) for strip in strips) / pixels
     squares = sum(np.square(array[strip] - mean).sum((0, 1)) for strip in strips)
-    # Twice the scale of [0, 1] is four times its variance.
+    # The range [-1, 1] is twice as wide as [0, 1], so its variance is four times as large.
     deviation = np.sqrt(squares / max(pixels - 1, 1) + 4 * EPSILON)
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-# Pixels around a result that `wavelet` sees: 1 + 2 + 4 + 8 + 16.
+# Receptive field of `wavelet` around a pixel: 1 + 2 + 4 + 8 + 16.
 WAVELET_REACH = 31
 
 
 def wavelet_blur(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w c"]:
-    """Blur with (1 2 1)/4 along both sides, taps `radius` pixels apart, the border pixels repeated."""
+    """Blur with (1 2 1)/4 along both axes, taps `radius` pixels apart, padded with the border pixels."""
     for axis in (1, 2):
         size = x.shape[axis]
         padded = jnp.pad(x, [(radius, radius) if i == axis else (0, 0) for i in range(4)], mode="edge")
@@ -64,7 +64,7 @@ def wavelet_blur(x: Float[Array, "b h w c"], radius: int) -> Float[Array, "b h w
 def wavelet_decompose(
     x: Float[Array, "b h w c"], levels: int = 5
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """Split into (high, low) by blurs of radius 1, 2, 4, ...: high + low == x (a-trous wavelet transform)."""
+    """Split into (high, low) frequencies by blurs of radius 1, 2, 4, ... (a-trous wavelets); high + low = x."""
     low = x
     for level in range(levels):
         low = wavelet_blur(low, 2**level)
@@ -72,17 +72,17 @@ def wavelet_decompose(
 
 
 def wavelet(content: Float[Array, "b h w c"], style: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Detail of `content` on the low frequencies of `style`: high(content) + low(style).
+    """Combine the high frequencies of `content` with the low frequencies of `style`: high(content) + low(style).
 
     Wang et al., StableSR, IJCV 2024 ("color correction").
     """
     return wavelet_decompose(content)[0] + wavelet_decompose(style)[1]
 
 
-def keep(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) -> Float[Array, "b h w c"]:
-    """No correction."""
+def no_correction(content: Float[Array, "b h w c"], style: Float[Array, "b h2 w2 c"]) -> Float[Array, "b h w c"]:
+    """Return `content`."""
     del style
     return content
 
 
-COLOR_FIXES = {"adain": adain, "wavelet": wavelet, "none": keep}
+COLOR_FIXES = {"adain": adain, "wavelet": wavelet, "none": no_correction}

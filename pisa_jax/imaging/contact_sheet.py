@@ -1,4 +1,4 @@
-"""Labelled contact sheets."""
+"""Labeled contact sheets."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ MARGIN, CAPTION = 8, 26
 
 
 def contact_sheet(cells: Sequence[tuple[str, Image.Image]], columns: int, longest: int = 512) -> Image.Image:
-    """One RGB picture of all cells (label, image), row by row; images over `longest` pixels a side are reduced."""
+    """Draw all cells (label, image) row by row in one RGB image; images over `longest` pixels a side are downscaled."""
     images = []
     for _, image in cells:
         image = image.convert("RGB")

@@ -1,6 +1,6 @@
-"""Pixels and metadata -> the bytes of an image file.
+"""Encode pixels and metadata as the content of an image file.
 
-Samples are uint8 or uint16 of shape (h, w, c): grey, grey + alpha, RGB or RGBA. EXIF blocks begin with "Exif\\0\\0".
+Samples are uint8 or uint16 of shape (h, w, c): gray, gray + alpha, RGB or RGBA. EXIF blocks begin with "Exif\\0\\0".
 """
 
 import io
@@ -25,7 +25,13 @@ def encode(
     exif: bytes | None,
     icc: bytes | None,
 ) -> bytes:
-    """Encode as "png", "jpeg", "webp" or "tiff" (16 bit: png and tiff); ValueError or OSError if it cannot be done."""
+    """Encode as "png", "jpeg", "webp" or "tiff"; uint16 only as "png" and "tiff".
+
+    `quality` is that of JPEG (with 4:4:4 chroma) and WebP.
+
+    Raises:
+        ValueError, OSError: the encoder failed.
+    """
     if kind == "tiff":
         return _tiff(samples, exif, icc)
     if samples.dtype == np.uint16:
@@ -38,7 +44,7 @@ def encode(
 
 
 def _png16(samples: UInt16[np.ndarray, "h w c"], exif: bytes | None, icc: bytes | None) -> bytes:
-    """PNG of 1, 3 or 4 channels through OpenCV: Pillow writes 16 bits for grey only. Metadata follows its header."""
+    """Encode 1, 3 or 4 channels with OpenCV, since Pillow writes 16 bits in gray only, and insert the metadata."""
     bgr = samples[..., {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[samples.shape[-1]]]
     done, data = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 6])
     if not done:
@@ -54,14 +60,14 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _tiff(samples: np.ndarray, exif: bytes | None, icc: bytes | None) -> bytes:
-    """Deflated TIFF of one strip. Pillow writes no 16-bit colour and OpenCV no metadata.
+    """Encode a TIFF of one Deflate strip, since Pillow writes no 16-bit color and OpenCV no metadata.
 
-    An EXIF block IS a TIFF without pixels: Pillow's EXIF writer makes the head of the file, the strip follows it.
+    An EXIF block is a TIFF without pixels: Pillow's EXIF writer makes the head of the file; the strip is appended.
     """
     height, width, channels = samples.shape
     head = Image.Exif()
     head.load(exif or b"")
-    head.endian = "<"  # Pillow misreads big-endian 16-bit grey
+    head.endian = "<"  # Pillow misreads big-endian 16-bit gray
     differences = np.diff(samples, axis=1, prepend=samples.dtype.type(0))
     strip = zlib.compress(differences.astype(samples.dtype.newbyteorder("<")).tobytes())
     head[Base.ImageWidth], head[Base.ImageLength] = width, height
@@ -72,7 +78,7 @@ def _tiff(samples: np.ndarray, exif: bytes | None, icc: bytes | None) -> bytes:
         head[Base.ExtraSamples] = _UNASSOCIATED_ALPHA
     head[Base.Compression], head[Base.Predictor] = _DEFLATE, _DIFFERENCES
     head[Base.RowsPerStrip], head[Base.StripByteCounts] = height, len(strip)
-    head[Base.StripOffsets] = 0  # counted by Pillow from the end of the head
+    head[Base.StripOffsets] = 0  # Pillow counts it from the end of the head
     if icc:
         head[_ICC_PROFILE] = icc
     return head.tobytes().removeprefix(_EXIF_PREFIX) + strip

@@ -1,38 +1,44 @@
-"""ICC profiles of the matrix / tone-curve kind, in floating point: pixel values <-> sRGB.
+"""Conversion between sRGB and the colors of ICC profiles made of tone curves and a matrix, in floating point.
 
-LittleCMS, as Pillow ships it, converts 8-bit pixels only and clips what sRGB cannot show. The profiles that cameras,
-phones and editors embed (Adobe RGB, Display P3, ProPhoto, Rec. 2020, grey gamma, ...) are curves and a matrix: done
-here, 16-bit data keeps its 16 bits, and colours outside sRGB become values outside [0, 1] instead of being lost.
+LittleCMS, as shipped with Pillow, converts 8-bit pixels only and clips colors outside sRGB. The profiles embedded by
+cameras, phones and editors (Adobe RGB, Display P3, ProPhoto, Rec. 2020, gray gamma, ...) consist of tone curves and a
+matrix. Converted here, 16-bit data keeps its precision, and colors outside sRGB become values outside [0, 1].
 """
 
+import functools
 import struct
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
 
-_STEPS = 65536  # one step for every 16-bit value, so that reading a file never interpolates
-# Linear sRGB -> XYZ under D50, the white point of every ICC profile (IEC 61966-2-1, Bradford adaptation).
+_STEPS = 65536  # one per 16-bit value, so that reading a file needs no interpolation
+# From linear sRGB to XYZ under D50, the white point of every ICC profile (IEC 61966-2-1, Bradford adaptation).
 _SRGB_TO_XYZ = np.array(
     [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
 )
-_PARAMETERS = (1, 3, 4, 5, 7)  # how many a parametric curve has, by its kind
+_PARAMETERS = (1, 3, 4, 5, 7)  # number of parameters of a parametric curve, by its kind
 
 
 class Profile(NamedTuple):
-    """Tone curves (value -> light, sampled evenly on [0, 1]), one per channel, and light -> linear sRGB."""
+    """Tone curves from values to linear light, sampled evenly on [0, 1], and the matrix from light to linear sRGB."""
 
     curves: Float[np.ndarray, "c n"]
     matrix: Float[np.ndarray, "c c"]
 
 
 def color_space(icc: bytes) -> str:
-    """What the pixels are that a profile describes: "RGB", "GRAY", "CMYK", ... (ICC.1, 7.2.8)."""
+    """Color space of the pixels that a profile describes: "RGB", "GRAY", "CMYK", ... (ICC.1, 7.2.8)."""
     return icc[16:20].decode("ascii", "replace").strip()
 
 
+@functools.lru_cache(maxsize=8)  # 8 ms per image otherwise, and the images of a data set share few profiles
 def parse(icc: bytes) -> Profile | None:
-    """Read a grey or RGB profile; None if it is not made of curves and a matrix, ValueError if it is damaged."""
+    """Parse a gray or RGB profile; None if it is not made of curves and a matrix.
+
+    Raises:
+        ValueError: the profile is damaged.
+    """
     try:
         (count,) = struct.unpack_from(">I", icc, 128)
         entries = (struct.unpack_from(">4sII", icc, 132 + 12 * i) for i in range(count))
@@ -69,11 +75,11 @@ def _curve(data: bytes) -> Float[np.ndarray, "n"]:
             y = x ** (struct.unpack_from(">H", data, 12)[0] / 256)
         else:
             y = np.interp(x, np.linspace(0, 1, count), np.frombuffer(data, ">u2", count, 12) / 65535)
-    return np.maximum.accumulate(np.clip(y, 0, 1))  # a curve that falls has no inverse
+    return np.maximum.accumulate(np.clip(y, 0, 1))  # a decreasing curve has no inverse
 
 
 def to_srgb(values: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.ndarray, "*n c"]:
-    """Pixel values in [0, 1] -> sRGB, outside [0, 1] where sRGB does not have the colour."""
+    """Convert pixel values in [0, 1] to sRGB, which is outside [0, 1] for colors outside the sRGB gamut."""
     steps = np.rint(np.clip(values, 0, 1) * (_STEPS - 1)).astype(np.uint16)
     light = np.stack([curve.astype(np.float32)[steps[..., i]] for i, curve in enumerate(profile.curves)], -1)
     linear = light @ profile.matrix.T.astype(np.float32)
@@ -82,7 +88,7 @@ def to_srgb(values: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.n
 
 
 def from_srgb(srgb: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.ndarray, "*n c"]:
-    """sRGB, also outside [0, 1] -> pixel values in [0, 1], clipped where the profile does not have the colour."""
+    """Convert sRGB, also outside [0, 1], to pixel values in [0, 1]; colors outside the profile's gamut are clipped."""
     size = np.abs(srgb).astype(np.float32)
     linear = np.copysign(np.where(size <= 0.04045, size / 12.92, ((size + 0.055) / 1.055) ** 2.4), srgb)
     light = linear @ np.linalg.inv(profile.matrix).T.astype(np.float32)
@@ -91,7 +97,7 @@ def from_srgb(srgb: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.n
 
 
 def _inverse(curve: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]:
-    """(light, value) of a curve, without its level stretches: black is the value 0 and full light the value 1."""
+    """Invert a curve to (light, value) without its constant parts; black has the value 0, full light the value 1."""
     light, first = np.unique(curve, return_index=True)
     values = first / (_STEPS - 1)
     values[-1] = 1
@@ -99,7 +105,7 @@ def _inverse(curve: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "m"], Flo
 
 
 def is_srgb(profile: Profile) -> bool:
-    """Whether converting with this profile changes no colour by a whole 8-bit level."""
+    """Return True if converting with this profile changes no color by a whole 8-bit level."""
     channels = len(profile.curves)
     grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * channels), -1).reshape(-1, channels)
     return bool(np.abs(to_srgb(grid, profile) - grid).max() < 1 / 255)

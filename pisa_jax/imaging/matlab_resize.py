@@ -1,4 +1,4 @@
-"""MATLAB's bicubic resize, which made the LR images of the published benchmarks."""
+"""MATLAB's bicubic resize, with which the LQ images of published benchmarks were made."""
 
 from typing import Literal
 
@@ -15,13 +15,13 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 
 def _bicubic_matrix(size: int, scale: float | int, border: str) -> scipy.sparse.csr_array:
-    """Weights (new size, size) of one axis; the kernel is stretched when shrinking."""
+    """Compute the weights (new size, size) of one axis; the kernel is stretched for downscaling."""
     new = int(np.ceil(size * scale))
     stretch = min(scale, 1.0)
-    centre = (np.arange(new) + 0.5) / scale - 0.5
+    center = (np.arange(new) + 0.5) / scale - 0.5
     taps = int(np.ceil(4 / stretch)) + 2
-    source = np.floor(centre - 2 / stretch).astype(int)[:, None] + np.arange(taps)
-    weights = _cubic(stretch * (centre[:, None] - source))
+    source = np.floor(center - 2 / stretch).astype(int)[:, None] + np.arange(taps)
+    weights = _cubic(stretch * (center[:, None] - source))
     weights /= weights.sum(axis=1, keepdims=True)
     if border == "mirror":
         source %= 2 * size
@@ -39,15 +39,17 @@ def _resize_axis(image: np.ndarray, matrix: scipy.sparse.csr_array, axis: int) -
 def matlab_bicubic(
     image: np.ndarray, scale: float | int, border: Literal["mirror", "replicate"] = "mirror"
 ) -> np.ndarray:
-    """MATLAB's imresize(image, scale, "bicubic") of (h, w) or (h, w, c), antialiased when shrinking.
+    """Resize (h, w) or (h, w, c) as MATLAB's imresize(image, scale, "bicubic") does, antialiased for downscaling.
 
-    Sides become ceil(scale n). uint8 in, uint8 out, rounded (half up) and clipped after each axis, rows first; floats
-    give float64, unrounded.
-    Outside the image MATLAB mirrors; its older releases, which made the common LR files of Set5, Set14 and BSD100,
-    replicated the last pixel.
+    Sides become ceil(scale n). uint8 gives uint8, rounded half up and clipped after each axis, rows first; floats give
+    float64, not rounded. Beyond the border MATLAB mirrors the image; older releases, with which the common LQ files of
+    Set5, Set14 and BSD100 were made, replicated the last pixel.
+
+    Raises:
+        ValueError: `scale` is not positive, or `border` is unknown.
     """
     if scale <= 0 or border not in ("mirror", "replicate"):
-        raise ValueError(f"scale must be above 0 and border 'mirror' or 'replicate', got {scale} and {border!r}")
+        raise ValueError(f"scale must be above 0 and border 'mirror' or 'replicate', not {scale} and {border!r}")
     for axis in (0, 1):
         resized = _resize_axis(image, _bicubic_matrix(image.shape[axis], scale, border), axis)
         image = np.clip(np.floor(resized + 0.5), 0, 255).astype(np.uint8) if image.dtype == np.uint8 else resized

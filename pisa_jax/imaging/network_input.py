@@ -1,4 +1,4 @@
-"""From a decoded image to the network input, and from the network output to the image that is written."""
+"""Convert a decoded image to the network input, and the network output to the image that is written."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ from jaxtyping import Float, Float32
 from PIL import Image
 from PIL.ExifTags import IFD, Base
 
-from pisa_jax.imaging.image_io import Picture
+from pisa_jax.imaging.image_data import ImageData
+from pisa_jax.imaging.ranges import signed_to_unit, uint8_to_unit, unit_to_signed, unit_to_uint8
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601, as Pillow's mode "L"
 METHODS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -16,73 +17,79 @@ METHODS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANC
 def resize(
     array: Float[np.ndarray, "h w *c"], size: tuple[int, int], method: str = "bicubic"
 ) -> Float32[np.ndarray, "h2 w2 *c"]:
-    """Resize to `size` = (h, w) with Pillow's antialiased kernels in floating point; results may overshoot."""
+    """Resize to `size` = (h, w) with Pillow's antialiased kernels in floating point; results may leave the range."""
     planes = np.moveaxis(array.reshape(*array.shape[:2], -1).astype(np.float32, copy=False), -1, 0)
     planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(size[::-1], METHODS[method]) for plane in planes]
     return np.stack([np.asarray(plane) for plane in planes], -1).reshape(*size, *array.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a network input was made from a picture; all sizes are (height, width)."""
+class ResizePlan:
+    """Sizes between an image, its network input and its result; all are (height, width)."""
 
-    # of the result: the picture's size times the scale
+    # size of the result: that of the image times the upscale factor
     target: tuple[int, int]
-    # of the network's image without padding: larger than target for a small picture
+    # size of the network input without padding: larger than `target` for small images
     working: tuple[int, int]
-    # rows below and columns to the right of it
+    # rows below and columns to the right of the network input
     padding: tuple[int, int]
 
 
 def _resize8(image: Float[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float32[np.ndarray, "h2 w2 3"]:
-    # Rounded to 8 bit along each axis, as the original's inputs are: the same picture in, the same picture out.
-    rounded = Image.fromarray(np.rint(image * 255).astype(np.uint8))
-    return np.asarray(rounded.resize(size[::-1], Image.Resampling.BICUBIC), np.float32) / 255
+    # Rounded to 8 bits along each axis, as in the original program: equal inputs give equal network inputs.
+    resized = Image.fromarray(unit_to_uint8(image)).resize(size[::-1], Image.Resampling.BICUBIC)
+    return uint8_to_unit(np.asarray(resized))
 
 
-def prepare(
-    picture: Picture, scale: float | int, min_size: int = 512, multiple: int = 8
-) -> tuple[Float32[np.ndarray, "h w 3"], Plan]:
-    """The network input in [-1, 1], enlarged bicubically and padded by reflection to a multiple of `multiple`.
+def prepare_input(
+    image: ImageData, scale: float | int, min_size: int = 512, multiple: int = 8
+) -> tuple[Float32[np.ndarray, "h w 3"], ResizePlan]:
+    """Make the network input in [-1, 1]: upscaled bicubically, padded by reflection to a multiple of `multiple`.
 
-    As the original program does, a picture with a side below int(min_size / scale) is first enlarged until that side
-    has this length. Unlike there the result has exactly round(side * scale) pixels.
+    As in the original program, an image with a side below int(min_size / scale) is first upscaled until its shorter
+    side has this length. Unlike there, the result has exactly round(side * scale) pixels per side.
+
+    Raises:
+        ValueError: `scale`, the upscale factor, is below 1 or not finite.
     """
     if not 1 <= scale < np.inf:
-        raise ValueError(f"scale is {scale}; allowed are finite numbers from 1 on")
-    image, sides = np.clip(picture.rgb, 0, 1), picture.rgb.shape[:2]
-    exact8 = picture.bits == 8 and picture.icc is None  # colour management leaves values between the levels
-    enlarge = _resize8 if exact8 else resize
+        raise ValueError(f"the upscale factor is {scale}; allowed are finite numbers of at least 1")
+    rgb, sides = np.clip(image.rgb, 0, 1), image.rgb.shape[:2]
+    exact8 = image.bits == 8 and image.icc is None  # color management gives values between the 8-bit levels
+    upscale = _resize8 if exact8 else resize
     target = (round(sides[0] * scale), round(sides[1] * scale))
     threshold = int(min_size / scale)
     if min(sides) < threshold:
         factor = threshold / min(sides)
-        image = enlarge(image, (int(factor * sides[0]), int(factor * sides[1])))
-    working = (round(image.shape[0] * scale), round(image.shape[1] * scale))
-    image = np.clip(enlarge(image, working), 0, 1)
+        rgb = upscale(rgb, (int(factor * sides[0]), int(factor * sides[1])))
+    working = (round(rgb.shape[0] * scale), round(rgb.shape[1] * scale))
+    rgb = np.clip(upscale(rgb, working), 0, 1)
     padding = (-working[0] % multiple, -working[1] % multiple)
-    image = np.pad(image, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="reflect")
-    return image * 2 - 1, Plan(target, working, padding)
+    rgb = np.pad(rgb, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="reflect")
+    return unit_to_signed(rgb), ResizePlan(target, working, padding)
 
 
-def finish(output: Float[np.ndarray, "h w 3"], plan: Plan, picture: Picture) -> Picture:
-    """The picture made of a network output in [-1, 1], with or without the padding, and of what `picture` carries."""
-    rgb = output[: plan.working[0], : plan.working[1]].astype(np.float32) / 2 + 0.5
+def finish_output(output: Float[np.ndarray, "h w 3"], plan: ResizePlan, image: ImageData) -> ImageData:
+    """Make the result of a network output in [-1, 1], with or without the padding of the network input.
+
+    The result has the size `plan.target` and the alpha, colors outside sRGB, grayness and metadata of `image`.
+    """
+    rgb = signed_to_unit(output[: plan.working[0], : plan.working[1]].astype(np.float32))
     if plan.working != plan.target:
         rgb = resize(rgb, plan.target)
     rgb = np.clip(rgb, 0, 1)
-    if picture.gray:
+    if image.gray:
         rgb = np.repeat((rgb @ LUMA)[..., None], 3, -1)
-    beyond_srgb = picture.rgb - np.clip(picture.rgb, 0, 1)
+    beyond_srgb = image.rgb - np.clip(image.rgb, 0, 1)
     if beyond_srgb.any():
         rgb = rgb + resize(beyond_srgb, plan.target)
-    alpha = None if picture.alpha is None else np.clip(resize(picture.alpha, plan.target), 0, 1)
-    exif = _exif_for_size(picture.exif, plan.target) if picture.exif else None
-    return dataclasses.replace(picture, rgb=rgb, alpha=alpha, exif=exif)
+    alpha = None if image.alpha is None else np.clip(resize(image.alpha, plan.target), 0, 1)
+    exif = _exif_for_size(image.exif, plan.target) if image.exif else None
+    return dataclasses.replace(image, rgb=rgb, alpha=alpha, exif=exif)
 
 
 def _exif_for_size(exif: bytes, size: tuple[int, int]) -> bytes:
-    """The block with the picture's new size, where it names one."""
+    """Replace the image size in an EXIF block that has one."""
     block = Image.Exif()
     block.load(exif)
     details = block.get_ifd(IFD.Exif)

@@ -14,7 +14,8 @@ from PIL import Image
 from pisa_jax.config import Scales
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.contact_sheet import contact_sheet
-from pisa_jax.imaging.image_io import from_pil, read_rgb8, write_picture
+from pisa_jax.imaging.image_reading import from_pil, read_rgb8
+from pisa_jax.imaging.image_writing import write_image
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.pairing import EvaluationItem
@@ -143,4 +144,4 @@ def write_contact_sheet(images: Mapping[str, RGB8], scales: Sequence[Scales], pa
     order = [scales_label(pair) for pair in sorted(scales)]
     order += [method for method in images if method not in order]
     cells = [(method, Image.fromarray(images[method])) for method in order]
-    write_picture(path, from_pil(contact_sheet(cells, columns=columns or len(cells))))
+    write_image(path, from_pil(contact_sheet(cells, columns=columns or len(cells))))

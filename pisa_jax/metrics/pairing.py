@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from pisa_jax.imaging.image_io import READABLE
+from pisa_jax.imaging.image_files import find_images
 
 # Marks that tools append to the name of an image: _x4, x4, _LR4, _SR, _HR, _GT, _LQ; any number of them.
 _TAIL = re.compile(r"([-_ ]?x\d+|[-_ ](lr|hr|sr|lq|gt)\d*)+$", re.IGNORECASE)
@@ -21,19 +19,6 @@ class EvaluationItem(NamedTuple):
     sr: Path | None
     gt: Path | None
     lq: Path | None
-
-
-def list_pictures(path: Path) -> list[Path]:
-    """The picture files directly inside a folder, sorted, or the one file. OSError if there is none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a folder nor a file")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in READABLE}
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file())
-    if not found:
-        raise FileNotFoundError(f"no pictures in {path}")
-    return found
 
 
 def bare_stem(path: Path) -> str:
@@ -73,8 +58,8 @@ def pair_files(sr: Path | None, gt: Path | None, lq: Path | None) -> tuple[list[
     by equal stem, else by equal `bare_stem`. Two single files always match. A ground truth without a result is a
     problem, too: a mean that silently ignores it is not comparable.
     """
-    leaders = list_pictures(sr or lq)
-    others = {name: list_pictures(path) for name, path in (("gt", gt), ("lq", lq if sr else None)) if path}
+    leaders = find_images(sr or lq)
+    others = {name: find_images(path) for name, path in (("gt", gt), ("lq", lq if sr else None)) if path}
     indices = {name: _index_by_key(files) for name, files in others.items()}
     two_files = {name: path.is_file() and (sr or lq).is_file() for name, path in (("gt", gt), ("lq", lq)) if path}
     items, problems = [], {}

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pisa_jax.imaging.arrays import RGB8
+from pisa_jax.imaging.ranges import uint8_to_signed
 from pisa_jax.metrics import niqe, psnr_ssim
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.runtime.trees import suggest
@@ -105,7 +106,7 @@ def _feature_distance(source: str | Path | None, network: str) -> MetricFunction
     distance = jax.jit(lpips.distance)
 
     def metric(sr: np.ndarray, gt: np.ndarray) -> float:
-        a, b = (jnp.asarray(x, jnp.float32)[None] / 127.5 - 1 for x in (sr, gt))
+        a, b = (jnp.asarray(uint8_to_signed(x))[None] for x in (sr, gt))
         with jax.default_matmul_precision("highest"):
             return float(distance(weights, a, b)[0])
 

@@ -15,6 +15,7 @@ from pisa_jax.config import AdapterSpec, Stage, Validation
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.sources import folder_source, pair_source
 from pisa_jax.imaging.contact_sheet import contact_sheet
+from pisa_jax.imaging.ranges import signed_to_uint8, uint8_to_signed, uint8_to_unit, unit_to_uint8
 from pisa_jax.metrics import lpips, psnr_ssim
 from pisa_jax.model import BaseModel, Params, predict
 
@@ -48,7 +49,7 @@ def validation_images(config: Validation, crop: int) -> list[ValidationImage]:
         if record.lq is not None:
             lq = record.lq[y : y + crop, x : x + crop]
         else:
-            lq = np.rint(degrade(np.float32(gt) / np.float32(255), np.random.default_rng(index)) * 255).astype(np.uint8)
+            lq = unit_to_uint8(degrade(uint8_to_unit(gt), np.random.default_rng(index)))
         images.append(ValidationImage(record.path, lq, gt))
     return images
 
@@ -82,11 +83,13 @@ def evaluate(
     rows, found = [], []
     before, after = " + ".join(stage.frozen) or "no adapter", " + ".join([*stage.frozen, stage.adapter])
     for image in images:
-        without, result = (to_uint8(array) for array in np.asarray(upscale(to_float(image.lq)[None])))
+        lq = jnp.asarray(uint8_to_signed(image.lq)[None])
+        without, result = map(signed_to_uint8, np.asarray(upscale(lq)))
         values = {"l2": float(np.mean(np.square((np.float32(result) - image.gt) / 127.5)))}
         values |= {"psnr": psnr_ssim.psnr(result, image.gt), "ssim": psnr_ssim.ssim(result, image.gt)}
         if perceptual is not None:
-            values["perceptual"] = float(_distance(perceptual, to_float(result)[None], to_float(image.gt)[None])[0])
+            pair = (uint8_to_signed(array)[None] for array in (result, image.gt))
+            values["perceptual"] = float(_distance(perceptual, *pair)[0])
         found.append(values)
         rows += [("LQ", image.lq), (before, without), (after, result), ("GT", image.gt)]
     sheet = contact_sheet([(label, Image.fromarray(array)) for label, array in rows], columns=4, longest=256)
@@ -94,13 +97,3 @@ def evaluate(
 
 
 _distance = jax.jit(lpips.distance)
-
-
-def to_float(image: np.ndarray) -> jax.Array:
-    """Convert uint8 to float32 in [-1, 1]."""
-    return jnp.asarray(np.float32(image) / 127.5 - 1)
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Convert [-1, 1] to uint8, rounded."""
-    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)

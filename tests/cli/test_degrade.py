@@ -6,7 +6,7 @@ from PIL import Image
 
 from pisa_jax.cli import degrade, evaluate
 from pisa_jax.data.sources import fake_source, pair_source
-from pisa_jax.imaging.image_io import read_rgb8
+from pisa_jax.imaging.image_reading import read_rgb8
 
 
 def run(*arguments):
@@ -77,7 +77,7 @@ def test_invalid_images_are_reported_and_skipped(photos, tmp_path, capsys):
     write(photos, {"small": (96, 7)})
     assert run("--gt", photos, "--out", tmp_path / "set") == 1
     output = capsys.readouterr()
-    assert "broken.png is not a picture" in output.err
+    assert "broken.png is not an image" in output.err
     assert "small.png: cannot degrade float32 (4, 96, 3)" in output.err
     assert "3 pairs, 2 skipped" in output.out
     assert {path.name for path in (tmp_path / "set" / "lq").iterdir()} == {"a.png", "b.png", "c.png"}
@@ -100,15 +100,15 @@ def test_an_existing_set_is_replaced_only_with_overwrite(photos, tmp_path, capsy
 def test_a_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_path, monkeypatch, capsys, failure):
     run("--gt", photos, "--out", tmp_path / "set")
     before = contents(tmp_path / "set")
-    write_picture = degrade.write_picture
+    write_image = degrade.write_image
 
     def full_disk(path, image):
         if path.name == "b.png":
             raise OSError(28, "No space left on device")
-        return write_picture(path, image)
+        return write_image(path, image)
 
     if failure == "full disk":
-        monkeypatch.setattr(degrade, "write_picture", full_disk)
+        monkeypatch.setattr(degrade, "write_image", full_disk)
     else:
         photos = write(tmp_path / "tiny", {"dot": (1, 1)})
     assert run("--gt", photos, "--out", tmp_path / "set", "--overwrite") == 1

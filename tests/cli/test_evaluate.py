@@ -15,7 +15,7 @@ from conftest import golden, shared_data
 from PIL import Image
 
 from pisa_jax.cli import evaluate
-from pisa_jax.imaging.image_io import read_rgb8
+from pisa_jax.imaging.image_reading import read_rgb8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.inference import Session, Upscaler
 from pisa_jax.metrics import evaluation, niqe, psnr_ssim, registry, report
@@ -152,7 +152,7 @@ def test_nothing_to_measure_is_an_error(tmp_path, folders, capsys):
     assert "neither a folder nor a file" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert run("--sr", tmp_path / "empty", "--gt", gt) == 1
-    assert "no pictures in" in capsys.readouterr().err
+    assert "no images in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

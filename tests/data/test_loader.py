@@ -13,8 +13,9 @@ from conftest import ROOT, shared_data
 from PIL import Image
 
 from pisa_jax.data.degradation import degrade
-from pisa_jax.data.loader import MAX_FAILURES, crop_pair, make_loader, read_prompts, to_float
+from pisa_jax.data.loader import MAX_FAILURES, crop_pair, make_loader, read_prompts
 from pisa_jax.data.sources import SourceImage, fake_source, folder_source
+from pisa_jax.imaging.ranges import uint8_to_signed
 
 
 def noisy(gt, rng):
@@ -87,14 +88,14 @@ def test_shapes_types_and_range_of_a_batch():
     for key in ("lq", "gt"):
         assert batch[key].dtype == np.float32
         assert np.abs(batch[key]).max() <= 1
-        np.testing.assert_allclose(to_float(to_bytes(batch[key])), batch[key], atol=1e-7)  # multiples of 1 / 255
+        np.testing.assert_allclose(uint8_to_signed(to_bytes(batch[key])), batch[key], atol=1e-7)  # multiples of 1 / 255
 
 
 def test_pixels_map_to_plus_minus_one_exactly():
     levels = np.arange(256, dtype=np.uint8)
     expected = levels.astype(np.float64) / 255 * 2 - 1
-    np.testing.assert_allclose(to_float(levels), expected, atol=1e-7)
-    assert to_float(levels)[[0, 255]].tolist() == [-1, 1]
+    np.testing.assert_allclose(uint8_to_signed(levels), expected, atol=1e-7)
+    assert uint8_to_signed(levels)[[0, 255]].tolist() == [-1, 1]
 
 
 def test_crops_are_random_windows_and_half_of_them_mirrored():

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from conftest import shared_data
 from PIL import Image
+from raw_files import DISPLAY_P3, SRGB_CURVE, rgb_profile
 
 from pisa_jax.data.sources import fake_source, folder_source, list_source, pair_source
+from pisa_jax.imaging.image_data import to_array
+from pisa_jax.imaging.image_reading import read_image
 
 
 def save(path, image, **options):
@@ -30,7 +33,7 @@ def test_a_folder_lists_its_images_recursively_in_order(tmp_path):
 
 
 def test_a_folder_without_images_raises_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no images"):
         folder_source(tmp_path)
     with pytest.raises(ValueError, match="not a folder"):
         folder_source(tmp_path / "missing")
@@ -57,10 +60,26 @@ def test_palette_gray_and_alpha_become_rgb(tmp_path):
     np.testing.assert_array_equal(gray, np.repeat(colors[..., :1], 3, axis=2))
 
 
-def test_sixteen_bit_gray_raises_an_error_instead_of_being_clipped(tmp_path):
+def test_sixteen_bit_gray_is_scaled_to_8_bits(tmp_path):
     save(tmp_path / "deep.png", np.full((4, 4), 30000, np.uint16))
-    with pytest.raises(OSError, match=r"deep\.png.*not 8 bit"):
+    np.testing.assert_array_equal(folder_source(tmp_path)[0].image, flat(117, 4, 4))  # 30000 / 257 = 116.7
+
+
+def test_icc_profiles_are_applied_as_in_inference(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    save(tmp_path / "p3.png", stored, icc_profile=rgb_profile(DISPLAY_P3, SRGB_CURVE))
+    expected = to_array(read_image(tmp_path / "p3.png"))
+    assert np.any(expected != stored)
+    np.testing.assert_array_equal(folder_source(tmp_path)[0].image, expected)
+
+
+def test_files_that_cannot_be_decoded_raise_oserror_with_their_name(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match=r"float\.tiff: holds F pixels"):
         folder_source(tmp_path)[0]
+    (tmp_path / "list.txt").write_text("missing.png\n")
+    with pytest.raises(OSError, match=r"missing\.png"):
+        list_source(tmp_path / "list.txt")[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 not an image", b"\x89PNG\r\n\x1a\n"])

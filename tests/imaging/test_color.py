@@ -1,4 +1,4 @@
-"""Colour correction against the original program's functions and against closed forms."""
+"""Color correction against outputs of the original program and against closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def nhwc(array):
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_the_floating_point_functions_equal_the_original(recorded, i):
+def test_functions_equal_recorded_outputs_of_the_original(recorded, i):
     content, style = nhwc(recorded[f"content{i}"]), nhwc(recorded[f"style{i}"])
     high, low = color.wavelet_decompose(content)
     got = {
@@ -36,7 +36,7 @@ def test_the_floating_point_functions_equal_the_original(recorded, i):
 
 @pytest.mark.parametrize("i", [0, 1])
 @pytest.mark.parametrize("name", ["adain", "wavelet"])
-def test_files_differ_from_the_original_by_its_truncation_only(recorded, name, i):
+def test_8_bit_results_differ_from_the_original_only_by_its_truncation(recorded, name, i):
     content, style = (jnp.asarray(recorded[f"{kind}8_{i}"], jnp.float32)[None] / 255 for kind in ("content", "style"))
     result = np.clip(color.COLOR_FIXES[name](content, style)[0], 0, 1) * 255
     difference = result - recorded[f"{name}8_{i}"]
@@ -45,17 +45,19 @@ def test_files_differ_from_the_original_by_its_truncation_only(recorded, name, i
     assert np.abs(np.rint(result) - recorded[f"{name}8_{i}"]).max() <= 1
 
 
-def test_adain_gives_the_mean_and_deviation_of_the_style_to_every_sample():
+def test_adain_transfers_mean_and_standard_deviation_per_image():
     rng = np.random.default_rng(0)
     content = jnp.asarray(rng.random((2, 9, 14, 3)) * [0.5, 1, 0.2], jnp.float32)
     style = jnp.asarray(0.3 + 0.4 * rng.random((2, 5, 4, 3)) * np.array([1, 3])[:, None, None, None], jnp.float32)
     result = np.asarray(color.adain(content, style))
     np.testing.assert_allclose(result.mean((1, 2)), style.mean((1, 2)), atol=1e-6)
-    np.testing.assert_allclose(result.std((1, 2), ddof=1), style.std((1, 2), ddof=1), rtol=2e-3)  # 1e-5 in the variance
+    np.testing.assert_allclose(
+        result.std((1, 2), ddof=1), style.std((1, 2), ddof=1), rtol=2e-3
+    )  # epsilon of 1e-5 in the variance
     np.testing.assert_allclose(result[1:], color.adain(content[1:], style[1:]), atol=1e-6)
 
 
-def test_wavelet_takes_flat_colour_from_the_style_and_detail_from_the_content():
+def test_wavelet_combines_low_frequencies_of_style_and_high_frequencies_of_content():
     content = jnp.asarray(np.random.default_rng(1).random((1, 40, 30, 3)), jnp.float32)
     high, low = color.wavelet_decompose(content)
     np.testing.assert_allclose(high + low, content, atol=1e-6)
@@ -63,7 +65,7 @@ def test_wavelet_takes_flat_colour_from_the_style_and_detail_from_the_content():
     np.testing.assert_allclose(color.wavelet(content, content + 0.1), content + 0.1, atol=1e-6)
 
 
-def test_the_blur_spreads_a_point_into_the_binomial_kernel():
+def test_blur_of_an_impulse_is_the_dilated_binomial_kernel():
     point = jnp.zeros((1, 7, 9, 1)).at[0, 3, 4, 0].set(16)
     expected = np.zeros((7, 9))
     expected[1:6:2, 2:7:2] = [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
@@ -72,7 +74,7 @@ def test_the_blur_spreads_a_point_into_the_binomial_kernel():
 
 @pytest.mark.parametrize("name", color.COLOR_FIXES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 1, 37, 3), (1, 5, 3, 3)])
-def test_tiny_and_flat_pictures_stay_finite_under_jit(name, shape):
+def test_tiny_and_constant_images_give_finite_results_under_jit(name, shape):
     content = jnp.full(shape, 0.5)
     result = jax.jit(color.COLOR_FIXES[name])(content, jnp.full(shape, 0.75))
     np.testing.assert_allclose(result, 0.5 if name == "none" else 0.75, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Profiles in floating point against LittleCMS in 8 bits, and against themselves."""
+"""ICC conversions in floating point against LittleCMS in 8 bits, and their round trips."""
 
 import io
 
@@ -23,7 +23,7 @@ PROFILES = {
 
 
 def little_cms(pixels, data):
-    """8-bit pixels through LittleCMS to its own sRGB, colorimetrically."""
+    """Convert 8-bit pixels with LittleCMS to sRGB with the relative colorimetric intent."""
     source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(data)), ImageCms.createProfile("sRGB")
     mode = "L" if pixels.ndim == 2 else "RGB"
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
@@ -40,15 +40,15 @@ def test_conversion_to_srgb_agrees_with_little_cms(name):
 
 
 @pytest.mark.parametrize("name", ["adobe rgb", "display p3", "table", "linear"])
-def test_the_way_back_restores_every_colour_also_those_outside_srgb(name):
+def test_round_trip_restores_all_colors_including_those_outside_srgb(name):
     parsed = icc.parse(PROFILES[name])
     srgb = icc.to_srgb(GRID, parsed)
     assert srgb.dtype == np.float32
-    assert srgb.min() < -0.05  # the grid holds colours that sRGB lacks
+    assert srgb.min() < -0.05  # the grid holds colors outside sRGB
     np.testing.assert_allclose(icc.from_srgb(srgb, parsed), GRID, atol=0.4 / 255)
 
 
-def test_16_bit_values_keep_16_bits():
+def test_round_trip_keeps_16_bits():
     parsed = icc.parse(PROFILES["adobe rgb"])
     values = np.arange(8192, 65536)[:, None] * np.ones(3) / 65535
     back = icc.from_srgb(icc.to_srgb(values, parsed), parsed)
@@ -56,18 +56,20 @@ def test_16_bit_values_keep_16_bits():
 
 
 @pytest.mark.parametrize("curve", [gamma(1.8), table(np.linspace(0, 1, 256) ** 2.6)])
-def test_grey_profiles(curve):
+def test_gray_profiles_follow_their_curve(curve):
     values = np.linspace(0, 1, 256)[:, None]
     parsed = icc.parse(gray_profile(curve))
     srgb = icc.to_srgb(values, parsed)
     exponent = 461 / 256 if curve == gamma(1.8) else 2.6
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     np.testing.assert_allclose(linear, values**exponent, atol=2e-5)
-    np.testing.assert_allclose(icc.from_srgb(srgb, parsed), values, atol=2.01 / 255)  # the darkest share their light
+    np.testing.assert_allclose(
+        icc.from_srgb(srgb, parsed), values, atol=2.01 / 255
+    )  # the darkest values have equal light
     np.testing.assert_allclose(icc.from_srgb(srgb, parsed)[16:], values[16:], atol=1e-3)
 
 
-def test_black_and_white_survive_curves_with_level_ends():
+def test_black_and_white_survive_curves_with_constant_ends():
     curve = table(np.clip(np.linspace(-0.1, 1.1, 500), 0, 1))
     parsed = icc.parse(gray_profile(curve))
     ends = np.array([[0.0], [1.0]])
@@ -90,21 +92,21 @@ def test_black_and_white_survive_curves_with_level_ends():
         (gray_profile(SRGB_CURVE), True),
     ],
 )
-def test_srgb_is_recognised_by_its_values(data, same):
+def test_srgb_is_recognized_by_its_values(data, same):
     assert icc.is_srgb(icc.parse(data)) is same
 
 
-def test_profiles_of_another_kind_and_damaged_ones():
+def test_unsupported_and_damaged_profiles():
     assert icc.parse(profile(b"RGB ", {b"A2B0": b"mft2" + bytes(60)})) is None
     assert icc.parse(profile(b"CMYK", {b"A2B0": b"mft2" + bytes(60)})) is None
     assert icc.color_space(PROFILES["display p3"]) == "RGB"
     assert icc.color_space(gray_profile(gamma(2.2))) == "GRAY"
-    whole = PROFILES["table"]
+    complete = PROFILES["table"]
     for data in (
         b"",
         b"no profile",
-        whole[:200],
-        whole[:-100],
+        complete[:200],
+        complete[:-100],
         rgb_profile(ADOBE_RGB, b"para" + bytes(4) + b"\xff" * 8),
     ):
         with pytest.raises(ValueError, match="the ICC profile is damaged"):

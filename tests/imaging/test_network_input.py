@@ -1,4 +1,4 @@
-"""From a picture to the network's input and back: sizes, padding, small pictures, and the original's inputs."""
+"""Network inputs and results: sizes, padding, small images, and agreement with the original program."""
 
 import dataclasses
 
@@ -7,9 +7,11 @@ import pytest
 from conftest import golden, shared_data
 from PIL import Image
 
-from pisa_jax.imaging import image_io, network_input
-from pisa_jax.imaging.image_io import ImageError, Picture, from_array, read_picture, to_array
-from pisa_jax.imaging.network_input import Plan, finish, prepare
+from pisa_jax.imaging import network_input
+from pisa_jax.imaging.image_data import ImageData, ImageError, from_array, to_array, to_pil
+from pisa_jax.imaging.image_reading import from_pil, read_image
+from pisa_jax.imaging.image_writing import output_suffix
+from pisa_jax.imaging.network_input import ResizePlan, finish_output, prepare_input
 
 SCALES = (1, 1.5, 2, 2.37, 3, 4)
 
@@ -21,10 +23,10 @@ def noise(*shape):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ["odd_37x211.png", "strip_900x20.png", "tiny_1x1.png"])
 @pytest.mark.parametrize("min_size", [0, 64])
-def test_odd_pictures_come_out_at_exactly_the_scale(name, scale, min_size):
-    picture = read_picture(shared_data(f"real_lr/formats/{name}"))
-    height, width = picture.rgb.shape[:2]
-    array, plan = prepare(picture, scale, min_size)
+def test_results_have_exactly_the_scaled_size(name, scale, min_size):
+    image = read_image(shared_data(f"real_lr/formats/{name}"))
+    height, width = image.rgb.shape[:2]
+    array, plan = prepare_input(image, scale, min_size)
     assert array.dtype == np.float32
     assert array.shape[0] % 8 == array.shape[1] % 8 == 0
     assert array.shape[:2] == tuple(np.add(plan.working, plan.padding))
@@ -34,20 +36,20 @@ def test_odd_pictures_come_out_at_exactly_the_scale(name, scale, min_size):
         assert plan.working == plan.target
     else:
         assert min(plan.working) >= min_size - 2 * scale  # truncation, here and in the threshold
-    result = finish(array, plan, picture)
+    result = finish_output(array, plan, image)
     assert result.rgb.shape == (*plan.target, 3)
     if name != "tiny_1x1.png":
         return
-    np.testing.assert_allclose(result.rgb[0, 0], picture.rgb[0, 0], atol=1e-6)
+    np.testing.assert_allclose(result.rgb[0, 0], image.rgb[0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("size", "scale", "min_size", "working", "padding"),
     [
-        ((101, 101), 4, 64, (404, 404), (4, 4)),  # the original makes 400
+        ((101, 101), 4, 64, (404, 404), (4, 4)),  # the original program gives 400
         ((23, 29), 4, 128, (128, 160), (0, 0)),
         ((23, 29), 3, 100, (99, 123), (5, 5)),
-        ((60, 49), 4, 256, (312, 252), (0, 4)),  # 64 / 49 * 49 is 63.99...: truncated as in the original
+        ((60, 49), 4, 256, (312, 252), (0, 4)),  # 64 / 49 * 49 is 63.99...: truncated as in the original program
         ((32, 40), 4, 128, (128, 160), (0, 0)),  # exactly the threshold is not small
         ((31, 40), 4, 128, (128, 164), (0, 4)),
         ((37, 20), 2.37, 100, (182, 100), (2, 4)),  # threshold int(100 / 2.37) = 42
@@ -56,43 +58,43 @@ def test_odd_pictures_come_out_at_exactly_the_scale(name, scale, min_size):
         ((1, 1), 1, 0, (1, 1), (7, 7)),
     ],
 )
-def test_sizes(size, scale, min_size, working, padding):
-    array, plan = prepare(Picture(noise(*size, 3)), scale, min_size)
-    assert plan == Plan((round(size[0] * scale), round(size[1] * scale)), working, padding)
+def test_sizes_of_the_plan(size, scale, min_size, working, padding):
+    array, plan = prepare_input(ImageData(noise(*size, 3)), scale, min_size)
+    assert plan == ResizePlan((round(size[0] * scale), round(size[1] * scale)), working, padding)
     assert array.shape == (working[0] + padding[0], working[1] + padding[1], 3)
 
 
-def test_padding_reflects_also_where_it_is_longer_than_the_side():
-    array, _ = prepare(Picture(noise(3, 9, 3), bits=16), 1, 0, multiple=16)
+def test_padding_reflects_repeatedly_where_it_exceeds_the_side():
+    array, _ = prepare_input(ImageData(noise(3, 9, 3), bits=16), 1, 0, multiple=16)
     rows, columns = [0, 1, 2, 1] * 4, [*range(9), *range(7, 0, -1)]
     np.testing.assert_array_equal(array, array[rows][:, columns])
     np.testing.assert_allclose((array[:3, :9] + 1) / 2, noise(3, 9, 3), atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.99, 0, -4, float("nan"), float("inf")])
-def test_scales_that_are_none(scale):
-    with pytest.raises(ValueError, match=r"scale is .*; allowed are finite numbers from 1 on"):
-        prepare(Picture(noise(4, 4, 3)), scale)
+def test_invalid_upscale_factors(scale):
+    with pytest.raises(ValueError, match=r"the upscale factor is .*; allowed are finite numbers of at least 1"):
+        prepare_input(ImageData(noise(4, 4, 3)), scale)
 
 
-# Where the enlarged sides are multiples of 8: elsewhere the original shrinks the picture.
+# Cases whose upscaled sides are multiples of 8: in others the original program downscales the image.
 @pytest.mark.parametrize(
     ("run", "scale", "min_size"),
     [("A_x2_p64", 2, 64), ("C_x4_p128", 4, 128), ("D_x4_p128", 4, 128)]
     + [(f"{name}_x4_p128", 4, 128) for name in "AEF"],
 )
-def test_the_network_sees_what_the_original_makes_it_see(run, scale, min_size):
-    picture = read_picture(golden(f"lr/{run[0]}.png"))
+def test_network_inputs_equal_those_of_the_original_program(run, scale, min_size):
+    image = read_image(golden(f"lr/{run[0]}.png"))
     expected = np.load(golden(f"infer/ct__{run}.npz"))["c_t_uint8"][0].transpose(1, 2, 0)
-    array, plan = prepare(picture, scale, min_size)
+    array, plan = prepare_input(image, scale, min_size)
     assert plan.padding == (0, 0)
     difference = np.abs((array + 1) * 127.5 - expected)
-    assert np.mean(difference <= 2) == 1  # 8-bit rounding between the original's steps
+    assert np.mean(difference <= 2) == 1  # the original program rounds to 8 bits between its steps
     assert np.mean(difference <= 1) > 0.95
 
 
 @pytest.mark.parametrize("name", ["bicubic_x4", "bicubic_x3", "bicubic_down", "lanczos_mult8"])
-def test_resize_is_pillows_without_its_rounding(name):
+def test_resize_equals_pillow_without_rounding(name):
     recorded = np.load(golden("comp/colorfix.npz"))
     source = recorded["pil_bicubic_x4" if "lanczos" in name else "pil_in"].astype(np.float32)
     expected = recorded[f"pil_{name}"]
@@ -104,72 +106,72 @@ def test_resize_is_pillows_without_its_rounding(name):
     )
 
 
-def test_finish_cuts_the_padding_with_or_without_it_and_carries_the_rest():
-    picture = dataclasses.replace(
+def test_finish_output_crops_padding_and_keeps_alpha_and_metadata():
+    image = dataclasses.replace(
         from_array((64 + noise(5, 7, 4) * 128).astype(np.uint8)), icc=b"i", format="png", notes=("note",)
     )
-    array, plan = prepare(picture, 4, 0)
-    results = [finish(a, plan, picture) for a in (array, array[: plan.working[0], : plan.working[1]])]
+    array, plan = prepare_input(image, 4, 0)
+    results = [finish_output(a, plan, image) for a in (array, array[: plan.working[0], : plan.working[1]])]
     np.testing.assert_array_equal(results[0].rgb, results[1].rgb)
     np.testing.assert_array_equal(results[0].rgb, ((array + 1) / 2)[:20, :28])
-    expected = np.asarray(Image.fromarray(np.rint(picture.alpha * 255).astype(np.uint8)).resize((28, 20), 3)) / 255
+    expected = np.asarray(Image.fromarray(np.rint(image.alpha * 255).astype(np.uint8)).resize((28, 20), 3)) / 255
     assert np.abs(results[0].alpha - expected).max() < 2 / 255
-    checks = dataclasses.replace(picture, alpha=(picture.alpha > 0.5).astype(np.float32))
-    opacity = finish(array, plan, checks).alpha
+    checks = dataclasses.replace(image, alpha=(image.alpha > 0.5).astype(np.float32))
+    opacity = finish_output(array, plan, checks).alpha
     assert (opacity.min(), opacity.max()) == (0, 1)
     assert (results[0].icc, results[0].format, results[0].notes) == (b"i", "png", ("note",))
 
 
-def test_grey_pictures_reach_the_network_as_three_equal_channels_and_leave_it_as_luma():
-    picture = from_array((noise(8, 8) * 255).astype(np.uint8))
-    array, plan = prepare(picture, 2, 0)
+def test_gray_images_become_three_equal_channels_and_results_their_luma():
+    image = from_array((noise(8, 8) * 255).astype(np.uint8))
+    array, plan = prepare_input(image, 2, 0)
     assert np.ptp(array, axis=-1).max() == 0
     output = noise(16, 16, 3) * 2 - 1
-    result = finish(output, plan, picture)
+    result = finish_output(output, plan, image)
     luma = 0.299 * output[..., 0] + 0.587 * output[..., 1] + 0.114 * output[..., 2]
     np.testing.assert_allclose(to_array(result, np.float32), (luma + 1) / 2, atol=1e-6)
 
 
-def test_outputs_beyond_the_range_are_clipped():
-    picture = from_array(np.zeros((2, 2, 3), np.uint8))
-    result = finish(np.array([[[-3, 0, 3]] * 2] * 2, np.float32), Plan((2, 2), (2, 2), (0, 0)), picture)
+def test_network_outputs_outside_the_range_are_clipped():
+    image = from_array(np.zeros((2, 2, 3), np.uint8))
+    result = finish_output(np.array([[[-3, 0, 3]] * 2] * 2, np.float32), ResizePlan((2, 2), (2, 2), (0, 0)), image)
     np.testing.assert_array_equal(result.rgb, np.broadcast_to([0, 0.5, 1], (2, 2, 3)))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2), (4, 6, 3), (4, 6, 4)])
-def test_arrays_go_in_and_come_out(dtype, shape):
+def test_array_and_pillow_round_trips(dtype, shape):
     top = 1 if dtype == np.float32 else np.iinfo(dtype).max
     array = (noise(*shape) * top).astype(dtype)
-    picture = from_array(array)
-    assert picture.rgb.shape == (4, 6, 3)
-    assert (picture.gray, picture.alpha is None) == (shape[2:] in ((), (2,)), shape[2:] in ((), (3,)))
-    back = to_array(picture, dtype)
+    image = from_array(array)
+    assert image.rgb.shape == (4, 6, 3)
+    assert (image.gray, image.alpha is None) == (shape[2:] in ((), (2,)), shape[2:] in ((), (3,)))
+    back = to_array(image, dtype)
     assert back.dtype == dtype
     np.testing.assert_array_equal(back, array)
-    pillow = image_io.to_pil(picture)
-    np.testing.assert_array_equal(np.asarray(pillow), to_array(picture))
-    np.testing.assert_array_equal(to_array(image_io.from_pil(pillow)), np.asarray(pillow))
+    pillow = to_pil(image)
+    np.testing.assert_array_equal(np.asarray(pillow), to_array(image))
+    np.testing.assert_array_equal(to_array(from_pil(pillow)), np.asarray(pillow))
 
 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\) is no picture; expected \(h, w\)"),
+        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\) is not an image; expected \(h, w\)"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
         (np.zeros((1, 4, 4, 3), np.uint8), r"shape \(1, 4, 4, 3\)"),
-        (np.zeros((4, 4), np.int64), r"array of int64 is no picture; expected uint8, uint16"),
+        (np.zeros((4, 4), np.int64), r"unsupported array type int64; expected uint8, uint16"),
         (np.full((4, 4), 7.5), r"floats must be in \[0, 1\], not \[7.5, 7.5\]"),
         (np.full((4, 4), np.nan), r"floats must be in \[0, 1\]"),
     ],
 )
-def test_arrays_that_are_no_pictures(array, message):
+def test_invalid_arrays(array, message):
     with pytest.raises(ImageError, match=message):
         from_array(array)
 
 
-def test_integer_types_that_no_picture_has():
-    with pytest.raises(ImageError, match="no picture is made of int32; allowed: uint8"):
+def test_unsupported_array_types():
+    with pytest.raises(ImageError, match="unsupported array type int32; allowed: uint8"):
         to_array(from_array(np.zeros((2, 2), np.uint8)), np.int32)
 
 
@@ -188,8 +190,8 @@ def test_integer_types_that_no_picture_has():
         ("gif", "tiff", {}, ".tiff"),
     ],
 )
-def test_output_formats(kind, ext, changes, suffix):
-    picture = dataclasses.replace(from_array(np.zeros((2, 2, 3), np.uint8)), format=kind, **changes)
-    assert image_io.output_suffix(picture, ext) == suffix
+def test_output_suffixes(kind, ext, changes, suffix):
+    image = dataclasses.replace(from_array(np.zeros((2, 2, 3), np.uint8)), format=kind, **changes)
+    assert output_suffix(image, ext) == suffix
     with pytest.raises(ImageError, match="cannot write 'bmp'; allowed: auto, png, jpg"):
-        image_io.output_suffix(picture, "bmp")
+        output_suffix(image, "bmp")

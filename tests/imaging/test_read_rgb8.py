@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from pisa_jax.imaging.image_io import read_rgb8
+from pisa_jax.imaging.image_reading import read_rgb8
 
 
 def test_alpha_is_dropped_and_gray_repeated_without_changing_values(tmp_path):

@@ -254,13 +254,13 @@ DEVICES = """
 import numpy as np
 from test_inference import picture
 from test_vae_tiles import small_upscaler
-from pisa_jax.imaging import image_io
+from pisa_jax.imaging.image_data import from_array
 from pisa_jax.tiling import vae_tiles
 vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
 # A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
-    sources = [image_io.from_array(picture(*size)) for size in batch]
+    sources = [from_array(picture(*size)) for size in batch]
     for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
         np.testing.assert_allclose(a.rgb, b.rgb, rtol=0, atol=1e-5)
 print("equal on", two.mesh.size)

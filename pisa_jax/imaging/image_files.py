@@ -1,0 +1,61 @@
+"""Supported image formats, and the image files of a folder."""
+
+import os
+from pathlib import Path
+
+# Pillow's name of each format that is decoded, and its file suffixes. Pillow supports more formats, but some of their
+# decoders run other programs (EPS), and some hold no raster image.
+READABLE = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
+    "ICO": (".ico",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in READABLE.values() for suffix in suffixes)
+
+
+def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[str]:
+    """Sorted names, relative to `folder` and with "/", of its image files; `recursive` includes its subfolders.
+
+    A file is an image if its suffix is in `IMAGE_SUFFIXES`. Hidden files are skipped, symbolic links are followed.
+
+    Raises:
+        NotADirectoryError: `folder` is not a folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is not a folder")
+    names = []
+    for parent, subfolders, files in os.walk(root, followlinks=True):
+        if not recursive:
+            subfolders.clear()
+        names += [
+            (Path(parent) / file).relative_to(root).as_posix()
+            for file in files
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+        ]
+    return sorted(names)
+
+
+def find_images(path: Path) -> list[Path]:
+    """List the image files directly inside the folder `path`, sorted, or return the one file `path`.
+
+    Raises:
+        FileNotFoundError: `path` does not exist or has no images.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a folder nor a file")
+    found = [path / name for name in list_images(path)]
+    if not found:
+        raise FileNotFoundError(f"no images in {path}; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
+    return found
