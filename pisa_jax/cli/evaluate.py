@@ -6,7 +6,6 @@ by file name: equal names, else equal stems, else stems that are equal without m
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import cv2
 from tqdm import tqdm
 
 from pisa_jax import __version__
-from pisa_jax.config import Scales
+from pisa_jax.cli.arguments import integer_at_least, scales, upscale_factor
 from pisa_jax.imaging.image_writing import WRITABLE
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
@@ -28,33 +27,6 @@ from pisa_jax.runtime.messages import error_text
 
 # File name suffixes that --plot and --sheet can write.
 FIGURE_SUFFIXES = {"plot": (".png", ".svg", ".pdf"), "sheet": tuple(WRITABLE)}
-
-
-def _numbers(text: str, counts: Sequence[int], least: float, kind: type) -> list:
-    """Parse comma-separated finite numbers of at least `least`; argparse reports other texts."""
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) not in counts or not all(least <= value < math.inf for value in values):
-        wanted = (
-            "PIX,SEM (two numbers) or one number for both" if len(counts) > 1 else f"a number of at least {least:g}"
-        )
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return values
-
-
-def _scales(text: str) -> Scales:
-    values = _numbers(text, (1, 2), -math.inf, float)
-    return values[0], values[-1]
-
-
-def _count(text: str) -> int:
-    return _numbers(text, (1,), 0.0, int)[0]
-
-
-def _upscale_factor(text: str) -> float:
-    return _numbers(text, (1,), 1.0, float)[0]
 
 
 def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
@@ -75,7 +47,7 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add("--metrics", metavar="LIST", help="comma-separated names (default: psnr, ssim, niqe and LPIPS with the given "
         "weights, or perceptual without weights)")  # fmt: skip
     add("--color", choices=["y", "rgb"], default="y", help="compute PSNR and SSIM on luma or on RGB (default y)")
-    add("--crop-border", type=_count, default=0, metavar="N",
+    add("--crop-border", type=integer_at_least(0), default=0, metavar="N",
         help="pixels to crop at each side for PSNR and SSIM (default 0; Set5, Set14: upscale factor)")  # fmt: skip
     add("--lpips-vgg", metavar="FILE|ID", help="VGG16 weights, such as timm/vgg16.tv_in1k")
     add("--lpips-alex", metavar="FILE|ID", help="AlexNet weights: torchvision's alexnet state dict")
@@ -87,10 +59,11 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add = grid.add_argument
     add("--model", metavar="FOLDER|ID", help="base model, as for infer.py; needs --lq")
     add("--adapters", metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
-    add("--scales", nargs="+", type=_scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
-    add("-s", "--scale", type=_upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
+    add("--scales", nargs="+", type=scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
+    add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
-    add("--seed", type=_count, metavar="N", help="sample the latents with this seed (default: deterministic latents)")
+    add("--seed", type=integer_at_least(0), metavar="N",
+        help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
     add("--sheet", type=Path, metavar="FILE", help="write a contact sheet of one image by all methods")
     add("--sheet-of", metavar="NAME", help="file name of the image of the contact sheet (default: the first)")

@@ -169,7 +169,7 @@ def test_nothing_to_measure_is_an_error(tmp_path, folders, capsys):
         ("--lq . --scales 1,0", "--adapters and --scales need --model"),
         ("--lq . --gt . --metrics fid", "fid compares two folders"),
         ("--sr . --gt . --json /no/such/folder/x.json", "folder of /no/such/folder/x.json does not exist"),
-        ("--sr . --gt . --crop-border -1", "'-1' is not a number of at least 0"),
+        ("--sr . --gt . --crop-border -1", "'-1' is not an integer of at least 0"),
         ("--lq . --scales 1,2,3", "'1,2,3' is not PIX,SEM"),
         ("--sr . --gt . --metrics psnr,ssim --plot p.png", "--plot needs psnr or ssim and one other metric"),
         ("--sr . --gt . --plot p.bmp", "--plot p.bmp cannot be written: use a name ending in one of .png .svg .pdf"),
