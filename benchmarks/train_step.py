@@ -29,6 +29,7 @@ from pisa_jax.adapters import injection
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.metrics import lpips
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
 from pisa_jax.sd.base_model import base_model
@@ -205,7 +206,7 @@ def main() -> None:
             try:
                 programs[path], compiling = compile_step(path, modules, config, stage, shapes, device)
             except jax.errors.JaxRuntimeError as error:
-                print(f"{what}: {' '.join(str(error).split())[:200]}", flush=True)
+                print(f"{what}: {error_text(error)[:200]}", flush=True)
                 continue
             print(f"{what}: compiled in {compiling:5.1f} s, {summarize(programs[path])}", flush=True)
         if not runs:

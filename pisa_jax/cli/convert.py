@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pisa_jax.adapters.adapter_tree import summary
 from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
+from pisa_jax.runtime.messages import error_text
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> in
         adapters = load_adapters(args.source)
         (save_adapters if args.to == "adapters" else export_pisa_sr)(args.target, adapters)
     except (ValueError, OSError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {error_text(error)}", file=sys.stderr)
         return 1
     print(f"{args.target}: {os.path.getsize(args.target):,} bytes, {args.to}\n{summary(adapters)}")
     return 0

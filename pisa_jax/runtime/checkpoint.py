@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
 from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.messages import error_text
 
 # Config fields that may change when a run is resumed: they do not affect the result. A different mesh changes the
 # adapters only by rounding.
@@ -187,7 +188,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         # A checkpoint is renamed to its number once it is complete; the manager also counts the incomplete one.
         complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
         intact = f"checkpoint {max(complete)} is intact" if complete else "there is none yet"
-        text = " ".join(str(error).split())[:300]
+        text = error_text(error)[:300]
         raise OSError(
             f"a checkpoint could not be written ({intact}); free space and continue with --resume: {text}"
         ) from error
