@@ -1,4 +1,4 @@
-"""A reader of TensorBoard's files, which need TensorBoard otherwise."""
+"""A reader of TensorBoard's event files that does not need TensorBoard."""
 
 import struct
 from pathlib import Path
@@ -8,7 +8,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def events(folder: Path) -> dict[str, dict[int, Any]]:
-    """Every value in a TensorBoard folder, by tag: {step: value}. Its files are records of length, crc, data, crc."""
+    """Read all values in a TensorBoard folder: {tag: {step: value}}. Files have records of length, crc, data, crc."""
     found = {}
     for path in folder.glob("events*"):
         content = path.read_bytes()

@@ -37,7 +37,7 @@ SRGB_CURVE = parametric(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 
 
 def profile(space, tags, connection=b"XYZ "):
-    """A display profile of these tags {name: bytes}."""
+    """Make a display profile with these tags {name: bytes}."""
     tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249), **tags}
     head, body = struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
@@ -58,7 +58,7 @@ def rgb_profile(colorants, curve):
 
 
 def lut_profile(space, channels, lab):
-    """A profile that is a table of Lab colours, lab(corner) at every corner of the cube of channels (lut8Type)."""
+    """Make a profile from a table of Lab colors, lab(corner) at every corner of the cube of channels (lut8Type)."""
     corners = np.stack(np.meshgrid(*[(0, 1)] * channels, indexing="ij"), -1).reshape(-1, channels)
     colors = np.array([lab(*corner) for corner in corners]) * [2.55, 1, 1] + [0, 128, 128]
     data = b"mft1" + bytes(4) + bytes([channels, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
@@ -76,7 +76,7 @@ def chunk(kind, data):
 
 
 def png(samples, color_type, extra=b"", size=None):
-    """A PNG of 8 (uint8) or 16 bits."""
+    """Encode a PNG of 8 (uint8) or 16 bits."""
     height, width = size or samples.shape[:2]
     bits = 8 if samples.dtype == np.uint8 else 16
     rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in samples)
@@ -85,7 +85,7 @@ def png(samples, color_type, extra=b"", size=None):
 
 
 def tiff16(samples, photometric=2, **tags):
-    """A 16-bit TIFF of one raw strip; tags as t274=6."""
+    """Encode a 16-bit TIFF of one raw strip; further tags as t274=6."""
     height, width, channels = samples.shape
     directory = ImageFileDirectory_v2(b"II*\0\x08\0\0\0")
     data = samples.astype("<u2").tobytes()

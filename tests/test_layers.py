@@ -1,4 +1,4 @@
-"""Imports go down only, between the rooms of the package and inside each, and heavy libraries have one door each."""
+"""Layering: imports go down only, between and inside the rooms; each heavy library is imported in one module."""
 
 import ast
 
@@ -49,7 +49,7 @@ DOORS = {
 
 
 def modules():
-    """Dotted name below the package -> file, without the `__init__` files."""
+    """Return dotted name below the package -> file, without the `__init__` files."""
     files = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
 
@@ -58,7 +58,7 @@ MODULES = modules()
 
 
 def imports(path):
-    """(module, name or None) of every import statement in a file, those inside functions included."""
+    """Yield (module, name or None) of every import statement in a file, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -67,7 +67,7 @@ def imports(path):
 
 
 def project_imports(path):
-    """Dotted names of the project's modules that a file imports."""
+    """Yield the dotted names of the project's modules that a file imports."""
     for module, name in imports(path):
         package, _, rest = module.partition(".")
         if package != "pisa_jax":
@@ -113,7 +113,7 @@ def test_each_heavy_library_has_one_door():
     ],
 )
 def test_no_jax_where_it_is_not_needed(name):
-    """Data workers and `--help` start without it."""
+    """Data workers and `--help` start without jax."""
     seen, waiting = {name}, [name]
     while waiting:
         path = MODULES[waiting.pop()]

@@ -1,4 +1,4 @@
-"""Losses against the original program's recorded numbers, and what must hold for any input."""
+"""Losses against recordings of the original program, and properties that hold for any input."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def recorded():
 
 
 def case(recorded, i):
-    """Latents, noise, t and the recorded pair of UNet outputs of one batch, NHWC."""
+    """Return latents, noise, t and the recorded pair of UNet outputs of one batch, NHWC."""
     neg, pos = np.split(recorded[f"eps_neg_then_pos{i}"], 2)
     return (
         nhwc(recorded[f"latents{i}"]),

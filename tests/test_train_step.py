@@ -1,4 +1,4 @@
-"""One step of each stage against the original program, and what must not change it: accumulation, remat, devices."""
+"""One step of each stage against the original program, also with accumulation, rematerialization and sharding."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ STAGES = {
 
 
 def recorded_case(name):
-    """(adapter, frozen, batch, draws, base model, objective) of the recorded step of a stage."""
+    """Return (adapter, frozen, batch, draws, base model, objective) of the recorded step of a stage."""
     model, adapters = recorded_model(), recorded_adapters()
     arrays, described = np.load(golden("train/batch.npz")), read_json(golden("train/train.json"))
     tokens = [
@@ -50,15 +50,15 @@ def recorded_case(name):
 
 
 def recorded_gradient(name, remat=False, accumulate=1, mesh=None):
-    """Losses and gradient of the recorded step."""
+    """Compute the losses and the gradient of the recorded step."""
     tree, frozen, batch, draws, base, objective = recorded_case(name)
     objective = dataclasses.replace(objective, remat=remat, accumulate=accumulate)
     function = functools.partial(train_step.gradient, base=base, objective=objective)
     if mesh is None:
         return jax.jit(function)(tree, frozen, batch, draws)
     layouts = distributed.weight_shardings(mesh, frozen)
-    cut = [layout for layout in jax.tree.leaves(layouts) if not layout.is_fully_replicated]
-    assert len(cut) > 20 or mesh.shape["fsdp"] == 1
+    sharded = [layout for layout in jax.tree.leaves(layouts) if not layout.is_fully_replicated]
+    assert len(sharded) > 20 or mesh.shape["fsdp"] == 1
     frozen = jax.device_put(frozen, layouts)
     batch, draws = jax.device_put((batch, draws), distributed.batch_sharding(mesh))
     with jax.set_mesh(mesh):
@@ -95,11 +95,11 @@ def test_losses_and_gradients_equal_the_original(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(STAGES))
-def test_rematerialisation_changes_nothing(name):
+def test_rematerialization_changes_nothing(name):
     check_against_the_original(name, *recorded_gradient(name, remat=True))
 
 
-# The others take a minute together: the one that has everything stands for them.
+# The other cases take a minute together; the default suite runs the one that combines all options.
 SHARDED = [
     pytest.param(name, fsdp, remat, marks=[] if (name, fsdp, remat) == ("sem", 2, True) else pytest.mark.slow)
     for name in STAGES
@@ -110,7 +110,7 @@ SHARDED = [
 
 @pytest.mark.parametrize(("name", "fsdp", "remat"), SHARDED)
 def test_sharding_changes_nothing(name, fsdp, remat):
-    """One picture per device; with fsdp = 2 the weights are cut over both, too."""
+    """One image per device; with fsdp = 2 the weights are sharded over both devices as well."""
     mesh = distributed.make_mesh(data=2 // fsdp, fsdp=fsdp)
     check_against_the_original(name, *recorded_gradient(name, remat, mesh=mesh))
 
@@ -122,7 +122,7 @@ def test_accumulation_changes_nothing():
 
 @functools.cache
 def random_case():
-    """A compiled pixel step of a random model (8 latent channels, factor 4), its frozen weights, state and batch."""
+    """Compile the pixel step of a random model (8 latent channels, factor 4); returns its arguments as well."""
     base, params = random_base("nano")
     objective = Objective(AdapterSpec(rank=2), ema=0.5)
     optimizer = training.make_optimizer(Config(out="", stages=(Stage("pix", 1),)), Stage("pix", 1, learning_rate=1e-2))

@@ -1,4 +1,4 @@
-"""What several tests share: golden arrays in our layout, the recorded model, and a tiny one made on the fly."""
+"""Shared parts of tests: recorded arrays in NHWC layout, the recorded model, and a tiny random model."""
 
 import functools
 import json
@@ -23,32 +23,32 @@ TOLERANCE = 1e-4  # float32 against the original program, from fixtures/README.m
 
 
 def nhwc(array: np.ndarray) -> jax.Array:
-    """The goldens are NCHW."""
+    """Convert a recorded array from NCHW to NHWC."""
     return jnp.asarray(array.transpose(0, 2, 3, 1))
 
 
 @functools.cache
 def recorded_model() -> LoadedModel:
-    """The SD-2.1-shaped checkpoint that the original program was run with."""
+    """Load the checkpoint of Stable Diffusion 2.1's structure that the recorded runs used."""
     loaded = pretrained.load_pretrained(str(golden("sd_tiny")))
     return loaded._replace(params=on_device(loaded.params, np.float32))
 
 
 @functools.cache
 def recorded_backbone() -> backbone.Backbone:
-    """The modules of that checkpoint."""
+    """Build the modules of that checkpoint."""
     return pretrained.load_backbone(golden("sd_tiny"))
 
 
 @functools.cache
 def recorded_adapters() -> Adapters:
-    """The published file format, as written by the original program."""
+    """Load the adapters in the published file format, as the original program writes it."""
     return files.load_adapters(golden("pisa_sr.pkl"))
 
 
 @functools.cache
 def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
-    """A model of the same architecture with random weights, for tests that need no golden."""
+    """Make a model of the same architecture with random weights, for tests without recordings."""
     modules = backbone.build_modules(*random_model.model_configs(size))
     shapes = backbone.param_shapes(modules)
     rng = np.random.default_rng(0)
@@ -58,20 +58,20 @@ def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
 
 @functools.cache
 def random_base(size: str = "tiny") -> tuple[BaseModel, dict]:
-    """`random_backbone` as a base model."""
+    """Make a base model of `random_backbone`."""
     modules, params = random_backbone(size)
     return base_model(modules), params
 
 
 def close(found, expected, tolerance=TOLERANCE) -> None:
-    """Equal shapes, and no element further off than `tolerance`."""
+    """Assert equal shapes and elements that differ by at most `tolerance`."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 def read_json(path: Path):
-    """The content of a JSON file."""
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
@@ -80,7 +80,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @functools.cache
 def recorded_vgg() -> dict:
-    """The random VGG16 of the goldens, with LPIPS's heads."""
+    """Make the random VGG16 of the recordings, with the heads of LPIPS."""
     recipe = read_json(golden("train/vgg_recipe.json"))
     draw, layers = np.random.RandomState(recipe["seed"]), {}
     for name in recipe["order"]:
@@ -93,6 +93,6 @@ def recorded_vgg() -> dict:
 
 
 def relative(found, expected) -> float:
-    """Relative L2 difference."""
+    """Compute the relative L2 difference."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

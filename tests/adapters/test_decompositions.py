@@ -83,7 +83,7 @@ def test_merge_and_interceptor_agree(net):
 
 
 def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
-    """A UNet in bfloat16 is given a prompt in float32."""
+    """A UNet in bfloat16 receives a prompt in float32."""
     kernel, x = jnp.ones((6, 5)), jnp.ones((2, 6), jnp.float32)
     tree = {
         "": jax.tree.map(jnp.ones_like, registry.get_decomposition(spec).init(jax.random.key(0), (6, 5), spec.rank))
@@ -175,7 +175,7 @@ def test_targets_on_sd21_are_those_of_the_published_adapters():
 
 @functools.partial(jax.jit, static_argnums=0)
 def eps(modules, params, trees, x, timestep, prompt):
-    """The UNet with these of the recorded adapters on paths of their own."""
+    """Apply the UNet with some of the recorded adapters, each as its own additive path."""
     scales = dict.fromkeys(trees, jnp.ones(()))
     with nn.intercept_methods(injection.interceptor(trees, recorded_adapters().specs, scales)):
         return backbone.eps(modules, params, x, timestep, prompt)

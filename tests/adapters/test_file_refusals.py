@@ -1,4 +1,4 @@
-"""Adapter files that are refused, and what the refusal says."""
+"""Adapter files that are rejected, and the error messages."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_metadata_that_is_not_ours(change, message, tmp_path):
 
 
 def published(**changes):
-    """The content of the recorded checkpoint, changed."""
+    """Return the content of the recorded checkpoint with changes."""
     content = read_torch(golden("pisa_sr.pkl"))
     return {key: changes.get(key, value) for key, value in content.items() if changes.get(key, 0) is not None}
 

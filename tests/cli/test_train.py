@@ -1,4 +1,4 @@
-"""`train.py` as a user runs it: the configs that ship, wrong input, and a run whose result `infer.py` takes."""
+"""The command train: the shipped configs, wrong input, and a run whose result `infer.py` accepts."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ def shipped(name):
 
 
 def test_the_published_recipe():
-    """PiSA-SR, sec. 4.1 and the training script: what a paper's reader would check."""
+    """The values are those of PiSA-SR, sec. 4.1, and its training script."""
     config = shipped("sd21")["config"]
     published = AdapterSpec(decomposition="lora", rank=4, alpha=8.0, targets=UNET_TARGETS)
     assert config.stages == (
@@ -42,7 +42,7 @@ def test_one_gpu_trains_the_same_in_small_parts():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_is_a_record(path):
-    """The docstring says how to run it, on what, and what came or should come out."""
+    """The docstring has the command, the hardware, and the expected and the measured result."""
     found = runpy.run_path(str(path))
     assert isinstance(found["config"], Config)
     for part in (f"python train.py configs/{path.name}", "Hardware", "Expected", "Measured"):
@@ -61,7 +61,7 @@ def test_fields_and_switches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "told"),
+    ("line", "code", "message"),
     [
         ([], 2, "usage: train.py CONFIG"),
         (["configs/sd12.py"], 2, "no config file 'configs/sd12.py'; give a file, or one of debug, demo"),
@@ -80,7 +80,7 @@ def test_fields_and_switches(monkeypatch):
         (["configs/debug.py", "--validation.path", "nowhere"], 1, "nowhere is not a folder"),
     ],
 )
-def test_wrong_input_is_told_in_words(tmp_path, monkeypatch, capsys, line, code, told):
+def test_wrong_input_is_reported(tmp_path, monkeypatch, capsys, line, code, message):
     monkeypatch.chdir(ROOT)
     out = ["--out", str(tmp_path / "run")] if line[:1] == ["configs/debug.py"] else []
     monkeypatch.setattr(sys, "argv", ["train.py", *line, *out])
@@ -90,21 +90,21 @@ def test_wrong_input_is_told_in_words(tmp_path, monkeypatch, capsys, line, code,
         found = leaving.code
     captured = capsys.readouterr()
     assert found == code
-    assert told in captured.err + captured.out
+    assert message in captured.err + captured.out
 
 
 def test_the_debug_run_and_its_result(tmp_path):
-    """The README's first two steps, watched on a picture; CI runs them here."""
-    out, picture, printed = tmp_path / "run", tmp_path / "photo.png", ""
+    """Train with validation, then upscale an image with the result, as in the README."""
+    out, photo, printed = tmp_path / "run", tmp_path / "photo.png", ""
     (tmp_path / "watched").mkdir()
-    for path, size in ((picture, (20, 12)), (tmp_path / "watched" / "a.png", (80, 64))):
+    for path, size in ((photo, (20, 12)), (tmp_path / "watched" / "a.png", (80, 64))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(path)
     watched = ["--validation.path", tmp_path / "watched", "--validation.every", 4]
     trained = ["--model", out / "model", "--adapters", out / "adapters.safetensors"]
     options = ["--min-size", "32", "--suffix", "_4x", "--scales", "1,0.5", "--compile-cache", "off"]
     for command in (
         ["train.py", "configs/debug.py", "--out", out, *watched],
-        ["infer.py", "-i", picture, "-o", tmp_path, *trained, *options],
+        ["infer.py", "-i", photo, "-o", tmp_path, *trained, *options],
     ):
         line = [sys.executable, *map(str, command)]
         done = subprocess.run(line, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)

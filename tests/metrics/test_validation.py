@@ -12,15 +12,15 @@ from pisa_jax.metrics import psnr_ssim, validation
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("b.png", "a.png", "c.png"):
-        picture = np.kron(rng.integers(0, 256, (5, 6, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
-        Image.fromarray(picture).save(tmp_path / "pictures" / name)
+        image = np.kron(rng.integers(0, 256, (5, 6, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+        Image.fromarray(image).save(tmp_path / "images" / name)
     return tmp_path
 
 
 def test_validation_pictures_are_the_same_every_time(folder):
-    config = Validation(str(folder / "pictures"), count=2)
+    config = Validation(str(folder / "images"), count=2)
     pairs, again = (validation.validation_images(config, 32) for _ in range(2))
     assert [pair.name for pair in pairs] == ["a.png", "b.png"]
     for pair, other in zip(pairs, again, strict=True):
@@ -28,7 +28,7 @@ def test_validation_pictures_are_the_same_every_time(folder):
         assert np.array_equal(pair.lq, other.lq)
         assert not np.array_equal(pair.lq, pair.gt)
     # The middle: 40 x 48, cut by 4 and 8 pixels.
-    with Image.open(folder / "pictures" / "a.png") as whole:
+    with Image.open(folder / "images" / "a.png") as whole:
         assert np.array_equal(pairs[0].gt, np.asarray(whole)[4:36, 8:40])
     with pytest.raises(ValueError, match=r"a\.png is 48 x 40, smaller than data\.crop 64"):
         validation.validation_images(config, 64)
@@ -39,14 +39,14 @@ def test_pairs_bring_their_own_lq(folder):
     for side in ("lq", "gt"):
         (folder / "pairs" / side).mkdir(parents=True)
         name = "a.png" if side == "gt" else "b.png"
-        (folder / "pairs" / side / "a.png").write_bytes((folder / "pictures" / name).read_bytes())
+        (folder / "pairs" / side / "a.png").write_bytes((folder / "images" / name).read_bytes())
     (pair,) = validation.validation_images(Validation(str(folder / "pairs")), 40)
-    with Image.open(folder / "pictures" / "b.png") as lq:
+    with Image.open(folder / "images" / "b.png") as lq:
         assert np.array_equal(pair.lq, np.asarray(lq)[:, 4:44])
 
 
 def test_figures_are_means_over_the_pictures(folder):
-    pairs = validation.validation_images(Validation(str(folder / "pictures")), 32)
+    pairs = validation.validation_images(Validation(str(folder / "images")), 32)
     stage = Stage("sem", 1, frozen=("pix",))
     found, sheet = validation.evaluate(lambda lq: jnp.concatenate([lq, lq]), pairs, None, stage)
     expected = np.mean([psnr_ssim.psnr(pair.lq, pair.gt) for pair in pairs])

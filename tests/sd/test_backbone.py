@@ -93,7 +93,7 @@ def test_bfloat16_modules_return_float32_near_the_float32_ones():
 
 
 def instructions(jaxpr):
-    """All instructions of a program, those of the programs within it too."""
+    """Yield all instructions of a program and of its inner programs."""
     for instruction in jaxpr.eqns:
         yield instruction
         for inner in jax.tree.leaves(list(instruction.params.values())):
@@ -102,7 +102,7 @@ def instructions(jaxpr):
 
 
 def programs(dtype):
-    """The encoder, the UNet and the decoder, by name."""
+    """Return the encoder, the UNet and the decoder by name."""
     modules = backbone.build_modules(*random_model.model_configs("tiny"), dtype, dtype)
     shapes = backbone.param_shapes(modules)
     image, latents, prompt = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 3, 32))
@@ -115,7 +115,7 @@ def programs(dtype):
 
 
 def test_only_pictures_and_latents_change_their_layout():
-    """As diffusers' modules want them; never what flows between blocks."""
+    """Transposes that diffusers' modules need at their inputs and outputs, never between blocks."""
     for name, program in programs("float32").items():
         for instruction in program:
             channels = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}.get(instruction.params.get("permutation"))

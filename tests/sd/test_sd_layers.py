@@ -66,7 +66,7 @@ def test_attention_on_a_gpu_without_cudnn(monkeypatch, dtype):
 
 @pytest.mark.parametrize(("positions", "kernel"), [(4096, True), (4095, False), (256, False)])
 def test_attention_with_cudnn(monkeypatch, positions, kernel):
-    """What is lowered for CUDA, which needs its libraries and no card."""
+    """The lowering for CUDA needs its libraries but no device."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs pip install -e '.[cuda]'", exc_type=ImportError)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
@@ -107,11 +107,11 @@ def test_attention_over_some_keys(count):
     close(jax.jit(layers.attention_over_first_keys)(query, key, value, jnp.array(count)), expected, 1e-5)
 
 
-def test_group_norm_and_silu_are_one_pass_over_the_picture():
-    """In the compiled program a single instruction makes an array of the picture's size: the result."""
-    picture, channels = jax.ShapeDtypeStruct((1, 64, 48, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
+def test_group_norm_and_silu_are_one_pass_over_the_activations():
+    """In the compiled program, only one instruction writes an array of the size of the activations: the result."""
+    activations, channels = jax.ShapeDtypeStruct((1, 64, 48, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
     both = jax.jit(lambda x, *weights: nn.silu(layers.group_norm(x, *weights, 32, 1e-6)))
-    text = both.trace(picture, channels, channels).lower().compile(compiler_options()).as_text()
+    text = both.trace(activations, channels, channels).lower().compile(compiler_options()).as_text()
     entry = text[text.index("ENTRY") :].splitlines()[1:]
     made = [line for line in entry if " = f32[1,64,48,64]" in line and "parameter(" not in line]
     assert len(made) == 1
