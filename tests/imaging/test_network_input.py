@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import golden, shared_data
+from conftest import DATA, golden
 from PIL import Image
 
 from pisa_jax.imaging import image_io, network_input
@@ -22,7 +22,7 @@ def noise(*shape):
 @pytest.mark.parametrize("name", ["odd_37x211.png", "strip_900x20.png", "tiny_1x1.png"])
 @pytest.mark.parametrize("min_size", [0, 64])
 def test_odd_pictures_come_out_at_exactly_the_scale(name, scale, min_size):
-    picture = read_picture(shared_data(f"real_lr/formats/{name}"))
+    picture = read_picture(DATA / "formats" / name)
     height, width = picture.rgb.shape[:2]
     array, plan = prepare(picture, scale, min_size)
     assert array.dtype == np.float32
