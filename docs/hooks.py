@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Path in the repository -> page of the site.
 PAGES = {"README.md": "index.md", "benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changelog.md",
          "CONTRIBUTING.md": "contributing.md"}  # fmt: skip
+EXPORTS = re.compile(r"^from \.\S+ import (\w+) as \1$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -22,6 +23,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Point links to other documents at their pages; a link to any other file of the repository becomes its text."""
+    if page.file.src_uri == "api.md":
+        names = EXPORTS.findall((ROOT / "pisa_jax" / "__init__.pyi").read_text())
+        return markdown + "".join(f"\n::: pisa_jax.{name}\n" for name in names)
     origin = {target: path for path, target in PAGES.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def rewrite(match):

@@ -50,7 +50,7 @@ def test_it_holds_the_package_and_its_data_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "pisa_jax"
-    sources = [*package.rglob("*.py"), *(path for path in (package / "assets").rglob("*") if path.is_file())]
+    sources = [*package.rglob("*.py"), *package.glob("*.pyi"), *(path for path in (package / "assets").rglob("*") if path.is_file())]
     expected = {path.relative_to(ROOT).as_posix() for path in sources}
     expected |= {f"pisa_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert names == expected
