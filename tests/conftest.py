@@ -1,4 +1,4 @@
-"""Where the tests find their goldens and pictures, and what keeps them quick."""
+"""Test infrastructure: paths of recorded data, quick compilation, worker processes, and which skips are allowed."""
 
 import atexit
 import gc
@@ -11,8 +11,8 @@ import pytest
 
 # Set once, by the process that starts the workers; they and the programs that tests start inherit it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Several devices for the tests of sharding. Most of the suite's time goes into compiling, so programs are not
-    # optimised, in half the time to compile, and those that several tests compile come from one cache.
+    # Several devices for the tests of sharding. Most of the suite's time is compilation: without optimization it takes
+    # half the time, and programs that several tests compile come from one cache.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pisa_jax_tests_")
@@ -23,28 +23,95 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "assets"
 SHARED = Path(os.environ.get("PISA_JAX_SHARED", ROOT.parent / "shared"))
 
-
-def _find(relative: str, committed: Path, shared: Path) -> Path:
-    for folder in (committed, shared):
-        if (folder / relative).exists():
-            return folder / relative
-    assert not SHARED.exists(), f"{relative} is neither in {committed} nor in {shared}"
-    pytest.skip(f"{relative} is only in the shared folder, and there is no {SHARED}")
+# In CI, a skip whose reason begins otherwise is a failure: the default suite leaves nothing unproven.
+ALLOWED_SKIPS = ("needs pip install", "needs an accelerator")
+# The files that take longest, longest first: started last, one would keep a worker busy while the others are idle.
+LONGEST = ("test_training.py",)
+MOST_WORKERS = 4  # each needs about 3 GB
 
 
 def golden(relative: str) -> Path:
-    """Path of a file recorded from the original program (see tests/assets/README.md)."""
-    return _find(relative, DATA / "fixtures", SHARED / "fixtures")
+    """Path of a file recorded from the original program; tests/assets/README.md lists those of the repository."""
+    committed = DATA / "fixtures" / relative
+    return committed if committed.exists() else SHARED / "fixtures" / relative
 
 
 def shared_data(relative: str) -> Path:
-    """Path of a picture, or a folder of pictures, of the project's data set."""
-    return _find(relative, DATA / "pictures", SHARED / "data")
+    """Path of images that are not in the repository. Mark the test `external`."""
+    return SHARED / "data" / relative
 
 
-def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first: begun last, it would keep one worker busy while the other is idle."""
-    items.sort(key=lambda item: item.path.name != "test_training.py")
+def pytest_xdist_auto_num_workers(config):
+    """Number of workers for `-n auto`: none where files or tests are named, since starting them takes seconds."""
+    if any(not Path(argument).is_dir() for argument in config.option.file_or_dir):
+        return 0
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Order the files by duration, and deselect tests of images that are not there."""
+    position = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: position.get(item.path.name, len(LONGEST)))
+    if not SHARED.exists():
+        external = [item for item in items if item.get_closest_marker("external")]
+        config.hook.pytest_deselected(items=external)
+        items[:] = [item for item in items if item not in external]
+
+
+DESELECTED = pytest.StashKey[dict[str, int]]()
+HINTS = {
+    "slow": "run them with: pytest -m slow",
+    "external": f"they need images that are not in the repository, and there is no {SHARED}",
+}
+
+
+def pytest_deselected(items):
+    """Count what the summary reports."""
+    for item in items:
+        counts = item.config.stash.setdefault(DESELECTED, dict.fromkeys(HINTS, 0))
+        for name in HINTS:
+            counts[name] += item.get_closest_marker(name) is not None
+
+
+def pytest_sessionfinish(session):
+    """Workers collect, and the process that started them reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = session.config.stash.get(DESELECTED, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Every worker collects the same tests."""
+    if deselected := getattr(node, "workeroutput", {}).get("deselected"):
+        node.config.stash[DESELECTED] = deselected
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Report which tests were deselected, and how to run them."""
+    for name, count in config.stash.get(DESELECTED, {}).items():
+        if count:
+            terminalreporter.write_line(f"{count} {name} tests deselected; {HINTS[name]}")
+
+
+def refuse_skip(report):
+    """Turn a skip into a failure in CI, unless an optional package or an accelerator is missing."""
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
+        _, _, reason = report.longrepr
+        reason = reason.removeprefix("Skipped: ")
+        if not reason.startswith(ALLOWED_SKIPS):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, which fails in CI: {reason!r}; allowed reasons begin with {ALLOWED_SKIPS}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return refuse_skip((yield))
 
 
 @pytest.fixture(scope="module", autouse=True)

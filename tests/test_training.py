@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, shared_data
+from conftest import DATA, ROOT, shared_data
 from event_files import events
 from safetensors.numpy import load_file
 
@@ -300,7 +300,7 @@ def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whol
 
 @pytest.mark.slow
 def test_two_processes_end_together(whole, tmp_path):
-    watched = ["--validation.path", shared_data("eval/Set5/x4/HR"), "--validation.count", 1]
+    watched = ["--validation.path", DATA / "demo", "--validation.count", 1]
     with started_together(tmp_path / "run", *watched) as processes:
         for process in processes:
             ended(process)
@@ -318,6 +318,7 @@ def test_two_processes_stop_at_one_step_when_one_is_told_to(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.external
 def test_it_learns(tmp_path):
     """On photographs and held-out ones: `pix` lowers the error, and `sem` on top of it the perceptual distance."""
     held_out = ["--validation.path", shared_data("eval/Kodak24"), "--out", tmp_path / "run"]

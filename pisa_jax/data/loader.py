@@ -290,7 +290,8 @@ def make_loader(
     Args:
         batch_size: samples per process and batch.
         degrade: maps a GT crop (float32 in [0, 1]) and an rng to an LQ crop of the same shape; not used for pairs.
-        process_index, process_count: the part of every global batch that this process reads.
+        process_index: selects the part of every global batch that this process reads.
+        process_count: number of processes that share a global batch.
         workers: number of reading processes; each holds up to four batches. 0 reads in a thread of this process.
         prompts: {path: prompt}; images without an entry have the empty prompt.
         null_prompt_probability: probability that `use_prompt` is False, per sample.

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import golden, shared_data
+from conftest import DATA, golden, shared_data
 from PIL import Image
 
 from pisa_jax.cli import evaluate
@@ -63,9 +63,18 @@ def run(*arguments):
 # --- measuring results ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("benchmark", ["realsr", "drealsr"])
-def test_published_values_from_the_command_line(tmp_path, benchmark, capsys):
-    folder = shared_data(f"eval/published_metrics/{benchmark}")
+@pytest.mark.parametrize(
+    "folder",
+    [
+        DATA / "pyiqa",
+        *(
+            pytest.param(shared_data(f"eval/published_metrics/{benchmark}"), marks=pytest.mark.external)
+            for benchmark in ("realsr", "drealsr")
+        ),
+    ],
+    ids=lambda folder: folder.name,
+)
+def test_published_values_from_the_command_line(tmp_path, folder, capsys):
     out = tmp_path / "out.json"
     assert run("--sr", folder / "SR", "--gt", folder / "HR", "--metrics", "psnr,ssim", "--json", out) == 0
     result, published = json.loads(out.read_text()), json.loads((folder / "metrics.json").read_text())
@@ -78,6 +87,7 @@ def test_published_values_from_the_command_line(tmp_path, benchmark, capsys):
     assert f"{mean:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.external
 def test_set5_bicubic_from_the_command_line(capsys):
     folder = shared_data("eval/Set5/x4")
     assert run("--lq", folder / "LR", "--gt", folder / "HR", "--crop-border", 4, "--metrics", "psnr") == 0

@@ -1,5 +1,6 @@
 """The training loader: content and order of batches, resume, unreadable files, prompts, worker processes."""
 
+import itertools
 import json
 import logging
 import signal
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import ROOT, shared_data
+from conftest import DATA, ROOT
 from PIL import Image
 
 from pisa_jax.data.degradation import degrade
@@ -274,8 +275,8 @@ def test_invalid_arguments_raise_an_error(options, message):
 
 def test_worker_processes_give_the_same_batches_and_resume(tmp_path, caplog):
     """Photographs, one of them truncated, with the published degradation: 0 and 2 workers agree, also after resume."""
-    photos = shared_data("train/photos")
-    for index, path in enumerate(sorted(photos.iterdir())[:9]):
+    photos = sorted((DATA / "demo").iterdir())
+    for index, path in zip(range(9), itertools.cycle(photos), strict=False):
         (tmp_path / f"{index}.jpg").write_bytes(path.read_bytes()[: 5000 if index == 4 else None])
     source = folder_source(tmp_path)
     options = {"batch_size": 3, "crop": 64, "degrade": degrade, "max_bad_share": 0.2}

@@ -3,7 +3,7 @@
 import cloudpickle
 import numpy as np
 import pytest
-from conftest import shared_data
+from conftest import DATA
 from PIL import Image
 from raw_files import DISPLAY_P3, SRGB_CURVE, rgb_profile
 
@@ -98,7 +98,7 @@ def test_a_truncated_jpeg_raises_an_error(tmp_path):
 
 
 def test_photographs_decode():
-    source = folder_source(shared_data("train/photos"))
+    source = folder_source(DATA / "demo")
     image = source[len(source) // 2].image
     assert image.dtype == np.uint8
     assert min(image.shape[:2]) == 512

@@ -6,7 +6,7 @@ import io
 import cv2
 import numpy as np
 import pytest
-from conftest import shared_data
+from conftest import DATA, shared_data
 from PIL import Image, ImageCms, ImageOps
 from raw_files import DISPLAY_P3, SRGB_CURVE, chunk, lut_profile, png, rgb_profile, tiff16
 
@@ -45,7 +45,7 @@ BROKEN = {"truncated.jpg": "is damaged: .*truncated", "not_an_image.png": "is no
 
 
 def format_file(name):
-    return shared_data(f"real_lr/formats/{name}")
+    return DATA / "formats" / name
 
 
 def levels(image, bits=8):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import golden, shared_data
+from conftest import DATA, golden
 from PIL import Image
 
 from pisa_jax.imaging import network_input
@@ -24,7 +24,7 @@ def noise(*shape):
 @pytest.mark.parametrize("name", ["odd_37x211.png", "strip_900x20.png", "tiny_1x1.png"])
 @pytest.mark.parametrize("min_size", [0, 64])
 def test_results_have_exactly_the_scaled_size(name, scale, min_size):
-    image = read_image(shared_data(f"real_lr/formats/{name}"))
+    image = read_image(DATA / "formats" / name)
     height, width = image.rgb.shape[:2]
     array, plan = prepare_input(image, scale, min_size)
     assert array.dtype == np.float32

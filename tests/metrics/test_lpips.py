@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden, shared_data
+from conftest import DATA, golden
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -128,7 +128,7 @@ def test_alexnet_and_squeezenet_equal_pytorch(weights):
 
 def test_squeezenet_distances_of_the_example_of_the_lpips_authors(squeeze):
     reference, p0, p1 = (
-        jnp.asarray(Image.open(shared_data(f"eval/lpips_example/{name}.png")).convert("RGB"))[None] / 127.5 - 1
+        jnp.asarray(Image.open(DATA / "lpips_example" / f"{name}.png").convert("RGB"))[None] / 127.5 - 1
         for name in ("ex_ref", "ex_p0", "ex_p1")
     )
     np.testing.assert_allclose(distance(squeeze, reference, p0), 6.33, atol=0.01)
@@ -136,10 +136,14 @@ def test_squeezenet_distances_of_the_example_of_the_lpips_authors(squeeze):
 
 
 def test_packaged_squeezenet_is_the_archive_rounded_to_float16(squeeze):
-    archive = lpips.load_weights(shared_data("perceptual/squeezenet_v1_1_caffe_features.npz"), "squeeze")
-    assert sum(x.size for x in jax.tree.leaves(archive)) == 722_496
-    rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), archive)
-    assert jax.tree.all(jax.tree.map(np.array_equal, squeeze, rounded))
+    """The digest is that of `squeezenet_v1_1_caffe_features.npz` of keras-squeezenet, loaded and rounded."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(squeeze):
+        rounded = leaf.astype(np.float16)
+        assert np.array_equal(leaf, rounded)
+        digest.update(rounded.tobytes())
+    assert sum(x.size for x in jax.tree.leaves(squeeze)) == 722_496
+    assert digest.hexdigest() == "b3281640e3ede73eb289d60476820353a28537f5776c4510051231be7bdf37dc"
 
 
 def test_packaged_heads_are_those_of_lpips_0_1(vgg):
