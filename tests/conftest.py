@@ -69,8 +69,8 @@ def pytest_deselected(items):
     """Count what the summary reports."""
     for item in items:
         counts = item.config.stash.setdefault(DESELECTED, dict.fromkeys(HINTS, 0))
-        for name in HINTS:
-            counts[name] += item.get_closest_marker(name) is not None
+        slow = item.get_closest_marker("slow") is not None
+        counts["slow" if slow else "external"] += 1
 
 
 def pytest_sessionfinish(session):

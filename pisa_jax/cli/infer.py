@@ -49,7 +49,7 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
     add("-s", "--scale", "--upscale", type=upscale_factor, default=4.0,
         help="upscale factor, any number >= 1 (default 4)")  # fmt: skip
     add("--scales", nargs="+", type=scales, metavar="PIX,SEM",
-        help="strength of the pix (fidelity) and the sem (detail) adapter, one or more pairs (default 1,1)")  # fmt: skip
+        help="strength of the adapters pix (fidelity) and sem (detail), one or more pairs (default 1,1)")  # fmt: skip
     add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
     add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
     add("--default", action="store_true", help=argparse.SUPPRESS)

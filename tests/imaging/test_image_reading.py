@@ -247,6 +247,7 @@ def test_rgb8_of_8_bit_files_equals_pillow(name):
     np.testing.assert_array_equal(read_rgb8(format_file(name)), pillow_rgb8(format_file(name)))
 
 
+@pytest.mark.external
 def test_rgb8_of_photographs_equals_pillow():
     for path in sorted(shared_data("train/photos").iterdir())[:20]:
         np.testing.assert_array_equal(read_rgb8(path), pillow_rgb8(path))
