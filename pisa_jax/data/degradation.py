@@ -359,8 +359,6 @@ def degrade(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams 
     return cv2.LUT(_to_levels(image), _LEVELS)
 
 
-def degrade_and_downscale(
-    gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR
-) -> UInt8[np.ndarray, "h w 3"]:
+def degrade_and_downscale(gt: np.ndarray, rng: np.random.Generator, params: DegradationParams = PISA_SR) -> RGB8:
     """Degrade without the final upscaling: the 8-bit LQ image of floor(side / scale) pixels, for the same rng."""
     return _to_levels(_degrade_to_low_resolution(gt, rng, params))

@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from pisa_jax.imaging.arrays import RGB8
@@ -68,7 +67,7 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def match_size(lq: UInt8[np.ndarray, "a b 3"], gt: UInt8[np.ndarray, "h w 3"], name: str) -> np.ndarray:
+def match_size(lq: RGB8, gt: RGB8, name: str) -> RGB8:
     """Upscale (bicubic) the LQ image of a pair to the size of its GT; OSError unless the factor is an integer."""
     height, width = gt.shape[:2]
     factor = height // lq.shape[0]
