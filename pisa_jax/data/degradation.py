@@ -15,6 +15,7 @@ import scipy.special
 from jaxtyping import Float32, UInt8
 
 from pisa_jax.data.blur_kernels import Kernel, RGBFloat, filter2d, gaussian_kernel, plateau_kernel, sinc_kernel
+from pisa_jax.imaging.arrays import RGB8
 
 Plane = Float32[np.ndarray, "h w"]
 Table = Float32[np.ndarray, "8 8"]
