@@ -8,7 +8,7 @@ from pisa_jax.sd import vae_tiling
 from pisa_jax.tiling.vae_tiles import TiledVae
 
 
-def base_model(backbone: bb.Backbone) -> BaseModel:
+def make_base_model(backbone: bb.Backbone) -> BaseModel:
     """Return the functions of the modules in `backbone`."""
 
     def bind(function):
