@@ -17,7 +17,7 @@ def make_base_model(backbone: bb.Backbone) -> BaseModel:
     return BaseModel(
         encode=bind(bb.encode),
         decode=bind(bb.decode),
-        predict_noise=bind(bb.eps),
+        predict_noise=bind(bb.predict_noise),
         encode_text=bind(bb.encode_text),
         factor=backbone.vae_scale_factor,
         latent_channels=backbone.latent_channels,

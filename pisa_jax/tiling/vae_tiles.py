@@ -148,12 +148,12 @@ def extract_windows(
 
 
 def write_tile(
-    image: np.ndarray, placement: TilePlacement, part: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
+    image: np.ndarray, placement: TilePlacement, result: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
 ) -> None:
-    """Copy a tile's own area into `image`, from an array `part` whose first element is at position `first`."""
+    """Copy a tile's own area into `image`, from an array `result` whose first element is at position `first`."""
     (top, left), (bottom, right) = placement.start * scale, placement.stop * scale
     y, x = (placement.start - first) * scale
-    image[top:bottom, left:right] = part[y : y + bottom - top, x : x + right - left]
+    image[top:bottom, left:right] = result[y : y + bottom - top, x : x + right - left]
 
 
 def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:

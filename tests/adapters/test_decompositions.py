@@ -178,7 +178,7 @@ def eps(modules, params, trees, x, timestep, prompt):
     """Run the UNet with some of the recorded adapters as additive paths."""
     scales = dict.fromkeys(trees, jnp.ones(()))
     with nn.intercept_methods(injection.interceptor(trees, recorded_adapters().specs, scales)):
-        return backbone.eps(modules, params, x, timestep, prompt)
+        return backbone.predict_noise(modules, params, x, timestep, prompt)
 
 
 @pytest.mark.parametrize("timestep", [1, 500])

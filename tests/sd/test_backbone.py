@@ -15,7 +15,7 @@ from pisa_jax.sd import backbone, random_model
 # Without jit, each operation is compiled separately, which takes several times as long.
 eps, encode, decode, posterior, encode_text = (
     jax.jit(function, static_argnums=0)
-    for function in (backbone.eps, backbone.encode, backbone.decode, backbone.posterior, backbone.encode_text)
+    for function in (backbone.predict_noise, backbone.encode, backbone.decode, backbone.posterior, backbone.encode_text)
 )
 
 
@@ -110,7 +110,7 @@ def traced_equations(dtype):
     image, latents, prompt = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 3, 32))
     traced = {
         "encoder": jax.make_jaxpr(partial(backbone.posterior, modules))(shapes["vae"], image),
-        "UNet": jax.make_jaxpr(partial(backbone.eps, modules))(shapes["unet"], latents, 1, prompt),
+        "UNet": jax.make_jaxpr(partial(backbone.predict_noise, modules))(shapes["unet"], latents, 1, prompt),
         "decoder": jax.make_jaxpr(partial(backbone.decode, modules))(shapes["vae"], latents),
     }
     return {name: list(equations(jaxpr)) for name, jaxpr in traced.items()}
