@@ -237,7 +237,7 @@ def _empty_keys(like, sides) -> AttentionKeys:
     return AttentionKeys(*arrays, np.int32(math.prod(-(-side // _key_stride(sides)) for side in sides)))
 
 
-def _write_keys(new_keys, sides, placement, *parts):
+def _write_keys(new_keys, sides, placement, *measured):
     """Write the keys and values of a tile's own area to their places in those of the image, which are row by row."""
     stride = _key_stride(sides)
     y, x = (
@@ -245,8 +245,8 @@ def _write_keys(new_keys, sides, placement, *parts):
         for start, stop in zip(placement.start, placement.stop, strict=True)
     )
     target = (y[:, None] // stride * -(-sides[1] // stride) + x // stride).ravel()
-    for array, part in zip(new_keys, parts, strict=False):
-        own = part[np.ix_(y - placement.output[0], x - placement.output[1])]
+    for array, found in zip(new_keys, measured, strict=False):
+        own = found[np.ix_(y - placement.output[0], x - placement.output[1])]
         array[target] = own.reshape(-1, *array.shape[1:])
 
 
