@@ -38,7 +38,7 @@ def plan(pixels: int) -> list[dict]:
     modules = backbone.build_modules(*random_model.model_configs("sd21"))
     params = backbone.param_shapes(modules)["vae"]
     weights, mesh = Weights(None, None, params, None), distributed.local_mesh(1)
-    tile = pixels // modules.vae_scale_factor
+    tile, side = (length // modules.vae_scale_factor for length in (pixels, 2**13))  # tiles of an 8192-pixel image
 
     def temporaries(function, *arrays):
         jitted = jax.jit(function, compiler_options=compiler_options())
@@ -47,16 +47,17 @@ def plan(pixels: int) -> list[dict]:
     latents = array(1, tile, tile, modules.latent_channels)
     found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
     head = array(vae_tiles.MAX_KEYS, 1, modules.vae.block_out_channels[-1])
-    keys, place = vae_tiles.AttentionKeys(head, head, integers()), vae_tiles.TilePlacement(*[integers(1, 2)] * 4)
-    for name, direction, part in (
+    keys = vae_tiles.AttentionKeys(head, head, integers())
+    placement = vae_tiles.TilePlacement(*[integers(1, 2)] * 4)
+    for name, make_functions, tile_fn in (
         ("tile of the decoder", vae_tiling.tiled_decoder, vae_tiling.decode_tile),
         ("tile of the encoder", vae_tiling.tiled_encoder, vae_tiling.encode_tile),
     ):
-        d = direction(modules, params, mesh, None)
-        window = vae_tiles.window_length(tile, side, d.margin) * d.input_scale
-        windows = array(1, window, window, modules.latent_channels if d.input_scale == 1 else 3)
-        stage = functools.partial(vae_tiling.process_tiles, modules, part, mesh, (tile, tile))
-        found[name] = temporaries(stage, weights, windows, place, array(*d.statistics_shape), keys)
+        functions = make_functions(modules, params, mesh, None)
+        window = vae_tiles.window_length(tile, side, functions.margin) * functions.input_scale
+        windows = array(1, window, window, modules.latent_channels if functions.input_scale == 1 else 3)
+        stage = functools.partial(vae_tiling.process_tiles, modules, tile_fn, mesh, (tile, tile))
+        found[name] = temporaries(stage, weights, windows, placement, array(*functions.statistics_shape), keys)
     return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
 
 

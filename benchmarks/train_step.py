@@ -32,7 +32,7 @@ from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
-from pisa_jax.sd.base_model import base_model
+from pisa_jax.sd.base_model import make_base_model
 
 STAGES = {
     "pix": Stage("pix", steps=4000),
@@ -125,7 +125,7 @@ def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, 
     """Compile the step; returns it and the compile time in seconds."""
     step = functools.partial(
         train_step.train_step,
-        base=base_model(modules),
+        base=make_base_model(modules),
         objective=training.make_objective(config, stage),
         optimizer=training.make_optimizer(config, stage),
     )

@@ -50,7 +50,7 @@ def loss(params, batch, key, backbone, vae, alphas_cumprod):
     timesteps = jax.random.randint(for_time, latents.shape[:1], 0, len(alphas_cumprod))
     prompt = bb.encode_text(backbone, params["text"], batch.token_ids)
     noisy = losses.add_noise(latents, noise, timesteps, alphas_cumprod)
-    square = (noise - bb.eps(backbone, params["unet"], noisy, timesteps, prompt)) ** 2
+    square = (noise - bb.predict_noise(backbone, params["unet"], noisy, timesteps, prompt)) ** 2
     each = square.mean(axis=(1, 2, 3))
     late = timesteps >= len(alphas_cumprod) // 2
     mean_late = jnp.sum(each * late) / jnp.maximum(late.sum(), 1)

@@ -80,7 +80,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> Path
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     model = None if config.model == "random" else load_model(config, config.model)
-    check(config, model.base if model else random_model.base_model(RANDOM_SIZE), mesh)
+    check(config, model.base if model else random_model.base_model_of_size(RANDOM_SIZE), mesh)
     folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
     checkpoints = Checkpoints(folder)

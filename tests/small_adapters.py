@@ -1,4 +1,4 @@
-"""Small random adapters for the tests of their files."""
+"""Small random adapters for the tests of adapter files."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ CONV, DENSE = "down_blocks_0/resnets_0/conv1", "up_blocks_1/attentions_0/transfo
 KERNELS = {CONV: (3, 3, 5, 7), DENSE: (5, 6), "mid_block/resnets_0/conv_shortcut": (1, 1, 5, 7)}
 
 
-def made(rank=2, alpha=8.0, base_model="owner/name", names=("pix", "sem")) -> Adapters:
-    """Small adapters with random factors."""
+def random_adapters(rank=2, alpha=8.0, base_model="owner/name", names=("pix", "sem")) -> Adapters:
+    """Return adapters of three layers with random factors."""
     rng = np.random.default_rng(0)
 
     def factors(shape):
@@ -26,6 +26,7 @@ def made(rank=2, alpha=8.0, base_model="owner/name", names=("pix", "sem")) -> Ad
 
 
 def assert_same(found: Adapters, expected: Adapters):
+    """Assert equal specifications, base model and factors, bit by bit."""
     assert found.specs == expected.specs
     assert found.base_model == expected.base_model
     assert list(found.trees) == list(expected.trees)
@@ -36,5 +37,6 @@ def assert_same(found: Adapters, expected: Adapters):
 
 
 def original_state(adapters, folder):
+    """Return the tensors of the adapters in the format of the original PiSA-SR."""
     export_pisa_sr(folder / "original.safetensors", adapters)
     return dict(read_tensors(folder / "original.safetensors"))

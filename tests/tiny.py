@@ -17,7 +17,7 @@ from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone, pretrained, random_model
-from pisa_jax.sd.base_model import base_model
+from pisa_jax.sd.base_model import make_base_model
 
 TOLERANCE = 1e-4  # float32 against the original program, from fixtures/README.md
 
@@ -60,7 +60,7 @@ def random_backbone(size: str = "tiny") -> tuple[backbone.Backbone, dict]:
 def random_base(size: str = "tiny") -> tuple[BaseModel, dict]:
     """Make a base model of `random_backbone`."""
     modules, params = random_backbone(size)
-    return base_model(modules), params
+    return make_base_model(modules), params
 
 
 def close(found, expected, tolerance=TOLERANCE) -> None:

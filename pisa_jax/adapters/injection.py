@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
 from jaxtyping import Array, Float
 
 from pisa_jax.adapters.adapter_tree import AdapterTree, Factors
@@ -116,7 +117,7 @@ def _linear_map(module: nn.Dense | nn.Conv) -> LinearMap:
             x.astype(module.dtype),
             kernel.astype(module.dtype),
             strides,
-            module.padding,
+            canonicalize_padding(module.padding, x.ndim - 2),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 

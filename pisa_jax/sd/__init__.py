@@ -1,1 +1,1 @@
-"""Stable Diffusion 2.1-base: diffusers' Flax modules, their corrections, and checkpoints."""
+"""Stable Diffusion 2.1: diffusers' Flax modules with corrections, VAE tiles, checkpoints, random models."""

@@ -165,7 +165,7 @@ def param_shapes(backbone: Backbone) -> dict[str, Any]:
     return {name: jax.eval_shape(function)["params"] for name, function in init.items()}
 
 
-def eps(
+def predict_noise(
     backbone: Backbone,
     params: Params,
     latents: Float[Array, "b h w c"],

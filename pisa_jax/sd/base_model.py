@@ -8,7 +8,7 @@ from pisa_jax.sd import vae_tiling
 from pisa_jax.tiling.vae_tiles import TiledVae
 
 
-def base_model(backbone: bb.Backbone) -> BaseModel:
+def make_base_model(backbone: bb.Backbone) -> BaseModel:
     """Return the functions of the modules in `backbone`."""
 
     def bind(function):
@@ -17,7 +17,7 @@ def base_model(backbone: bb.Backbone) -> BaseModel:
     return BaseModel(
         encode=bind(bb.encode),
         decode=bind(bb.decode),
-        predict_noise=bind(bb.eps),
+        predict_noise=bind(bb.predict_noise),
         encode_text=bind(bb.encode_text),
         factor=backbone.vae_scale_factor,
         latent_channels=backbone.latent_channels,

@@ -14,7 +14,7 @@ from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
 from pisa_jax.runtime.torch_layout import flax_kernel, flax_module_path, torch_kernel, torch_module_name
 from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
 from pisa_jax.sd import backbone as bb
-from pisa_jax.sd.base_model import base_model
+from pisa_jax.sd.base_model import make_base_model
 
 # The folder that `model="demo"` stands for: a small model that ships with the package, its adapters and sample images.
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -46,7 +46,7 @@ def load_pretrained(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any 
         part: params_from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
         for part, sub in PARTS.items()
     }
-    return LoadedModel(base_model(backbone), params, bb.load_tokenizer(folder / "tokenizer"), schedule)
+    return LoadedModel(make_base_model(backbone), params, bb.load_tokenizer(folder / "tokenizer"), schedule)
 
 
 def load_backbone(folder: Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> bb.Backbone:

@@ -15,7 +15,7 @@ from pisa_jax.config import AdapterSpec
 from pisa_jax.model import BaseModel
 from pisa_jax.runtime.trees import flatten, unflatten
 from pisa_jax.sd import backbone, pretrained
-from pisa_jax.sd.base_model import base_model as sd_base_model
+from pisa_jax.sd.base_model import make_base_model
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -108,9 +108,9 @@ def model_configs(size: str) -> tuple[dict, dict, dict]:
     return UNET | unet, VAE | vae, TEXT | text
 
 
-def base_model(size: str) -> BaseModel:
+def base_model_of_size(size: str) -> BaseModel:
     """Return the functions of a model of the given size, without weights."""
-    return sd_base_model(backbone.build_modules(*model_configs(size)))
+    return make_base_model(backbone.build_modules(*model_configs(size)))
 
 
 def random_params(shapes: dict, rng: np.random.Generator, dtype: Any = np.float32) -> dict:

@@ -86,11 +86,11 @@ def tiled_encoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable)
     return _tile_functions(backbone, params["encoder"], mesh, run, encode_tile, margin, scale, 1, channels)
 
 
-def _tile_functions(backbone, params, mesh, run, part, margin, input_scale, output_scale, channels):
+def _tile_functions(backbone, params, mesh, run, tile_fn, margin, input_scale, output_scale, channels):
     norms = sum(path.endswith("/scale") for path in flatten(params))
     return TileFunctions(
-        process_tiles=lambda size, *arrays: run(process_tiles, (backbone, part, mesh, size), *arrays),
-        measure_sample=lambda size, *arrays: run(measure_sample, (backbone, part, size), *arrays),
+        process_tiles=lambda size, *arrays: run(process_tiles, (backbone, tile_fn, mesh, size), *arrays),
+        measure_sample=lambda size, *arrays: run(measure_sample, (backbone, tile_fn, size), *arrays),
         transfer=functools.partial(jax.device_put, device=replicated(mesh)),
         margin=margin,
         input_scale=input_scale,
@@ -103,7 +103,7 @@ def _tile_functions(backbone, params, mesh, run, part, margin, input_scale, outp
 
 def process_tiles(
     backbone: Backbone,
-    part: Callable,
+    tile_fn: Callable,
     mesh: Mesh,
     size: tuple[int, int],
     weights: Any,
@@ -112,11 +112,11 @@ def process_tiles(
     statistics: Float[Any, "norms 2 groups"],
     keys: AttentionKeys,
 ) -> tuple[Float[Array, "b y x d"], TileMeasurements]:
-    """Stage: compute `part` (`encode_tile` or `decode_tile`) on tiles of `size` latents, sharded over the mesh."""
+    """Stage: compute `tile_fn` (`encode_tile` or `decode_tile`) on tiles of `size` latents, sharded over the mesh."""
 
     def on_device(params, windows, placement, statistics, keys):
         hooks = _TileHooks(backbone, size, placement, keys, statistics)
-        result = part(backbone, params, windows, hooks)
+        result = tile_fn(backbone, params, windows, hooks)
         return result, hooks.measurements()
 
     sharded = P(mesh.axis_names)
@@ -128,7 +128,7 @@ def process_tiles(
 
 def measure_sample(
     backbone: Backbone,
-    part: Callable,
+    tile_fn: Callable,
     size: tuple[int, int],
     weights: Any,
     windows: Float[Any, "b h w c"],
@@ -136,9 +136,9 @@ def measure_sample(
     shift: Float[Any, "norms 2 groups"],
     keys: AttentionKeys | None,
 ) -> SampleMeasurements:
-    """Stage: compute `part` on the patches of a sample in one batch; return its statistics, keys and values."""
+    """Stage: compute `tile_fn` on the patches of a sample in one batch; return its statistics, keys and values."""
     hooks = _SampleHooks(backbone, size, placement, keys, shift)
-    part(backbone, weights.vae, windows, hooks)
+    tile_fn(backbone, weights.vae, windows, hooks)
     return hooks.measurements()
 
 
@@ -233,11 +233,11 @@ class _Hooks:
     def crop(self, x, first, size):
         """Return `size` positions of the activations (b, h, w, ...), starting at position `first` of the image."""
         rest = [0] * (x.ndim - 3)
-        parts = [
+        cropped = [
             jax.lax.dynamic_slice(array, (*start, *rest), (*size, *array.shape[2:]))
             for array, start in zip(x, first - self.origin, strict=True)
         ]
-        return jnp.stack(parts)
+        return jnp.stack(cropped)
 
 
 class _TileHooks(_Hooks):

@@ -148,12 +148,12 @@ def extract_windows(
 
 
 def write_tile(
-    image: np.ndarray, placement: TilePlacement, part: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
+    image: np.ndarray, placement: TilePlacement, result: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
 ) -> None:
-    """Copy a tile's own area into `image`, from an array `part` whose first element is at position `first`."""
+    """Copy a tile's own area into `image`, from an array `result` whose first element is at position `first`."""
     (top, left), (bottom, right) = placement.start * scale, placement.stop * scale
     y, x = (placement.start - first) * scale
-    image[top:bottom, left:right] = part[y : y + bottom - top, x : x + right - left]
+    image[top:bottom, left:right] = result[y : y + bottom - top, x : x + right - left]
 
 
 def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:
@@ -237,7 +237,7 @@ def _empty_keys(like, sides) -> AttentionKeys:
     return AttentionKeys(*arrays, np.int32(math.prod(-(-side // _key_stride(sides)) for side in sides)))
 
 
-def _write_keys(new_keys, sides, placement, *parts):
+def _write_keys(new_keys, sides, placement, *measured):
     """Write the keys and values of a tile's own area to their places in those of the image, which are row by row."""
     stride = _key_stride(sides)
     y, x = (
@@ -245,8 +245,8 @@ def _write_keys(new_keys, sides, placement, *parts):
         for start, stop in zip(placement.start, placement.stop, strict=True)
     )
     target = (y[:, None] // stride * -(-sides[1] // stride) + x // stride).ravel()
-    for array, part in zip(new_keys, parts, strict=False):
-        own = part[np.ix_(y - placement.output[0], x - placement.output[1])]
+    for array, found in zip(new_keys, measured, strict=False):
+        own = found[np.ix_(y - placement.output[0], x - placement.output[1])]
         array[target] = own.reshape(-1, *array.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""One property suite over the family of decompositions, with non-zero factors and scales other than 1."""
+"""Properties of every decomposition, with non-zero factors and scales other than 1; parity of adapted UNets."""
 
 import functools
 
@@ -22,7 +22,7 @@ def spec(request):
 
 
 class Net(nn.Module):
-    """One layer of each kind that a UNet has: plain and strided 3x3, 1x1, linear; two of the same shape."""
+    """A network with one layer of each kind of a UNet: plain and strided 3x3, 1x1, linear; two have equal shapes."""
 
     @nn.compact
     def __call__(self, x):
@@ -60,14 +60,14 @@ def test_identity_at_init(net, spec):
     assert jnp.array_equal(adapted(x, params, {"one": tree}, {"one": spec}, {"one": jnp.float32(0.7)}), plain)
 
 
-def test_same_shaped_layers_differ(net, spec):
+def test_layers_of_equal_shape_get_different_factors(net, spec):
     tree = injection.init_adapter(jax.random.key(0), net[1], spec)
     first = sorted(tree["to_q"])[0]
     assert tree["to_q"][first].shape == tree["to_k"][first].shape
     assert not jnp.array_equal(tree["to_q"][first], tree["to_k"][first])
 
 
-def test_a_layer_draws_the_same_whatever_else_is_adapted(net, spec):
+def test_the_factors_of_a_layer_do_not_depend_on_other_targets(net, spec):
     few = AdapterSpec(spec.decomposition, spec.rank, spec.alpha, targets="to_q")
     a, b = (injection.init_adapter(jax.random.key(0), net[1], s)["to_q"] for s in (spec, few))
     assert all(jnp.array_equal(a[name], b[name]) for name in a)
@@ -82,7 +82,7 @@ def test_merge_and_interceptor_agree(net):
     close(adapted(x, params, adapters, specs, scales), merged, 2e-5)
 
 
-def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
+def test_the_dtype_of_a_layer_is_kept_for_inputs_of_another_dtype(net, spec):
     """A UNet in bfloat16 receives a prompt in float32."""
     kernel, x = jnp.ones((6, 5)), jnp.ones((2, 6), jnp.float32)
     tree = {
@@ -94,7 +94,7 @@ def test_a_layer_keeps_its_dtype_whatever_its_input_has(net, spec):
     assert float(y[0, 0]) > 6.0
 
 
-def test_donated_kernels_are_used_up_and_nothing_else_is(net):
+def test_only_the_adapted_kernels_are_donated(net):
     _, params, adapters, specs = net
     scales = {"one": 0.7, "two": 0.4}
     given = jax.tree.map(jnp.copy, params)
@@ -107,7 +107,7 @@ def test_donated_kernels_are_used_up_and_nothing_else_is(net):
     assert {path for path, leaf in flatten(given).items() if leaf.is_deleted()} == adapted
 
 
-def test_merging_nothing_and_taking_it_back(net):
+def test_merging_with_negated_scales_restores_the_weights(net):
     _, params, adapters, specs = net
     there = injection.merge(params, adapters, specs, {"one": 0.7, "two": 0.4})
     back = flatten(injection.merge(there, adapters, specs, {"one": -0.7, "two": -0.4}))
@@ -116,14 +116,14 @@ def test_merging_nothing_and_taking_it_back(net):
         assert path.startswith("norm") or path.endswith("bias") or not jnp.array_equal(flatten(there)[path], leaf)
 
 
-def test_a_scale_per_sample(net):
+def test_scales_per_sample(net):
     x, params, adapters, specs = net
     both = adapted(x, params, adapters, specs, {"one": jnp.array([0.0, 1.3]), "two": jnp.array([0.0, 0.4])})
     close(both[:1], Net().apply({"params": params}, x)[:1], 1e-6)
     close(both[1:], adapted(x, params, adapters, specs, {"one": jnp.float32(1.3), "two": jnp.float32(0.4)})[1:], 1e-5)
 
 
-def test_linear_in_the_scale(net, spec):
+def test_the_difference_is_linear_in_the_scale(net, spec):
     functions = registry.get_decomposition(spec)
     factors = net[2]["one"]["conv1"]
     x = net[0]
@@ -139,7 +139,7 @@ def test_linear_in_the_scale(net, spec):
         close(functions.apply(factors, x, linear), direct, 1e-5)
 
 
-def test_new_scales_do_not_retrace_and_dtype_is_kept(net):
+def test_new_scales_do_not_retrace_and_the_dtype_is_kept(net):
     x, params, adapters, specs = net
     traces = []
 
@@ -154,12 +154,12 @@ def test_new_scales_do_not_retrace_and_dtype_is_kept(net):
     assert run(x.astype(jnp.bfloat16), {"one": 0.3, "two": 1.0}).dtype == jnp.bfloat16
 
 
-def test_unknown_decomposition_is_named_with_the_known_ones():
+def test_an_unknown_decomposition_is_reported_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'lorra', known: lora, loha; did you mean 'lora'\?"):
         registry.get_decomposition(AdapterSpec(decomposition="lorra"))
 
 
-def test_targets_on_sd21_are_those_of_the_published_adapters():
+def test_targets_of_sd21_equal_those_of_the_published_adapters():
     golden_lists = read_json(golden("sd21_lora_modules.json"))
 
     shapes = backbone.param_shapes(backbone.build_modules(*random_model.model_configs("sd21")))["unet"]
@@ -175,10 +175,10 @@ def test_targets_on_sd21_are_those_of_the_published_adapters():
 
 @functools.partial(jax.jit, static_argnums=0)
 def eps(modules, params, trees, x, timestep, prompt):
-    """Apply the UNet with some of the recorded adapters, each as its own additive path."""
+    """Run the UNet with some of the recorded adapters as additive paths."""
     scales = dict.fromkeys(trees, jnp.ones(()))
     with nn.intercept_methods(injection.interceptor(trees, recorded_adapters().specs, scales)):
-        return backbone.eps(modules, params, x, timestep, prompt)
+        return backbone.predict_noise(modules, params, x, timestep, prompt)
 
 
 @pytest.mark.parametrize("timestep", [1, 500])

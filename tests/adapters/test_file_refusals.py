@@ -1,4 +1,4 @@
-"""Adapter files that are rejected, and the error messages."""
+"""Invalid adapter files are refused with messages that name the problem."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from conftest import golden
-from small_adapters import CONV, DENSE, KERNELS, made, original_state
+from small_adapters import CONV, DENSE, KERNELS, original_state, random_adapters
 
 from pisa_jax.adapters import files, pisa_sr_file
 from pisa_jax.adapters.checks import check_adapters
@@ -35,8 +35,8 @@ def ours(adapters):
     return flatten(adapters.trees)
 
 
-def test_missing_half_of_a_pair(tmp_path):
-    adapters = made()
+def test_a_missing_factor(tmp_path):
+    adapters = random_adapters()
     tensors = ours(adapters)
     del tensors[f"sem/{CONV}/b"]
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
@@ -46,21 +46,21 @@ def test_missing_half_of_a_pair(tmp_path):
     refused(rewrite(path, state, None), "adapter 'pix'", f"missing {CONV}/a")
 
 
-def test_mistyped_factor(tmp_path):
-    adapters = made()
+def test_a_mistyped_factor(tmp_path):
+    adapters = random_adapters()
     tensors = ours(adapters)
     tensors[f"pix/{DENSE}/A"] = tensors.pop(f"pix/{DENSE}/a")
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
     refused(path, f"missing {DENSE}/a", f"unexpected {DENSE}/A", f"did you mean '{DENSE}/a'")
 
 
-def test_foreign_keys(tmp_path):
+def test_keys_of_other_formats(tmp_path):
     path = rewrite(tmp_path / "x.safetensors", {"encoder.layers.0.weight": np.ones(2)}, None)
     refused(path, "'encoder.layers.0.weight' is not an adapter key", "pix/conv_in/a", "conv_in.lora_A.default_encoder")
 
 
-def test_module_in_the_wrong_part(tmp_path):
-    state = original_state(made(), tmp_path)
+def test_a_module_in_the_wrong_part_of_the_unet(tmp_path):
+    state = original_state(random_adapters(), tmp_path)
     right = "down_blocks.0.resnets.0.conv1.lora_A.default_encoder_pix.weight"
     wrong = right.replace("encoder", "others")
     state[wrong] = state.pop(right)
@@ -71,18 +71,18 @@ def test_module_in_the_wrong_part(tmp_path):
     )
 
 
-@pytest.mark.parametrize("described", [True, False])
-def test_ranks_that_disagree(described, tmp_path):
-    adapters = made(rank=2)
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_factors_of_different_ranks(with_metadata, tmp_path):
+    adapters = random_adapters(rank=2)
     tensors = ours(adapters)
     tensors[f"pix/{CONV}/b"] = np.zeros((1, 1, 3, 7), np.float32)
-    path = rewrite(tmp_path / "x.safetensors", tensors, adapters if described else None)
+    path = rewrite(tmp_path / "x.safetensors", tensors, adapters if with_metadata else None)
     refused(path, "expected rank 2", f"{CONV} with ", "a (3, 3, 5, 2)", "b (1, 1, 3, 7)")
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2, 7), (2,), ()])
-def test_shapes_that_no_factor_has(shape, tmp_path):
-    adapters = made()
+def test_impossible_shapes(shape, tmp_path):
+    adapters = random_adapters()
     path = rewrite(tmp_path / "x.safetensors", ours(adapters) | {f"pix/{CONV}/b": np.zeros(shape)}, adapters)
     refused(path, "expected rank 2", f"b {shape}")
     state = original_state(adapters, tmp_path)
@@ -91,15 +91,15 @@ def test_shapes_that_no_factor_has(shape, tmp_path):
     refused(path, f"{key} (2, 3, 4), expected 2 axes (linear) or 4 (convolution)")
 
 
-def test_stated_rank_that_disagrees(tmp_path):
-    adapters = made(rank=2)
+def test_factors_of_another_rank_than_the_metadata(tmp_path):
+    adapters = random_adapters(rank=2)
     wrong = adapters._replace(specs={name: AdapterSpec(rank=4) for name in adapters.specs})
     path = rewrite(tmp_path / "x.safetensors", ours(adapters), wrong)
     refused(path, "adapter 'pix': expected rank 4", "a (3, 3, 5, 2)")
 
 
-def test_adapters_that_the_metadata_does_not_describe(tmp_path):
-    adapters = made()
+def test_adapters_that_the_metadata_does_not_list(tmp_path):
+    adapters = random_adapters()
     tensors = {key.replace("sem/", "other/"): value for key, value in ours(adapters).items()}
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
     refused(path, "the metadata lists the adapters pix, sem, the keys pix, sem, other")
@@ -119,8 +119,8 @@ def test_adapters_that_the_metadata_does_not_describe(tmp_path):
         ({"adapters": 3}, "AttributeError"),
     ],
 )
-def test_metadata_that_is_not_ours(change, message, tmp_path):
-    save_adapters(tmp_path / "x.safetensors", made())
+def test_invalid_metadata(change, message, tmp_path):
+    save_adapters(tmp_path / "x.safetensors", random_adapters())
     tensors, metadata = read_tensors(tmp_path / "x.safetensors"), read_metadata(tmp_path / "x.safetensors")
     metadata = {"pisa_jax": json.dumps(json.loads(metadata["pisa_jax"]) | change)}
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
@@ -130,7 +130,7 @@ def test_metadata_that_is_not_ours(change, message, tmp_path):
 
 
 def published(**changes):
-    """Return the content of the recorded checkpoint with changes."""
+    """Return the content of the recorded checkpoint with changes; None removes an entry."""
     content = read_torch(golden("pisa_sr.pkl"))
     return {key: changes.get(key, value) for key, value in content.items() if changes.get(key, 0) is not None}
 
@@ -149,14 +149,14 @@ def published(**changes):
         ({"lora_rank_unet_pix": 4, 3: 4}, ["expected 5, found 2", "missing state_dict_unet"]),
     ],
 )
-def test_pickles_that_are_no_checkpoint(content, parts):
+def test_pickles_with_other_content(content, parts):
     with pytest.raises(ValueError, match=r"x\.pkl") as error:
         pisa_sr_file.unpack_pickle("x.pkl", content)
     for part in parts:
         assert part in str(error.value)
 
 
-def test_checkpoints_that_do_not_agree_with_themselves():
+def test_inconsistent_checkpoints():
     unpack = pisa_sr_file.unpack_pickle
     modules = published()["unet_lora_encoder_modules_pix"]
     with pytest.raises(ValueError, match="missing unet_lora_encoder_modules_pix"):
@@ -191,7 +191,7 @@ def test_hostile_and_truncated_checkpoints(tmp_path):
 
 
 def test_adapters_are_checked_against_the_base_model():
-    trees = made().trees
+    trees = random_adapters().trees
     check_adapters(trees, KERNELS)
     check_adapters(trees, {**KERNELS, "conv_in": (3, 3, 4, 5)})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Adapter files of both kinds: names and layouts, bit-exact round trips, refusals, the command line."""
+"""Adapter files of both formats: names and layouts, bit-exact round trips, the command line."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
-from small_adapters import CONV, DENSE, KERNELS, assert_same, made, original_state
+from small_adapters import CONV, DENSE, KERNELS, assert_same, original_state, random_adapters
 
 from pisa_jax.adapters import pisa_sr_file
 from pisa_jax.adapters.adapter_tree import Adapters
@@ -29,47 +29,13 @@ def read_json(relative):
 # ------------------------------------------------------------------ names and layouts
 
 
-def test_module_names_map_one_to_one():
-    lists = read_json("sd21_lora_modules.json")
-    names = [*lists["encoder"], *lists["decoder"], *lists["others"], *lists["not_adapted_matrices"]]
-    paths = [torch_layout.flax_module_path(name) for name in names]
-    assert len(set(paths)) == len(names) == 258 + 24
-    assert [torch_layout.torch_module_name(path) for path in paths] == names
-    assert not any("." in path or "/0" in path for path in paths)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("conv_in", "conv_in"),
-        ("time_embedding.linear_1", "time_embedding/linear_1"),
-        ("mid_block.resnets.1.conv2", "mid_block/resnets_1/conv2"),
-        (
-            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0",
-            "up_blocks_3/attentions_2/transformer_blocks_0/attn2/to_out_0",
-        ),
-        (
-            "down_blocks.0.attentions.10.transformer_blocks.0.ff.net.0.proj",
-            "down_blocks_0/attentions_10/transformer_blocks_0/ff/net_0/proj",
-        ),
-        (
-            "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
-            "down_blocks_0/attentions_0/transformer_blocks_0/ff/net_2",
-        ),
-    ],
-)
-def test_named_modules(name, path):
-    assert torch_layout.flax_module_path(name) == path
-    assert torch_layout.torch_module_name(path) == name
-
-
-def test_each_module_is_in_the_part_that_the_original_lists_it_in():
+def test_unet_parts_equal_the_module_lists_of_the_original():
     lists = read_json("sd21_lora_modules.json")
     for group in ("encoder", "decoder", "others"):
         assert {pisa_sr_file.unet_part(name) for name in lists[group]} == {group}
 
 
-def test_difference_of_a_layer_is_that_of_the_original():
+def test_weight_differences_equal_those_of_the_original():
     # dW = (alpha / r) B A, in the layouts of both sides.
     state = read_torch(golden("pisa_sr.pkl"))["state_dict_unet"]
     trees = load_adapters(golden("pisa_sr.pkl")).trees
@@ -86,7 +52,7 @@ def test_difference_of_a_layer_is_that_of_the_original():
 # ------------------------------------------------------------------ reading
 
 
-def test_published_checkpoint():
+def test_the_published_format_is_read():
     meta = read_json("pisa_sr_meta.json")
     adapters = load_adapters(golden("pisa_sr.pkl"))
     assert adapters.specs == {"pix": AdapterSpec("lora", 4, 8.0), "sem": AdapterSpec("lora", 6, 8.0)}
@@ -99,13 +65,13 @@ def test_published_checkpoint():
     assert len(flatten(adapters.trees)) == meta["n_tensors"]
 
 
-def test_pickle_and_safetensors_of_the_original_agree():
+def test_pickle_and_safetensors_of_the_original_are_equal():
     assert_same(load_adapters(golden("pisa_sr_state_dict.safetensors")), load_adapters(golden("pisa_sr.pkl")))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
-def test_factors_are_float32_whatever_the_file_holds(dtype, tmp_path):
-    expected = made()
+def test_factors_of_half_precision_files_are_converted_to_float32(dtype, tmp_path):
+    expected = random_adapters()
     state = original_state(expected, tmp_path)
     lower = {key: np.asarray(jnp.asarray(value, dtype)) for key, value in state.items()}
     write_safetensors(tmp_path / "low.safetensors", lower, {})
@@ -117,7 +83,7 @@ def test_factors_are_float32_whatever_the_file_holds(dtype, tmp_path):
 # ------------------------------------------------------------------ round trips
 
 
-def test_pickle_to_ours_to_original_and_back(tmp_path):
+def test_round_trip_through_both_formats(tmp_path):
     first = load_adapters(golden("pisa_sr.pkl"))
     save_adapters(tmp_path / "a.safetensors", first)
     second = load_adapters(tmp_path / "a.safetensors")
@@ -133,8 +99,8 @@ def test_pickle_to_ours_to_original_and_back(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_ours_keeps_specs_base_model_and_special_values(tmp_path):
-    adapters = made(rank=3, alpha=5.5, names=("pix", "my-style", "sem"))
+def test_specs_base_model_and_special_values_are_kept(tmp_path):
+    adapters = random_adapters(rank=3, alpha=5.5, names=("pix", "my-style", "sem"))
     adapters.trees["pix"][DENSE]["a"][0] = [np.nan, -0.0, np.inf]
     adapters.specs["sem"] = AdapterSpec("lora", 3, 1.0, targets="to_q$")
     adapters = adapters._replace(trees={name: adapters.trees[name] for name in sorted(adapters.trees)})
@@ -144,8 +110,8 @@ def test_ours_keeps_specs_base_model_and_special_values(tmp_path):
     assert np.signbit(found.trees["pix"][DENSE]["a"][0, 1])
 
 
-def test_ours_is_the_same_whatever_the_order_and_kind_of_array(tmp_path):
-    adapters = made()
+def test_equal_adapters_give_equal_files_for_any_order_and_array_type(tmp_path):
+    adapters = random_adapters()
     turned = {
         name: {path: {k: jnp.asarray(v) for k, v in reversed(layer.items())} for path, layer in reversed(tree.items())}
         for name, tree in reversed(adapters.trees.items())
@@ -156,14 +122,14 @@ def test_ours_is_the_same_whatever_the_order_and_kind_of_array(tmp_path):
     assert set(read_tensors(tmp_path / "a")) == set(flatten(adapters.trees))
 
 
-def test_an_adapter_without_layers_survives(tmp_path):
-    adapters = made()
+def test_an_adapter_without_layers_is_kept(tmp_path):
+    adapters = random_adapters()
     adapters.trees["sem"] = {}
     save_adapters(tmp_path / "a", adapters)
     assert_same(load_adapters(tmp_path / "a"), adapters)
 
 
-def test_other_decompositions_round_trip_but_have_no_original_form(tmp_path):
+def test_other_decompositions_round_trip_but_cannot_be_exported(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"a1": (3, 3, 5, 2), "b1": (2, 7), "a2": (3, 3, 5, 2), "b2": (2, 7)}
     tree = {CONV: {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}}
@@ -181,8 +147,8 @@ def test_other_decompositions_round_trip_but_have_no_original_form(tmp_path):
         load_adapters(tmp_path / "a")
 
 
-def test_export_gives_the_same_difference_under_the_originals_alpha(tmp_path):
-    adapters = made(alpha=3.0)
+def test_exported_factors_give_the_same_difference_with_alpha_8(tmp_path):
+    adapters = random_adapters(alpha=3.0)
     export_pisa_sr(tmp_path / "a", adapters)
     found = load_adapters(tmp_path / "a")
     assert found.specs["pix"].alpha == 8.0
@@ -222,13 +188,13 @@ def test_command_line_round_trip(tmp_path):
     before = adapters.read_bytes()
     done = run(original, adapters)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {adapters} exists; give another name, or --overwrite\n"
+    assert done.stderr == f"pisa-sr convert: {adapters} exists; give another name, or --overwrite\n"
     assert run(original, adapters, "--overwrite").returncode == 0
     assert adapters.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "o.safetensors"]
 
 
-def test_command_line_refusals_are_one_line(tmp_path):
+def test_command_line_errors_are_one_line(tmp_path):
     (tmp_path / "text.pkl").write_text("hello")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "hostile.pkl").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
@@ -236,7 +202,7 @@ def test_command_line_refusals_are_one_line(tmp_path):
     for name in ("none.pkl", "text.pkl", "empty.safetensors", "hostile.pkl", "other.safetensors", "."):
         done = run(tmp_path / name, tmp_path / "out.safetensors")
         assert (done.returncode, done.stdout) == (1, ""), name
-        assert done.stderr.startswith("error: "), name
+        assert done.stderr.startswith("pisa-sr convert: "), name
         assert done.stderr.count("\n") == 1, name
         assert name.strip(".") in done.stderr
     assert not (tmp_path / "out.safetensors").exists()
@@ -251,6 +217,6 @@ def test_command_line_usage():
         assert done.stderr.startswith("usage: pisa-sr convert")
 
 
-def test_help_does_not_wait_for_jax():
+def test_the_command_does_not_import_jax():
     code = "import sys, pisa_jax.cli.convert; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

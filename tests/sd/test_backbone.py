@@ -1,3 +1,5 @@
+"""Parity of the corrected Flax modules with recordings of the PyTorch models, their dtypes and configs."""
+
 from functools import partial
 
 import jax
@@ -10,10 +12,10 @@ from tiny import close, nhwc, random_backbone, read_json, recorded_backbone, rec
 
 from pisa_jax.sd import backbone, random_model
 
-# Compiled one by one, the operations of a network take several times as long.
+# Without jit, each operation is compiled separately, which takes several times as long.
 eps, encode, decode, posterior, encode_text = (
     jax.jit(function, static_argnums=0)
-    for function in (backbone.eps, backbone.encode, backbone.decode, backbone.posterior, backbone.encode_text)
+    for function in (backbone.predict_noise, backbone.encode, backbone.decode, backbone.posterior, backbone.encode_text)
 )
 
 
@@ -60,14 +62,14 @@ def test_vae(index):
     close(decode(modules, params, nhwc(arrays[f"z{index}"]) * 0.18215), nhwc(arrays[f"dec{index}"]))
 
 
-def test_a_latent_as_wide_as_it_has_channels_is_not_transposed():
+def test_latents_with_as_many_columns_as_channels_are_not_transposed():
     modules, params = random_backbone()
     latents = jax.random.normal(jax.random.key(0), (1, 6, 4, 4))
     assert decode(modules, params["vae"], latents).shape == (1, 48, 32, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 17), (8, 8)], ids=str)
-def test_unet_takes_latents_of_any_size(size):
+def test_the_unet_supports_latents_of_any_size(size):
     modules, params = random_backbone()
     latents = jax.random.normal(jax.random.key(0), (2, *size, 4))
     prompt = jnp.zeros((1, 3, 32))
@@ -76,7 +78,7 @@ def test_unet_takes_latents_of_any_size(size):
     assert np.isfinite(out).all()
 
 
-def test_bfloat16_modules_return_float32_near_the_float32_ones():
+def test_bfloat16_modules_return_float32_close_to_float32_modules():
     unet, vae, text = random_model.model_configs("tiny")
     half = backbone.build_modules(unet, vae, text, "bfloat16", "bfloat16")
     modules, params = random_backbone()
@@ -92,40 +94,40 @@ def test_bfloat16_modules_return_float32_near_the_float32_ones():
     assert np.sqrt(np.mean((found - exact) ** 2)) < 0.03 * np.std(exact)
 
 
-def instructions(jaxpr):
-    """Yield all instructions of a program and of its inner programs."""
-    for instruction in jaxpr.eqns:
-        yield instruction
-        for inner in jax.tree.leaves(list(instruction.params.values())):
+def equations(jaxpr):
+    """Yield all equations of a jaxpr and of the jaxprs within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
             if isinstance(inner, Jaxpr | ClosedJaxpr):
-                yield from instructions(inner)
+                yield from equations(inner)
 
 
-def programs(dtype):
-    """Return the encoder, the UNet and the decoder by name."""
+def traced_equations(dtype):
+    """Return name -> equations of the encoder, the UNet and the decoder."""
     modules = backbone.build_modules(*random_model.model_configs("tiny"), dtype, dtype)
     shapes = backbone.param_shapes(modules)
     image, latents, prompt = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 3, 32))
     traced = {
         "encoder": jax.make_jaxpr(partial(backbone.posterior, modules))(shapes["vae"], image),
-        "UNet": jax.make_jaxpr(partial(backbone.eps, modules))(shapes["unet"], latents, 1, prompt),
+        "UNet": jax.make_jaxpr(partial(backbone.predict_noise, modules))(shapes["unet"], latents, 1, prompt),
         "decoder": jax.make_jaxpr(partial(backbone.decode, modules))(shapes["vae"], latents),
     }
-    return {name: list(instructions(program)) for name, program in traced.items()}
+    return {name: list(equations(jaxpr)) for name, jaxpr in traced.items()}
 
 
-def test_only_pictures_and_latents_change_their_layout():
-    """Transposes that diffusers' modules need at their inputs and outputs, never between blocks."""
-    for name, program in programs("float32").items():
-        for instruction in program:
-            channels = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}.get(instruction.params.get("permutation"))
+def test_only_images_and_latents_are_transposed():
+    """diffusers' modules take NCHW; activations between blocks stay NHWC."""
+    for name, found in traced_equations("float32").items():
+        for equation in found:
+            channels = {(0, 3, 1, 2): 3, (0, 2, 3, 1): 1}.get(equation.params.get("permutation"))
             if channels:
-                assert instruction.invars[0].aval.shape[channels] <= 4, (name, instruction)
+                assert equation.invars[0].aval.shape[channels] <= 4, (name, equation)
 
 
-def test_every_product_of_bfloat16_modules_is_of_bfloat16():
-    for name, program in programs("bfloat16").items():
-        products = [p for p in program if p.primitive.name in ("dot_general", "conv_general_dilated")]
+def test_all_products_of_bfloat16_modules_are_in_bfloat16():
+    for name, found in traced_equations("bfloat16").items():
+        products = [p for p in found if p.primitive.name in ("dot_general", "conv_general_dilated")]
         assert len(products) > 20
         for product in products:
             assert {operand.aval.dtype for operand in product.invars} == {jnp.dtype("bfloat16")}, (name, product)
@@ -141,13 +143,13 @@ def test_every_product_of_bfloat16_modules_is_of_bfloat16():
         (0, "class_embed_type", "timestep"),
         (0, "num_attention_heads", [5, 10, 20, 20]),
         (0, "resnet_time_scale_shift", "scale_shift"),
-        (0, "some_key_of_the_future", 3),
+        (0, "unknown_key", 3),
         (1, "act_fn", "gelu"),
         (1, "latents_mean", [0.1]),
         (1, "use_quant_conv", False),
     ],
 )
-def test_configs_that_would_be_ignored_are_refused(part, key, value):
+def test_unsupported_config_values_are_refused(part, key, value):
     parts = list(random_model.model_configs("tiny"))
     parts[part] = parts[part] | {key: value}
     with pytest.raises(ValueError, match=f"does not support {key} = "):
@@ -160,7 +162,7 @@ def test_unknown_blocks_are_refused():
         backbone.build_modules(unet | {"down_block_types": ["AttnDownBlock2D"] * 4}, vae, text)
 
 
-def test_recorded_config_is_accepted_with_every_key_that_diffusers_writes():
+def test_a_config_with_all_keys_that_diffusers_writes_is_accepted():
     configs = [read_json(golden(f"sd_tiny/{part}/config.json")) for part in ("unet", "vae", "text_encoder")]
     built = backbone.build_modules(*configs)
     assert (built.vae_scale_factor, built.latent_channels, built.latent_scale) == (8, 4, 0.18215)

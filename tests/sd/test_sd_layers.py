@@ -1,3 +1,5 @@
+"""GroupNorm, attention and upsampling against their definitions."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ def test_attention_on_a_gpu_without_cudnn(monkeypatch, dtype):
 
 @pytest.mark.parametrize(("positions", "kernel"), [(4096, True), (4095, False), (256, False)])
 def test_attention_with_cudnn(monkeypatch, positions, kernel):
-    """The lowering for CUDA needs its libraries but no device."""
+    """Lowering for CUDA needs its libraries, but no GPU."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs pip install -e '.[cuda]'", exc_type=ImportError)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
@@ -80,14 +82,14 @@ def test_attention_with_cudnn(monkeypatch, positions, kernel):
     assert [f"@{call}(" in text for call in calls] == [kernel, kernel]
 
 
-def test_long_attention_holds_no_score_matrix():
+def test_long_attention_stores_no_score_matrix():
     q = jax.ShapeDtypeStruct((1, 8192, 1, 64), jnp.float32)
     compiled = jax.jit(layers.attention).lower(q, q, q).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8192 * 8192 * 4 / 4
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 1, 1, 3), (1, 2, 9, 3)], ids=str)
-def test_double_conv_is_a_convolution_of_the_doubled_image(shape):
+def test_upsample_conv_equals_a_convolution_of_the_upsampled_image(shape):
     x, kernel, bias = normal(*shape), normal(3, 3, 3, 4, seed=1), normal(4, seed=2)
     plain = nn.Conv(4, (3, 3), padding=1).apply(
         {"params": {"kernel": kernel, "bias": bias}}, layers.upsample_nearest(x)
@@ -95,23 +97,23 @@ def test_double_conv_is_a_convolution_of_the_doubled_image(shape):
     np.testing.assert_allclose(layers.upsample_conv(x, kernel, bias), plain, atol=2e-5)
 
 
-def test_double_repeats_pixels():
+def test_upsample_nearest_repeats_pixels():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
     assert layers.upsample_nearest(x)[0, :, :, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
 @pytest.mark.parametrize("count", [1, 300, 5000])
-def test_attention_over_some_keys(count):
+def test_attention_over_the_first_keys(count):
     query, key, value = (jax.random.normal(jax.random.key(i), (n, 2, 8)) for i, n in enumerate((300, 5000, 5000)))
     expected = jax.nn.dot_product_attention(query[None], key[None, :count], value[None, :count])[0]
     close(jax.jit(layers.attention_over_first_keys)(query, key, value, jnp.array(count)), expected, 1e-5)
 
 
-def test_group_norm_and_silu_are_one_pass_over_the_activations():
-    """In the compiled program, only one instruction writes an array of the size of the activations: the result."""
-    activations, channels = jax.ShapeDtypeStruct((1, 64, 48, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
+def test_group_norm_and_silu_write_only_their_result():
+    """In the compiled program, a single instruction has a result of the size of the image."""
+    image, channels = jax.ShapeDtypeStruct((1, 64, 48, 64), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.float32)
     both = jax.jit(lambda x, *weights: nn.silu(layers.group_norm(x, *weights, 32, 1e-6)))
-    text = both.trace(activations, channels, channels).lower().compile(compiler_options()).as_text()
+    text = both.trace(image, channels, channels).lower().compile(compiler_options()).as_text()
     entry = text[text.index("ENTRY") :].splitlines()[1:]
     made = [line for line in entry if " = f32[1,64,48,64]" in line and "parameter(" not in line]
     assert len(made) == 1

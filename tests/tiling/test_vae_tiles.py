@@ -1,3 +1,5 @@
+"""The VAE in tiles against the VAE on whole images."""
+
 import dataclasses
 import functools
 import os
@@ -13,20 +15,20 @@ from test_inference import picture, random_upscaler
 from tiny import close
 
 from pisa_jax.imaging import color
-from pisa_jax.inference import Settings, Weights
+from pisa_jax.inference import Weights
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model, vae_tiling
-from pisa_jax.sd.base_model import base_model
-from pisa_jax.tiling import memory, vae_tiles
+from pisa_jax.sd.base_model import make_base_model
+from pisa_jax.tiling import vae_tiles
 
-# Bounds of the issue, in images of a range of 2: 2 grey levels, and 0.1 of one on average.
-WORST, MEAN = 2 / 127.5, 0.1 / 127.5
+# Bounds for images in [-1, 1]: 2 gray levels at most, 0.1 gray levels on average.
+MAX_ERROR, MEAN_ERROR = 2 / 127.5, 0.1 / 127.5
 
 
 def half_flat(height, width, seed=0):
-    """A picture whose statistics differ from place to place: flat on the left, busy on the right."""
+    """Return an image with different statistics in its halves: uniform on the left, detailed on the right."""
     source = picture(height, width, seed)
     source[:, : width // 2] = (200, 205, 210)
     return source
@@ -34,7 +36,7 @@ def half_flat(height, width, seed=0):
 
 @functools.cache
 def two_levels():
-    """A model of factor 2: quick to compile, and with none of Stable Diffusion's numbers."""
+    """Return a model with 2 pixels per latent: it compiles fast and shares no dimension with Stable Diffusion."""
     unet, vae, text = random_model.model_configs("tiny")
     modules = bb.build_modules(
         unet | {"block_out_channels": [32, 32], "attention_head_dim": [2, 2],
@@ -50,12 +52,12 @@ def two_levels():
 
 def small_upscaler(**settings):
     modules, params = two_levels()
-    return random_upscaler(parts=(base_model(modules), params), **settings)
+    return random_upscaler(parts=(make_base_model(modules), params), **settings)
 
 
 @functools.cache
-def directions():
-    """The encoder and the decoder of the small model; each shape is compiled once for all tests."""
+def tile_functions():
+    """Return the tiled encoder and decoder of the small model; each shape is compiled once for all tests."""
     modules, params = two_levels()
     weights, compiled = Weights(None, None, params["vae"], None), {}
 
@@ -71,7 +73,7 @@ def directions():
 
 @functools.cache
 def untiled():
-    """A picture of 32 x 48 latents, its latents, and what the whole decoder makes of them."""
+    """Return an image of 32 x 48 latents, its moments, its latents, and the decoded image, all without tiles."""
     modules, params = two_levels()
     source = np.float32(half_flat(64, 96)) / 127.5 - 1
     mean, std = jax.jit(bb.posterior, static_argnums=0)(modules, params["vae"], source[None])
@@ -80,59 +82,59 @@ def untiled():
     return source, np.concatenate([mean, std], -1)[0], np.asarray(latents)[0], np.asarray(decoded)[0]
 
 
-def test_tiles_decode_like_the_whole():
+def test_tiles_decode_like_the_whole_image():
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
-    assert off < vae_tiles.TOLERANCE
+    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
+    assert residual < vae_tiles.TOLERANCE
     difference = np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1))
-    assert difference.max() < WORST
-    assert difference.mean() < MEAN
-    # No seam: the rows and columns beside the borders of tiles are no further off than the others.
+    assert difference.max() < MAX_ERROR
+    assert difference.mean() < MEAN_ERROR
+    # No seam: errors beside the borders of tiles are not larger than elsewhere.
     beside = np.zeros(difference.shape[:2], bool)
     beside[31:33], beside[:, 31:33], beside[:, 63:65] = True, True, True
     assert difference[beside].mean() < 2 * difference[~beside].mean() + 1e-5
 
 
-def test_tiles_encode_like_the_whole():
+def test_tiles_encode_like_the_whole_image():
     source, expected, _, _ = untiled()
-    found, off = vae_tiles.process_in_tiles(directions()[0], source, 16)
-    assert off < vae_tiles.TOLERANCE
+    found, residual = vae_tiles.process_in_tiles(tile_functions()[0], source, 16)
+    assert residual < vae_tiles.TOLERANCE
     assert np.abs(found - expected).max() < 0.03 * np.std(expected)
 
 
 def test_a_single_pass_is_not_enough(monkeypatch):
-    # What the passes are for, and that the bounds above can fail.
+    # This also shows that the bounds above can fail.
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 1)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
-    assert off > vae_tiles.TOLERANCE
-    assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > WORST
+    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
+    assert residual > vae_tiles.TOLERANCE
+    assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > MAX_ERROR
 
 
 def test_fewer_keys_than_latents(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MAX_KEYS", 400)
     _, _, latents, expected = untiled()
-    found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
-    assert off < vae_tiles.TOLERANCE
+    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
+    assert residual < vae_tiles.TOLERANCE
     assert 0 < np.abs(found - expected).mean() < 0.5 * np.std(expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 40), (40, 5), (16, 16), (17, 16), (3, 3), (33, 50)])
-def test_every_position_is_one_tiles_own(height, width):
+def test_every_position_belongs_to_one_tile(height, width):
     size = (min(8, height), min(8, width))
     source = np.arange(height * width, dtype=np.float32).reshape(height, width, 1)
     owners, copy = np.zeros((height, width), int), np.full_like(source, -1)
-    for place in vae_tiles.tile_grid((height, width), size, 3):
-        (top, left), (bottom, right) = place.start, place.stop
+    for placement in vae_tiles.tile_grid((height, width), size, 3):
+        (top, left), (bottom, right) = placement.start, placement.stop
         owners[top:bottom, left:right] += 1
-        window = vae_tiles.extract_windows(source, [place], size, 3)[0]
+        window = vae_tiles.extract_windows(source, [placement], size, 3)[0]
         assert window.shape[:2] == tuple(min(8 + 6, side) for side in (height, width))
-        vae_tiles.write_tile(copy, place, window, place.window)
+        vae_tiles.write_tile(copy, placement, window, placement.window)
     assert (owners == 1).all()
     assert np.array_equal(copy, source)
 
 
-def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
+def test_applying_a_shift_inverts_its_computation():
     rng = np.random.default_rng(0)
     one, other = (np.float32(np.abs(rng.normal(size=(3, 2, 4))) + 0.1) for _ in range(2))
     shift = vae_tiles.statistics_shift(one, other)
@@ -141,7 +143,7 @@ def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet", "none"])
-def test_colours_of_tiles_are_those_of_the_whole(fix):
+def test_color_fixes_of_tiles_equal_those_of_the_whole_image(fix):
     rng = np.random.default_rng(0)
     content, style = (np.float32(rng.uniform(-1, 1, (150, 90, 3)) * spread) for spread in (1, 0.6))
     function = color.COLOR_FIXES[fix]
@@ -158,7 +160,7 @@ def test_colours_of_tiles_are_those_of_the_whole(fix):
         close(np.clip(found, -1, 1), expected, 1e-5)
 
 
-def test_an_upscaler_with_tiles_is_near_one_without():
+def test_upscaling_with_tiles_is_close_to_upscaling_without():
     tiled, whole = (small_upscaler(vae_tile=tile) for tile in (64, 0))
     source = np.float32(half_flat(25, 37)) / 255
     for fix in ("adain", "wavelet"):
@@ -166,16 +168,16 @@ def test_an_upscaler_with_tiles_is_near_one_without():
             upscaler.pipeline.settings = dataclasses.replace(upscaler.pipeline.settings, color_fix=fix)
         found, expected = (u(source, 4, (0.7, 0.4), seed=3) for u in (tiled, whole))
         assert found.shape == (100, 148, 3)
-        assert 0 < np.abs(found - expected).max() < WORST / 2
-        assert np.abs(found - expected).mean() < MEAN / 2
+        assert 0 < np.abs(found - expected).max() < MAX_ERROR / 2
+        assert np.abs(found - expected).mean() < MEAN_ERROR / 2
 
 
-def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
+def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 2)
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
     upscaler(picture(28, 33))
-    # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
+    # Encoder and decoder each measure the sample without and with keys and have one shape of tiles.
     assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
     upscaler(picture(35, 30))
     assert len(compiled) == 7
@@ -184,70 +186,29 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
     session = upscaler.open(picture(28, 33), adjustable=False)
     assert np.array_equal(session.render(), session.render())
-    # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
+    # Encoder, UNet, then the decoder once for each pair of scales.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
     assert order == ["measure_sample", "process_tiles"] * 2 + ["predict"] + ["measure_sample", "process_tiles"] * 4
 
 
-def test_out_of_memory_halves_the_tile_and_goes_on():
-    said, asked = [], []
-    upscaler = small_upscaler(vae_tile=256, notice=said.append)
+def test_tiles_are_used_when_memory_is_exhausted():
+    notices, sizes = [], []
+    upscaler = small_upscaler(vae_tile=256, notice=notices.append)
     runner = upscaler.pipeline.runner
     run = runner.run
 
-    def short_of_memory(stage, static, *arrays):
+    def run_out_of_memory_once(stage, static, *arrays):
         if stage.__name__ in ("encode", "process_tiles"):
-            asked.append(arrays[0].shape[1:3])
-            if len(asked) == 1:
+            sizes.append(arrays[0].shape[1:3])
+            if len(sizes) == 1:
                 raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
         return run(stage, static, *arrays)
 
-    runner.run = short_of_memory
+    runner.run = run_out_of_memory_once
     found = upscaler(picture(36, 32))
-    assert said == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
-    assert asked[0] == (144, 128)
+    assert notices == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
+    assert sizes[0] == (144, 128)
     assert found.shape == (144, 128, 3)
-
-
-def test_memory_remembers_and_gives_up():
-    said = []
-    limit = memory.TileSizePolicy(512, 0, said.append)
-    needed = memory.Footprint(1, 1, 0)
-
-    def tiled(tile):
-        if tile > 128:
-            raise MemoryError
-        return tile
-
-    assert limit.execute(needed, 2000, lambda: None, tiled) == 128
-    assert limit.execute(needed, 2000, lambda: None, tiled) == 128
-    assert said == [
-        f"out of memory with VAE tiles of {tile} pixels: retrying with tiles of {tile // 2} pixels"
-        for tile in (512, 256)
-    ]
-    with pytest.raises(MemoryError):
-        limit.execute(needed, 100, lambda: tiled(999), tiled)
-    with pytest.raises(RuntimeError, match="something else"):
-        limit.execute(needed, 2000, lambda: None, lambda tile: (_ for _ in ()).throw(RuntimeError("something else")))
-    with pytest.raises(MemoryError):
-        memory.TileSizePolicy(0, 0, said.append).execute(needed, 2000, lambda: tiled(999), tiled)
-
-
-def test_auto_takes_the_whole_where_it_fits_and_the_largest_tile_where_not():
-    needed = memory.Footprint(untiled_bytes=4096 * 2048**2, bytes_per_pixel=4096, margin=96)
-    assert memory.choose_tile(needed, 2 * needed.untiled_bytes) == 0
-    free = 8 * 2**30
-    tile = memory.choose_tile(needed, free)
-    assert tile == 512
-    assert 4096 * (tile + 192) ** 2 <= memory.MEMORY_FRACTION * free < 4096 * (2 * tile + 192) ** 2
-    assert memory.choose_tile(needed, 0) == memory.MIN_TILE
-    assert memory.free_bytes(jax.devices()[0]) > 2**20
-
-
-@pytest.mark.parametrize("tile", [-1, 63, "big"])
-def test_wrong_tiles_are_refused(tile):
-    with pytest.raises(ValueError, match=f"vae_tile is {tile!r}; allowed are 'auto', 0 .never. and pixels from 64 on"):
-        Settings(vae_tile=tile)
 
 
 DEVICES = """
@@ -258,7 +219,7 @@ from pisa_jax.imaging.image_data import from_array
 from pisa_jax.tiling import vae_tiles
 vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
-# A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
+# An image in tiles, of the VAE and of the UNet, and a batch without.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
     sources = [from_array(picture(*size)) for size in batch]
     for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
@@ -267,7 +228,7 @@ print("equal on", two.mesh.size)
 """
 
 
-def test_two_devices_give_what_one_gives(tmp_path):
+def test_two_devices_give_the_results_of_one(tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
         "JAX_PLATFORMS": "cpu",
@@ -280,6 +241,6 @@ def test_two_devices_give_what_one_gives(tmp_path):
     assert "equal on 2" in done.stdout
 
 
-def test_more_devices_than_there_are_is_an_error():
+def test_more_devices_than_available_are_refused():
     with pytest.raises(ValueError, match="999 devices are requested, and there are"):
         small_upscaler(devices=999)
