@@ -114,7 +114,7 @@ def programs(dtype):
     return {name: list(instructions(program)) for name, program in traced.items()}
 
 
-def test_only_pictures_and_latents_change_their_layout():
+def test_only_images_and_latents_are_transposed():
     """Transposes that diffusers' modules need at their inputs and outputs, never between blocks."""
     for name, program in programs("float32").items():
         for instruction in program:

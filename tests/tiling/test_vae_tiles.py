@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_inference import picture, random_upscaler
+from test_inference import random_image, random_upscaler
 from tiny import close
 
 from pisa_jax.imaging import color
@@ -21,20 +21,20 @@ from pisa_jax.sd import random_model, vae_tiling
 from pisa_jax.sd.base_model import base_model
 from pisa_jax.tiling import memory, vae_tiles
 
-# Bounds of the issue, in images of a range of 2: 2 grey levels, and 0.1 of one on average.
+# Largest allowed error for images in [-1, 1]: 2 gray levels, and 0.1 on average.
 WORST, MEAN = 2 / 127.5, 0.1 / 127.5
 
 
 def half_flat(height, width, seed=0):
-    """A picture whose statistics differ from place to place: flat on the left, busy on the right."""
-    source = picture(height, width, seed)
+    """Make an image whose statistics vary: flat on the left, noise on the right."""
+    source = random_image(height, width, seed)
     source[:, : width // 2] = (200, 205, 210)
     return source
 
 
 @functools.cache
 def two_levels():
-    """A model of factor 2: quick to compile, and with none of Stable Diffusion's numbers."""
+    """Make a model of factor 2, which compiles fast and shares no sizes with Stable Diffusion."""
     unet, vae, text = random_model.model_configs("tiny")
     modules = bb.build_modules(
         unet | {"block_out_channels": [32, 32], "attention_head_dim": [2, 2],
@@ -55,7 +55,7 @@ def small_upscaler(**settings):
 
 @functools.cache
 def directions():
-    """The encoder and the decoder of the small model; each shape is compiled once for all tests."""
+    """Make the encoder and the decoder of the small model; each shape is compiled once for all tests."""
     modules, params = two_levels()
     weights, compiled = Weights(None, None, params["vae"], None), {}
 
@@ -71,7 +71,7 @@ def directions():
 
 @functools.cache
 def untiled():
-    """A picture of 32 x 48 latents, its latents, and what the whole decoder makes of them."""
+    """Return an image of 32 x 48 latents, its moments, its latents, and the latents decoded without tiles."""
     modules, params = two_levels()
     source = np.float32(half_flat(64, 96)) / 127.5 - 1
     mean, std = jax.jit(bb.posterior, static_argnums=0)(modules, params["vae"], source[None])
@@ -101,7 +101,7 @@ def test_tiles_encode_like_the_whole():
 
 
 def test_a_single_pass_is_not_enough(monkeypatch):
-    # What the passes are for, and that the bounds above can fail.
+    # The passes are needed, and the bounds above can fail.
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 1)
     _, _, latents, expected = untiled()
     found, off = vae_tiles.process_in_tiles(directions()[1], latents, 16)
@@ -132,7 +132,7 @@ def test_every_position_is_one_tiles_own(height, width):
     assert np.array_equal(copy, source)
 
 
-def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
+def test_apply_shift_inverts_statistics_shift():
     rng = np.random.default_rng(0)
     one, other = (np.float32(np.abs(rng.normal(size=(3, 2, 4))) + 0.1) for _ in range(2))
     shift = vae_tiles.statistics_shift(one, other)
@@ -141,7 +141,7 @@ def test_statistics_that_a_shift_makes_are_those_it_was_made_from():
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet", "none"])
-def test_colours_of_tiles_are_those_of_the_whole(fix):
+def test_color_fix_of_tiles_equals_that_of_the_whole_image(fix):
     rng = np.random.default_rng(0)
     content, style = (np.float32(rng.uniform(-1, 1, (150, 90, 3)) * spread) for spread in (1, 0.6))
     function = color.COLOR_FIXES[fix]
@@ -174,24 +174,24 @@ def test_one_compilation_per_tile_shape_and_none_for_new_scales(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 2)
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
-    upscaler(picture(28, 33))
+    upscaler(random_image(28, 33))
     # Both directions sample without and with keys, and have one shape of tiles; the rest is the UNet.
     assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
-    upscaler(picture(35, 30))
+    upscaler(random_image(35, 30))
     assert len(compiled) == 7
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    session = upscaler.open(picture(28, 33), adjustable=False)
+    session = upscaler.open(random_image(28, 33), adjustable=False)
     assert np.array_equal(session.render(), session.render())
     # Encoder, then UNet, then the decoder once for each pair: another pair costs one decode.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
     assert order == ["measure_sample", "process_tiles"] * 2 + ["predict"] + ["measure_sample", "process_tiles"] * 4
 
 
-def test_out_of_memory_halves_the_tile_and_goes_on():
-    said, asked = [], []
-    upscaler = small_upscaler(vae_tile=256, notice=said.append)
+def test_out_of_memory_halves_the_tile_and_retries():
+    messages, asked = [], []
+    upscaler = small_upscaler(vae_tile=256, notice=messages.append)
     runner = upscaler.pipeline.runner
     run = runner.run
 
@@ -203,15 +203,15 @@ def test_out_of_memory_halves_the_tile_and_goes_on():
         return run(stage, static, *arrays)
 
     runner.run = short_of_memory
-    found = upscaler(picture(36, 32))
-    assert said == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
+    found = upscaler(random_image(36, 32))
+    assert messages == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
     assert asked[0] == (144, 128)
     assert found.shape == (144, 128, 3)
 
 
-def test_memory_remembers_and_gives_up():
-    said = []
-    limit = memory.TileSizePolicy(512, 0, said.append)
+def test_tile_size_stays_reduced_and_other_errors_are_raised():
+    messages = []
+    limit = memory.TileSizePolicy(512, 0, messages.append)
     needed = memory.Footprint(1, 1, 0)
 
     def tiled(tile):
@@ -221,7 +221,7 @@ def test_memory_remembers_and_gives_up():
 
     assert limit.execute(needed, 2000, lambda: None, tiled) == 128
     assert limit.execute(needed, 2000, lambda: None, tiled) == 128
-    assert said == [
+    assert messages == [
         f"out of memory with VAE tiles of {tile} pixels: retrying with tiles of {tile // 2} pixels"
         for tile in (512, 256)
     ]
@@ -230,10 +230,10 @@ def test_memory_remembers_and_gives_up():
     with pytest.raises(RuntimeError, match="something else"):
         limit.execute(needed, 2000, lambda: None, lambda tile: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(MemoryError):
-        memory.TileSizePolicy(0, 0, said.append).execute(needed, 2000, lambda: tiled(999), tiled)
+        memory.TileSizePolicy(0, 0, messages.append).execute(needed, 2000, lambda: tiled(999), tiled)
 
 
-def test_auto_takes_the_whole_where_it_fits_and_the_largest_tile_where_not():
+def test_auto_uses_no_tiles_if_the_image_fits_and_the_largest_tile_otherwise():
     needed = memory.Footprint(untiled_bytes=4096 * 2048**2, bytes_per_pixel=4096, margin=96)
     assert memory.choose_tile(needed, 2 * needed.untiled_bytes) == 0
     free = 8 * 2**30
@@ -252,15 +252,15 @@ def test_wrong_tiles_are_refused(tile):
 
 DEVICES = """
 import numpy as np
-from test_inference import picture
+from test_inference import random_image
 from test_vae_tiles import small_upscaler
 from pisa_jax.imaging.image_data import from_array
 from pisa_jax.tiling import vae_tiles
 vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
-# A picture that is tiled, in the VAE and in the UNet, and a batch that is not.
+# An image that is tiled in the VAE and in the UNet, and a batch that is not.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
-    sources = [from_array(picture(*size)) for size in batch]
+    sources = [from_array(random_image(*size)) for size in batch]
     for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
         np.testing.assert_allclose(a.rgb, b.rgb, rtol=0, atol=1e-5)
 print("equal on", two.mesh.size)
