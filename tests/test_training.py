@@ -29,7 +29,7 @@ from pisa_jax.runtime import distributed
 from pisa_jax.train_step import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
-# eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on whatever mesh.
+# eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on any mesh.
 RATE = 1e-5
 SHORT = {"data.crop": 32, "batch-size": 4, "ema": 0.5, "stages.0.steps": 2, "stages.1.steps": 2, "save-every": 1}
 SHORT |= {f"stages.{index}.learning-rate": RATE for index in (0, 1)}
@@ -126,7 +126,7 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
         training.train(config(tmp_path / "crop", "--data.crop", 34))
     with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
         training.train(config(tmp_path / "window", "--stages.0.latent-window", 9))
-    with pytest.raises(ValueError, match="batch_size 4 cannot be cut over 8 devices"):
+    with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 8 devices"):
         training.train(config(tmp_path / "batch", "--mesh-data", -1))
 
 
