@@ -2,8 +2,9 @@
 
     python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN --sem 0.6
 
-The samples are crops of the pictures that training left out, degraded as training degrades, a quarter of their size.
-What they were made from goes to tests/assets/demo. `--sem` is the strength of the trained adapter that becomes 1.
+The samples are crops of images that were not used for training, degraded as in training, with a quarter of the height
+and width. Their ground truths are written to tests/assets/demo. `--sem` is the strength of the trained sem adapter that
+becomes the strength 1 of the shipped adapter.
 """
 
 import argparse
@@ -27,27 +28,27 @@ TRUTHS = Path(__file__).parents[1] / "tests" / "assets" / "demo"
 
 
 def write_samples(photos: Path, out: Path, truths: Path) -> None:
-    """The samples and their ground truths: the middle of each picture, at most 640 x 512."""
+    """Write the samples and their ground truths: the center of each held-out image, at most 640 x 512 pixels."""
     for folder in (out, truths):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     for index, held_out in enumerate(HELD_OUT):
-        picture, name = read_rgb8(photos / f"{held_out}.jpg"), held_out.removeprefix("budgie_")
-        height, width = 512, min(640, picture.shape[1] // 4 * 4)
-        y, x = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-        crop = picture[y : y + height, x : x + width]
+        image, name = read_rgb8(photos / f"{held_out}.jpg"), held_out.removeprefix("budgie_")
+        height, width = 512, min(640, image.shape[1] // 4 * 4)
+        y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        crop = image[y : y + height, x : x + width]
         lq = degrade_and_downscale(uint8_to_unit(crop), np.random.default_rng((SAMPLE_SEED, index)))
         Image.fromarray(lq).save(out / f"{name}.png")
         Image.fromarray(crop).save(truths / f"{name}.jpg", quality=95, subsampling=0)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="--model of prior.py")
-    parser.add_argument("--adapters", type=Path, required=True, help="what train.py configs/demo.py wrote")
-    parser.add_argument("--data", type=Path, required=True, help="folder with photos/")
-    parser.add_argument("--sem", type=float, default=1.0, help="what is multiplied into the alpha of sem")
+    parser.add_argument("--adapters", type=Path, required=True, help="output of train.py configs/demo.py")
+    parser.add_argument("--data", type=Path, required=True, help="folder that contains photos/")
+    parser.add_argument("--sem", type=float, default=1.0, help="factor for the alpha of sem")
     args = parser.parse_args()
     shutil.rmtree(DEMO, ignore_errors=True)
     shutil.copytree(args.model, DEMO)

@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How the factors of one adapter become a weight difference."""
+    """Specification of one adapter: its decomposition, rank, alpha and the layers that it adapts."""
 
     # Name in `adapters.registry.DECOMPOSITIONS`.
     decomposition: str = "lora"

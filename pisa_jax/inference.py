@@ -31,11 +31,11 @@ from pisa_jax.tiling.windows import blend_windows
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are processed, for any model."""
+    """Options of inference that do not depend on the model."""
 
     # "adain", "wavelet" or "none": how the colors of the input are restored.
     color_fix: str = "adain"
-    # Inputs are enlarged until the model works on at least this many pixels per side; it was trained on 512.
+    # Small inputs are upscaled until the model works on at least this many pixels per side; it was trained on 512.
     min_size: int = 512
     # Side of the UNet's windows and their overlap, in latents; 0: no windows. Latents larger than tile^2 are split.
     tile: int = 96
@@ -178,7 +178,7 @@ class Pipeline:
         return self._within_memory(batch, untiled, tiled)
 
     def predict(self, latents: Float[Any, "b y x c"], adjustable: bool) -> Predictions:
-        """Predict eps_pix and eps_full; without `adjustable` eps_full alone, which then stands for both."""
+        """Predict eps_pix and eps_full; without `adjustable`, predict eps_full alone and return it as both."""
         settings = self.settings
         static = (self.base, self.sem_spec, (0.0, 1.0) if adjustable else (1.0,))
 

@@ -53,7 +53,7 @@ class BaseModel:
 
 
 class LoadedModel(NamedTuple):
-    """A base model with its weights by part ("unet", "vae", "text") and what its checkpoint says beside them.
+    """A base model, its weights by part ("unet", "vae", "text"), its tokenizer and its noise schedule.
 
     The weights are host arrays in the dtype of the file, mapped from it: nothing is read before it is needed.
     """

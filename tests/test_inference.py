@@ -21,7 +21,7 @@ from pisa_jax.runtime.compilation import CompiledCache
 
 
 def recorded_runs(folder):
-    """The runs that a folder of recordings lists, without its tiled VAE, which ours differs from."""
+    """Return the recorded runs of a folder, except those with the original's tiled VAE, which this package replaces."""
     index = folder / "fixtures" / "infer" / "index.json"
     runs = read_json(index)["runs"] if index.exists() else []
     return {f"{run['name']}-{run['variant']}": run for run in runs if not re.search("vaetile|alltile", run["name"])}
@@ -70,7 +70,7 @@ def render_all(session, pairs):
     return [session.render(*pair) for pair in pairs]
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -110,9 +110,9 @@ def test_whole_run_equals_the_original(run):
         {name: run for name, run in RUNS.items() if name.endswith("mode") and not name.startswith(ROUNDED_SIZES)}
     ),
 )
-def test_written_picture_is_the_original_one(run):
+def test_written_image_equals_the_original(run):
     args = run["args"]
-    # The original writes colour where the input is grey.
+    # The original writes color images for gray inputs.
     source = dataclasses.replace(read_image(golden(f"lr/{run['image']}.png")), gray=False)
     prepared, plan = network_input.prepare_input(source, args["upscale"], args["process_size"], 8)
     theirs = nhwc(np.load(golden(f"infer/{run['inputs']}.npz"))["c_t_uint8"])[0]
@@ -136,7 +136,7 @@ def test_written_picture_is_the_original_one(run):
 
 def test_default_pair_equals_adjustable_and_takes_one_unet_pass():
     upscaler = random_upscaler()
-    batch = np.float32(picture(32, 40)[None]) / 127.5 - 1
+    batch = np.float32(random_image(32, 40)[None]) / 127.5 - 1
     latents = upscaler.pipeline.encode(batch, None)
     one, two = (upscaler.pipeline.predict(latents, adjustable) for adjustable in (False, True))
     close(one.eps_full, two.eps_full, 1e-5)
@@ -148,16 +148,16 @@ def test_default_pair_equals_adjustable_and_takes_one_unet_pass():
     assert 0.4 < flops[(1.0,)] / flops[(0.0, 1.0)] < 0.6
 
 
-def test_new_scales_and_new_pictures_of_a_size_compile_nothing():
+def test_new_scales_and_new_images_of_a_size_compile_nothing():
     compiled = []
     upscaler = random_upscaler(on_compile=lambda what, seconds: compiled.append(what))
-    render_all(upscaler.open(picture(8, 9)), PAIRS)
+    render_all(upscaler.open(random_image(8, 9)), PAIRS)
     stages = len(compiled)
     assert stages == 3  # encoder, UNet, decoder
-    render_all(upscaler.open(picture(8, 9, seed=1)), [(0.123, -0.5), (0.9, 0.8)])
-    upscaler(picture(8, 9, seed=2), scales=(0.3, 0.3))
+    render_all(upscaler.open(random_image(8, 9, seed=1)), [(0.123, -0.5), (0.9, 0.8)])
+    upscaler(random_image(8, 9, seed=2), scales=(0.3, 0.3))
     assert len(compiled) == stages
-    upscaler(picture(9, 9))
+    upscaler(random_image(9, 9))
     assert len(compiled) > stages
 
 
@@ -167,14 +167,14 @@ def test_another_pair_costs_one_decode():
     runner = upscaler.pipeline.runner
     run = runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    results = render_all(upscaler.open(picture(8, 8)), PAIRS)
+    results = render_all(upscaler.open(random_image(8, 8)), PAIRS)
     assert calls == ["encode", "predict", *["render"] * len(PAIRS)]
     assert len({result.tobytes() for result in results}) == len(PAIRS)
 
 
 def test_scales_zero_are_the_round_trip_through_the_vae():
     upscaler = random_upscaler(color_fix="none")
-    source = picture(8, 8)
+    source = random_image(8, 8)
     prepared, _ = network_input.prepare_input(from_array(source), 4, 32, 8)
     base, weights = upscaler.pipeline.base, upscaler.pipeline.runner.weights
     latents = base.encode(weights.vae, jnp.asarray(prepared[None]), None)
@@ -183,9 +183,9 @@ def test_scales_zero_are_the_round_trip_through_the_vae():
     close(found * 2 - 1, expected, 1e-4)
 
 
-def test_batches_equal_single_pictures():
+def test_batches_equal_single_images():
     upscaler = random_upscaler(tile=4, overlap=1)
-    sources = [from_array(picture(8, 10, seed)) for seed in range(3)]
+    sources = [from_array(random_image(8, 10, seed)) for seed in range(3)]
     together = upscaler.open_all(sources, 4, 5, adjustable=True).render_all(0.8, 0.6)
     for source, result in zip(sources, together, strict=True):
         [alone] = upscaler.open_all([source], 4, 5, adjustable=True).render_all(0.8, 0.6)
@@ -194,7 +194,7 @@ def test_batches_equal_single_pictures():
 
 def test_a_seed_is_honoured_and_none_is_deterministic():
     upscaler = random_upscaler()
-    source = picture(8, 8)
+    source = random_image(8, 8)
     plain, again, three, four = (upscaler(source, seed=seed) for seed in (None, None, 3, 4))
     assert np.array_equal(plain, again)
     assert np.array_equal(three, upscaler(source, seed=3))
@@ -205,7 +205,7 @@ def test_a_seed_is_honoured_and_none_is_deterministic():
 def test_tiles_change_little_and_one_tile_nothing():
     whole, split = random_upscaler(tile=0), random_upscaler(tile=6, overlap=2)
     covering = random_upscaler(tile=8, overlap=2)
-    source = picture(8, 8)
+    source = random_image(8, 8)
     assert np.array_equal(whole(source), covering(source))
     assert not np.array_equal(whole(source), split(source))
 
@@ -213,14 +213,14 @@ def test_tiles_change_little_and_one_tile_nothing():
 @pytest.mark.parametrize("size", [(3, 40), (40, 3), (1, 1)], ids=str)
 def test_sides_below_the_tile_and_the_overlap(size):
     # The original crashes on a side below the tile and loops forever on one below the overlap.
-    out = random_upscaler(tile=8, overlap=5, min_size=1)(picture(*size), scale=4)
+    out = random_upscaler(tile=8, overlap=5, min_size=1)(random_image(*size), scale=4)
     assert out.shape == (4 * size[0], 4 * size[1], 3)
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2.37, 4])
 def test_exact_output_size_and_kind(scale):
     upscaler = random_upscaler()
-    source = picture(11, 13)
+    source = random_image(11, 13)
     expected = (round(11 * scale), round(13 * scale), 3)
     out = upscaler(source, scale)
     assert (out.shape, out.dtype) == (expected, np.uint8)

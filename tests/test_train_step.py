@@ -202,7 +202,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted():
     assert (int(measured["skipped"]), int(measured["bad_streak"])) == (2, 0)
 
 
-def test_every_step_draws_anew_and_the_same_again():
+def test_draws_differ_between_steps_and_are_reproducible():
     step, frozen, state, batch = random_case()
     first, a = step(frozen, state, batch, jax.random.key(0))
     _, again = step(frozen, state, batch, jax.random.key(0))

@@ -29,14 +29,14 @@ from pisa_jax.runtime import distributed
 from pisa_jax.train_step import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
-# eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on whatever mesh.
+# eight elements whose tiny gradients rounding flips change the next step's gradient by 16 %, on any mesh.
 RATE = 1e-5
 SHORT = {"data.crop": 32, "batch-size": 4, "ema": 0.5, "stages.0.steps": 2, "stages.1.steps": 2, "save-every": 1}
 SHORT |= {f"stages.{index}.learning-rate": RATE for index in (0, 1)}
 
 
 def arguments(out, *more):
-    """What stands after `python train.py`; of repeated options the last one counts."""
+    """Return the arguments of `train.py`; of repeated options the last one counts."""
     short = [part for name, value in SHORT.items() for part in (f"--{name}", value)]
     return [str(part) for part in (ROOT / "configs" / "debug.py", "--out", out, *short, *more)]
 
@@ -47,12 +47,12 @@ def config(out, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The adapters of a run that nothing stopped."""
+    """The adapters of an uninterrupted run."""
     return training.train(config(tmp_path_factory.mktemp("runs") / "whole"))
 
 
 def close_to(found, expected):
-    """Adam's first steps are lr * sign(g): elements with tiny gradients may flip, so a quantile."""
+    """Compare a quantile: Adam's first steps are lr * sign(g), so elements with tiny gradients may change sign."""
     found, expected = load_file(found), load_file(expected)
     assert found.keys() == expected.keys()
     for name in found:
@@ -60,12 +60,12 @@ def close_to(found, expected):
 
 
 class Interrupted(NamedTuple):
-    """What was seen of a run that was stopped after every step and resumed."""
+    """Records of a run that was stopped after every step and resumed."""
 
     adapters: Path
-    # adapters.safetensors as the pixel stage left it.
+    # adapters.safetensors after the pixel stage.
     after_pix: dict[str, np.ndarray]
-    # Of every start: the weights of its stage, and the compiled step.
+    # For every start: the weights of its stage, and the compiled step.
     frozen: list[Frozen]
     steps: list[Any]
 
@@ -74,11 +74,11 @@ class Interrupted(NamedTuple):
 def interrupted(tmp_path_factory):
     run, stops = config(tmp_path_factory.mktemp("runs") / "run"), [1, 2, 3]  # in both stages and between them
     frozen, steps, after_pix = [], [], {}
-    place, compile_step = training.place_frozen, training.compile_step
+    make, compile_step = training.make_frozen, training.jit_train_step
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "told_to_stop", lambda run, step: step in stops)
-        patched.setattr(training, "place_frozen", lambda *a: frozen.append(place(*a)) or frozen[-1])
-        patched.setattr(training, "compile_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
+        patched.setattr(training, "asked_to_stop", lambda run, step: step in stops)
+        patched.setattr(training, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1])
+        patched.setattr(training, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
         for index, step in enumerate(stops):
             with pytest.raises(training.Stop, match=f"saved at step {step} of 4; continue with --resume"):
                 training.train(run, resume=index > 0)
@@ -106,7 +106,7 @@ def test_the_frozen_adapter_and_the_base_stay_as_they_are(whole, interrupted):
 
 
 def test_a_stage_is_traced_once(interrupted):
-    """Neither the number of a step nor a restored state makes jax trace it again."""
+    """Neither a new step number nor a restored state triggers another trace."""
     # The third start found its stage complete.
     assert [step._cache_size() for step in interrupted.steps] == [1, 1, 0, 1, 1]
 
@@ -126,7 +126,7 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
         training.train(config(tmp_path / "crop", "--data.crop", 34))
     with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
         training.train(config(tmp_path / "window", "--stages.0.latent-window", 9))
-    with pytest.raises(ValueError, match="batch_size 4 cannot be cut over 8 devices"):
+    with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 8 devices"):
         training.train(config(tmp_path / "batch", "--mesh-data", -1))
 
 
@@ -186,7 +186,7 @@ LONGEST_WAIT = 300  # seconds; what takes longer hangs
 
 
 class Training(subprocess.Popen):
-    """`python train.py` in a process of its own, killed when it hangs; both pipes are read, or it would stand still."""
+    """`python train.py` in its own process, killed if it hangs. Both pipes are read, otherwise it would block."""
 
     def __init__(self, out, *more, **environment):
         named = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -205,12 +205,12 @@ class Training(subprocess.Popen):
         self._reader.start()
 
     def wait_for(self, beginning):
-        """Read what it prints up to a line that begins so."""
+        """Read the output up to a line with this beginning."""
         if not any(line.startswith(beginning) for line in self.stdout):
             pytest.fail(f"ended before {beginning!r}: {self.end()}")
 
     def end(self):
-        """Wait until it ends; its errors."""
+        """Wait for the end of the process; returns its error output."""
         if not self.stdout.closed:
             with self:  # waits, and closes the pipes
                 self.stdout.read()
@@ -220,12 +220,12 @@ class Training(subprocess.Popen):
 
 
 def complete(out):
-    """The steps of the complete checkpoints of a run."""
+    """Return the steps of the complete checkpoints of a run."""
     return {int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()}
 
 
 def ended(process, code=0):
-    """The errors of a process that ends with this exit code."""
+    """Wait for the end of a process and check its exit code; returns its error output."""
     errors = process.end()
     assert process.returncode == code, errors
     assert "Traceback" not in errors
@@ -233,7 +233,7 @@ def ended(process, code=0):
 
 
 def test_killed_at_random_moments_it_still_ends_with_the_same_adapters(whole, tmp_path):
-    """kill -9 anywhere after a step, then --resume; benchmarks/kill.py does it twenty times."""
+    """kill -9 at a random time after a step, then --resume; benchmarks/kill.py repeats this twenty times."""
     out, draw = tmp_path / "run", random.Random(0)
     for done in (1, 2, 3):  # while checkpoints are written, and between the stages
         process = Training(out, *["--resume"] * (done > 1))
@@ -257,23 +257,23 @@ def test_sigterm_saves_and_exits(whole, tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
-    # It must not leave halves of programs in the cache that the other processes share.
+    # The process must not leave incomplete programs in the cache that the other processes share.
     process = Training(tmp_path / "run", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")
     while not complete(tmp_path / "run") and process.poll() is None:
         time.sleep(0.05)
-    # While the next stage is compiled. No file may grow beyond this: a full disk that root is not exempt from.
+    # The next stage is being compiled. The limit of the file size acts like a full disk, also for root.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
     errors = process.end()
     assert process.returncode == 1, errors
-    (said,) = (line for line in errors.splitlines() if line.startswith("train.py: "))
+    (message,) = (line for line in errors.splitlines() if line.startswith("train.py: "))
     assert "Traceback" not in errors  # of each of hundreds of abandoned writes
-    assert re.search(r"checkpoint [1-3] is intact\); free space and continue with --resume", said)
+    assert re.search(r"checkpoint [1-3] is intact\); free space and continue with --resume", message)
     assert training.train(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
 
 @contextlib.contextmanager
 def started_together(out, *more):
-    """Two processes with two devices each, killed when the test ends, however it does."""
+    """Start two processes with two devices each; they are killed at the end of the test in any case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         named = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
@@ -288,7 +288,7 @@ def started_together(out, *more):
             process.end()
 
 
-def test_two_processes_change_nothing_but_rounding_and_one_device_may_go_on(whole, tmp_path):
+def test_two_processes_agree_to_rounding_and_one_device_can_resume(whole, tmp_path):
     """Two processes train the pixel stage, are killed, and the semantic stage is trained here."""
     with started_together(tmp_path / "run") as processes:
         processes[0].wait_for("step 2/4")
@@ -308,19 +308,19 @@ def test_two_processes_end_together(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_at_one_step_when_one_is_told_to(tmp_path):
+def test_two_processes_stop_at_the_same_step_after_one_signal(tmp_path):
     with started_together(tmp_path / "run", "--stages.0.steps", 500, "--save-every", 500) as processes:
         processes[0].wait_for("step 2/502")
         processes[1].send_signal(signal.SIGTERM)
-        told = {ended(process, 143).splitlines()[-1] for process in processes}
-    assert len(told) == 1
-    assert "continue with --resume" in told.pop()
+        messages = {ended(process, 143).splitlines()[-1] for process in processes}
+    assert len(messages) == 1
+    assert "continue with --resume" in messages.pop()
 
 
 @pytest.mark.slow
 @pytest.mark.external
 def test_it_learns(tmp_path):
-    """On photographs and held-out ones: `pix` lowers the error, and `sem` on top of it the perceptual distance."""
+    """On held-out photographs, `pix` lowers l2, and `sem` on top of it lowers the perceptual distance."""
     held_out = ["--validation.path", shared_data("eval/Kodak24"), "--out", tmp_path / "run"]
     line = [ROOT / "configs" / "learn.py", "--data.path", shared_data("train/photos"), *held_out]
     run, _ = train.read([str(part) for part in line])

@@ -20,20 +20,20 @@ CONFIG is a Python file that defines `config`, or the name of one that ships wit
 
 
 def config_folder() -> Path:
-    """The folder of the configs that ship with the package: inside it in a wheel, beside it in a checkout."""
+    """Return the folder of the shipped configs: inside the package in a wheel, beside it in a checkout."""
     package = Path(pisa_jax.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def usage(prog: str) -> str:
-    """Usage text with the names of the shipped configs."""
+    """Return the usage text with the names of the shipped configs."""
     names = sorted(path.stem for path in config_folder().glob("*.py") if path.stem != "__init__")
     return USAGE.format(prog=prog, names=", ".join(names))
 
 
 def find_config(name: str) -> Path:
-    """The file that `name` stands for: a path, or the name of a shipped config.
+    """Find the config file for `name`: a path, or the name of a shipped config.
 
     Raises:
         ValueError: there is neither such a file nor such a config.
@@ -48,7 +48,7 @@ def find_config(name: str) -> Path:
 
 
 def read(arguments: Sequence[str], prog: str = "train.py") -> tuple[Config, set[str]]:
-    """The config that a command line describes, and which of --resume and --overwrite it has.
+    """Parse a command line to a config and the switches --resume and --overwrite that it has.
 
     Raises:
         ValueError: no config, an unknown one, or a config file that fails; tyro reports wrong fields and exits itself.
@@ -64,7 +64,7 @@ def read(arguments: Sequence[str], prog: str = "train.py") -> tuple[Config, set[
     path = find_config(arguments[0])
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # whatever the code in the file raises
+    except Exception as error:  # the code in the file may raise any error
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"{path} must define `config`, a pisa_jax.config.Config")
@@ -80,10 +80,10 @@ def _all_but_abandoned_writes(unraisable):
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """The exit code: 0 trained, 1 failed, 2 wrong usage, 130 interrupted, 143 told to stop and saved."""
+    """Run the command; returns 0 (trained), 1 (failed), 2 (wrong usage), 130 (interrupted) or 143 (SIGTERM, saved)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # When a checkpoint cannot be written, orbax logs, with its traceback, what it raises anyway, asyncio each of the
-    # hundreds of writes that orbax then abandons, and tensorstore's threads that nobody waits for them any more.
+    # When a checkpoint cannot be written, orbax logs the traceback of an error that it also raises, asyncio logs each
+    # of the hundreds of abandoned writes, and the threads of tensorstore report that nothing waits for them.
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.unraisablehook = _all_but_abandoned_writes

@@ -134,7 +134,7 @@ def _map(function: Callable, items: Sequence[EvaluationItem], workers: int) -> I
 
 
 def write_contact_sheet(images: Mapping[str, RGB8], scales: Sequence[Scales], path: Path) -> None:
-    """Write a labelled contact sheet of `Evaluation.sheet_images`; bicubic and ground truth are the last images.
+    """Write a labeled contact sheet of `Evaluation.sheet_images`; bicubic and ground truth are the last images.
 
     The sheet has a row per pix scale if the pairs of scales form a full grid, otherwise up to four columns.
     """

@@ -119,7 +119,7 @@ def as_markdown(
 
 
 def plot(means: Means, metrics: Sequence[str], path: Path) -> None:
-    """Plot fidelity against perception: one panel per perceptual metric, one labelled point per method.
+    """Plot fidelity against perception: one panel per perceptual metric, one labeled point per method.
 
     The x axis is PSNR if it was measured, else SSIM. Better values are right and up; the best of each axis is marked.
     Raises ValueError if no method has finite values of both axes, ImportError without matplotlib.

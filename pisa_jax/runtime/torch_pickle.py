@@ -155,7 +155,7 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.nda
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= storage.size:
         raise ValueError(f"a tensor reaches element {last} of a storage of {storage.size}")
-    if math.prod(size) > storage.size:  # an expanded view: a few bytes could stand for any number of gigabytes
+    if math.prod(size) > storage.size:  # an expanded view: a few bytes could represent any number of gigabytes
         raise ValueError(f"a tensor of {size} on a storage of {storage.size} elements; save a clone() of it")
     strides = [step * storage.strides[0] for step in stride]
     return as_strided(storage[offset:], size, strides, writeable=False)

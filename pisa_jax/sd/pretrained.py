@@ -16,7 +16,7 @@ from pisa_jax.runtime.trees import flatten, shape_diff, unflatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd.base_model import make_base_model
 
-# The folder that `model="demo"` stands for: a small model that ships with the package, its adapters and sample images.
+# Folder of `model="demo"`: a small model that ships with the package, its adapters and sample images.
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
 HUB_FILES = ["*/config.json", "*/*.safetensors", "tokenizer/*", "scheduler/*", "model_index.json"]
@@ -126,7 +126,7 @@ def params_to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _flax_path(torch_name: str, expected: Iterable[str]) -> str:
-    """Return the path in `expected` that a PyTorch name stands for, or the most likely one if there is none."""
+    """Return the path in `expected` of a PyTorch name, or the most likely path if none matches."""
     torch_module, _, leaf = torch_name.rpartition(".")
     *parents, last = flax_module_path(torch_module).split("/")
     if "/".join([*parents, last, "kernel"]) not in expected:

@@ -49,7 +49,7 @@ def decoder_margins(backbone: Backbone) -> list[int]:
 def encoder_margin(backbone: Backbone) -> int:
     """Return the latents around a tile that the encoder sees: three quarters of its receptive field.
 
-    The last quarter has no measurable effect (docs/any_size.md) and would cost a fifth of the encoder's time.
+    The last quarter has no measurable effect (docs/vae_tiling.md) and would cost a fifth of the encoder's time.
     """
     convs = 2 * backbone.vae.layers_per_block
     margin = 1 + 4 + convs  # conv_out and the mid block
@@ -62,8 +62,8 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
     """Estimate the memory of the VAE for a batch of images of `shape` (b, h, w, 3).
 
     The largest activations are four with the channels of the last upsampler at the resolution of the image; a CPU holds
-    two and a half of them at a time (measured, docs/any_size.md). Where attention is not computed in chunks, its scores
-    are added.
+    two and a half of them at a time (measured, docs/vae_tiling.md). Where attention is not computed in chunks, its
+    scores are added.
     """
     batch, height, width, _ = shape
     channels = backbone.vae.block_out_channels

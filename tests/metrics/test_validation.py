@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_validation_pictures_are_the_same_every_time(folder):
+def test_validation_images_are_reproducible(folder):
     config = Validation(str(folder / "images"), count=2)
     pairs, again = (validation.validation_images(config, 32) for _ in range(2))
     assert [pair.name for pair in pairs] == ["a.png", "b.png"]
@@ -45,7 +45,7 @@ def test_pairs_bring_their_own_lq(folder):
         assert np.array_equal(pair.lq, np.asarray(lq)[:, 4:44])
 
 
-def test_figures_are_means_over_the_pictures(folder):
+def test_metrics_are_means_over_the_images(folder):
     pairs = validation.validation_images(Validation(str(folder / "images")), 32)
     stage = Stage("sem", 1, frozen=("pix",))
     found, sheet = validation.evaluate(lambda lq: jnp.concatenate([lq, lq]), pairs, None, stage)

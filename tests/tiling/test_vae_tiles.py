@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_inference import picture, random_upscaler
+from test_inference import random_image, random_upscaler
 from tiny import close
 
 from pisa_jax.imaging import color
@@ -29,7 +29,7 @@ MAX_ERROR, MEAN_ERROR = 2 / 127.5, 0.1 / 127.5
 
 def half_flat(height, width, seed=0):
     """Return an image with different statistics in its halves: uniform on the left, detailed on the right."""
-    source = picture(height, width, seed)
+    source = random_image(height, width, seed)
     source[:, : width // 2] = (200, 205, 210)
     return source
 
@@ -176,15 +176,15 @@ def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeyp
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 2)
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
-    upscaler(picture(28, 33))
+    upscaler(random_image(28, 33))
     # Encoder and decoder each measure the sample without and with keys and have one shape of tiles.
     assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
-    upscaler(picture(35, 30))
+    upscaler(random_image(35, 30))
     assert len(compiled) == 7
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
-    session = upscaler.open(picture(28, 33), adjustable=False)
+    session = upscaler.open(random_image(28, 33), adjustable=False)
     assert np.array_equal(session.render(), session.render())
     # Encoder, UNet, then the decoder once for each pair of scales.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
@@ -205,7 +205,7 @@ def test_tiles_are_used_when_memory_is_exhausted():
         return run(stage, static, *arrays)
 
     runner.run = run_out_of_memory_once
-    found = upscaler(picture(36, 32))
+    found = upscaler(random_image(36, 32))
     assert notices == ["out of memory without VAE tiles: retrying with tiles of 72 pixels"]
     assert sizes[0] == (144, 128)
     assert found.shape == (144, 128, 3)
@@ -221,7 +221,7 @@ vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
 # An image in tiles, of the VAE and of the UNet, and a batch without.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
-    sources = [from_array(picture(*size)) for size in batch]
+    sources = [from_array(random_image(*size)) for size in batch]
     for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
         np.testing.assert_allclose(a.rgb, b.rgb, rtol=0, atol=1e-5)
 print("equal on", two.mesh.size)
