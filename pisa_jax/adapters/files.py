@@ -103,7 +103,7 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
 def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
     if type(fields["rank"]) is not int or type(fields["alpha"]) not in (int, float):
         raise ValueError(f"rank {fields['rank']!r} and alpha {fields['alpha']!r} are not numbers")
-    return AdapterSpec(**fields | {"alpha": float(fields["alpha"])})
+    return AdapterSpec(**{**fields, "alpha": float(fields["alpha"])})
 
 
 def _format_metadata(specs: Mapping[str, AdapterSpec], base_model: str | None) -> dict[str, str]:

@@ -116,7 +116,7 @@ def _linear_map(module: nn.Dense | nn.Conv) -> LinearMap:
             x.astype(module.dtype),
             kernel.astype(module.dtype),
             strides,
-            module.padding,
+            module.padding,  # type: ignore[arg-type]  # flax also allows one number, which diffusers does not use
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
