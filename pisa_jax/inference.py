@@ -198,19 +198,18 @@ class Pipeline:
         self, predictions: Predictions, scales: Scales, style: Float[np.ndarray, "b h w 3"], size: tuple[int, int]
     ) -> Float[np.ndarray, "b y x 3"]:
         """Decode images in [-1, 1] at one pair of scales, cropped to `size`, with the colors of the inputs `style`."""
-        scales = np.asarray(scales, np.float32)
+        pair = np.asarray(scales, np.float32)
         height, width = size
 
         def untiled():
             static = (self.base, self.settings.color_fix, (height, width))
-            arrays = (self._spread(predictions), scales, self._spread(style))
+            arrays = (self._spread(predictions), pair, self._spread(style))
             return np.asarray(self.runner.run(render, static, *arrays))
 
         def tiled(tile):
             results = []
-            for latents, source in zip(
-                np.asarray(model.combine(*predictions, jnp.asarray(scales))), style, strict=True
-            ):
+            combined = np.asarray(model.combine(*predictions, jnp.asarray(pair)))
+            for latents, source in zip(combined, style, strict=True):
                 decoded = self._tiled_vae("decoder", latents, tile)[:height, :width]
                 results.append(self._recolored(decoded, source[:height, :width], tile))
             return _stacked(results)
@@ -379,11 +378,9 @@ class Upscaler:
             adjustable: predict with `pix` alone, too; without it only the scales 1, 1 can be rendered.
         """
         if isinstance(image, np.ndarray):
-            source = from_array(image)
-            convert = functools.partial(to_array, dtype=image.dtype.type)
-        else:
-            source, convert = from_pil(image), to_pil
-        return Session(self.pipeline, [source], scale, seed, adjustable, convert)
+            like_image = functools.partial(to_array, dtype=image.dtype.type)
+            return Session(self.pipeline, [from_array(image)], scale, seed, adjustable, like_image)
+        return Session(self.pipeline, [from_pil(image)], scale, seed, adjustable, to_pil)
 
     def open_all(self, images: Sequence[ImageData], scale: float | int, seed: int | None, adjustable: bool) -> Session:
         """Open decoded images of equal size as one batch, for `Session.render_all`."""

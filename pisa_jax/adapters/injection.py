@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.linear import canonicalize_padding
 from jaxtyping import Array, Float
 
 from pisa_jax.adapters.adapter_tree import AdapterTree, Factors
@@ -117,7 +116,7 @@ def _linear_map(module: nn.Dense | nn.Conv) -> LinearMap:
             x.astype(module.dtype),
             kernel.astype(module.dtype),
             strides,
-            canonicalize_padding(module.padding, x.ndim - 2),
+            module.padding,  # type: ignore[arg-type]  # flax also allows one number, which diffusers does not use
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
