@@ -60,7 +60,7 @@ def compiled_stages(folder: str) -> dict[str, Callable[[int], Callable[[], jax.A
         return jax.random.normal(jax.random.key(0), shape)
 
     def latents(side):
-        return normal(1, side // base.factor, side // base.factor, base.latent_channels)
+        return normal(1, side // base.vae_scale_factor, side // base.vae_scale_factor, base.latent_channels)
 
     prompt = normal(1, 77, pretrained.load_backbone(Path(folder)).unet.cross_attention_dim)
     return {

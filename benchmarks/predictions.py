@@ -44,7 +44,7 @@ def main() -> None:
     upscaler = Upscaler.load(args.model, adapters, dtype=args.dtype, vae_dtype=args.vae_dtype)
     pipeline = upscaler.pipeline
     base, weights, spec = pipeline.base, pipeline.runner.weights, pipeline.sem_spec
-    side = 4 * args.size // base.factor
+    side = 4 * args.size // base.vae_scale_factor
     latents = jax.random.normal(jax.random.key(0), (1, side, side, base.latent_channels))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
 

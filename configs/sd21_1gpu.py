@@ -2,7 +2,7 @@
 
     python train.py configs/sd21_1gpu.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Hardware: one GPU of 24 GB, according to the compiled memory in docs/training.md.
+Hardware: meant for one GPU of 24 GB; memory not measured.
 Expected: the results of configs/sd21.py, with the same steps and effective batch size. Measured: not yet run.
 """
 

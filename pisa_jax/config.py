@@ -43,7 +43,7 @@ class AdapterSpec:
 class Stage:
     """One part of a run: the adapter that trains, the frozen adapters below it, and the losses."""
 
-    # The adapter that trains.
+    # Name of the adapter that trains. Inference expects `pix`, trained first, and `sem`.
     adapter: str
     # Optimizer steps.
     steps: int
@@ -53,7 +53,7 @@ class Stage:
     l2: float = 1.0
     perceptual: float = 0.0
     csd: float = 0.0
-    # Squared error of the predicted latents. Not in the paper. Without other losses no image is decoded.
+    # Squared error of the predicted latents. Not in the paper. With l2=0 and no other loss, no image is decoded.
     latent: float = 0.0
     # Side of the windows over which that error is averaged before it is squared; above 1 fine detail is not penalized.
     latent_window: int = 1

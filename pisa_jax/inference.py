@@ -13,14 +13,14 @@ from jaxtyping import Float
 
 from pisa_jax import model
 from pisa_jax.adapters import checks, files, injection
-from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import AdapterSpec, Scales
 from pisa_jax.imaging import network_input
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.imaging.image_data import ImageData, from_array, to_array, to_pil
 from pisa_jax.imaging.image_reading import from_pil
 from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
-from pisa_jax.model import BaseModel
+from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
 from pisa_jax.runtime.trees import suggest
@@ -109,39 +109,33 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_weights(
-    model_name: str | Path, adapters: str | Path, dtype: str | None, vae_dtype: str, prompt: str
-) -> tuple[BaseModel, Weights, AdapterSpec]:
-    """Load a base model and adapters: its functions, the weights on the default device, and the spec of `sem`.
+def make_weights(loaded: LoadedModel, adapters: Adapters, prompt: str = "") -> Weights:
+    """Place the weights of a model and of its adapters `pix` and `sem` on the default device, `pix` merged.
 
     Raises:
-        ValueError: a file does not hold what it should, or has no adapter `pix`.
-        OSError: a file cannot be read.
+        ValueError: the adapters do not fit the model, or `pix` is missing.
     """
-    trained = files.load_adapters(adapters)
-    loaded = pretrained.load_pretrained(model_name, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
     base = loaded.base
-    checks.check_adapters(trained.trees, injection.target_shapes(loaded.params["unet"], "."))
-    if "pix" not in trained.trees:
-        raise ValueError(f"{adapters} has no adapter 'pix', only {', '.join(trained.trees)}")
-    # The text encoder is loaded first because it is dropped again; then one weight after the other.
+    checks.check_adapters(adapters.trees, injection.target_shapes(loaded.params["unet"], "."))
+    if "pix" not in adapters.trees:
+        raise ValueError(f"no adapter 'pix'; the adapters are {', '.join(adapters.trees)}")
+    # The text encoder is placed first because it is dropped again; then one weight after the other.
     text = distributed.on_device(loaded.params["text"], jnp.float32)
     embedding = base.encode_text(text, jnp.asarray(loaded.tokenize([prompt])))
     del text
-    weights = Weights(
+    return Weights(
         injection.merge(
             distributed.on_device(loaded.params["unet"], base.unet_dtype),
-            {"pix": trained.trees["pix"]},
-            trained.specs,
+            {"pix": adapters.trees["pix"]},
+            adapters.specs,
             {"pix": 1.0},
             donate=True,
         ),
         # After the pixel stage of a training there is no sem adapter yet: eps_full then equals eps_pix.
-        distributed.on_device(trained.trees.get("sem", {}), jnp.float32),
+        distributed.on_device(adapters.trees.get("sem", {}), jnp.float32),
         distributed.on_device(loaded.params["vae"], base.vae_dtype),
         embedding,
     )
-    return base, weights, trained.specs.get("sem", AdapterSpec())
 
 
 class Pipeline:
@@ -173,7 +167,7 @@ class Pipeline:
             moments = _stacked([self._tiled_vae("encoder", image, tile) for image in batch])
             mean, std = np.split(moments, 2, axis=-1)
             latents = mean if noise is None else mean + std * np.asarray(noise)
-            return jnp.asarray(latents * self.base.latent_scale)
+            return jnp.asarray(latents * self.base.tiled_vae.latent_scale)
 
         return self._within_memory(batch, untiled, tiled)
 
@@ -220,7 +214,7 @@ class Pipeline:
         """Run one image, or its latents, through the VAE in tiles of `tile` pixels."""
         make = getattr(self.base.tiled_vae, part)
         functions = make(self.runner.weights.vae, self.mesh, self.runner.run)
-        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.factor, 1))
+        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.vae_scale_factor, 1))
         if residual > vae_tiles.TOLERANCE:
             limit = vae_tiles.TOLERANCE
             self.notice(
@@ -265,7 +259,9 @@ class Session:
         convert: Callable[[ImageData], Any] = lambda image: image,
     ):
         base, settings = pipeline.base, pipeline.settings
-        prepared = [network_input.prepare_input(image, scale, settings.min_size, base.factor) for image in images]
+        prepared = [
+            network_input.prepare_input(image, scale, settings.min_size, base.vae_scale_factor) for image in images
+        ]
         self._pipeline, self._images, self._adjustable, self._convert = pipeline, images, adjustable, convert
         self._inputs = np.stack([array for array, _ in prepared])
         self._plans = [plan for _, plan in prepared]
@@ -360,8 +356,14 @@ class Upscaler:
             adapters = adapters or pretrained.DEMO / "adapters.safetensors"
         if adapters is None:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
-        checked = Settings(**settings)
-        return cls(*load_weights(model, adapters, dtype, vae_dtype, prompt), checked, on_compile, notice)
+        checked, trained = Settings(**settings), files.load_adapters(adapters)
+        loaded = pretrained.load_pretrained(model, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
+        try:
+            weights = make_weights(loaded, trained, prompt)
+        except ValueError as error:
+            raise ValueError(f"{adapters}: {error}") from error
+        sem_spec = trained.specs.get("sem", AdapterSpec())
+        return cls(loaded.base, weights, sem_spec, checked, on_compile, notice)
 
     def __call__(self, image: Any, scale: float | int = 4, scales: Scales = (1.0, 1.0), seed: int | None = None) -> Any:
         """Upscale `image` at one pair of scales (pix, sem): one `open` and one `render`."""
@@ -389,7 +391,7 @@ class Upscaler:
 
 def _posterior_noise(base: BaseModel, shape: tuple[int, ...], seed: int) -> jax.Array:
     # The same for every image of a size: results do not depend on which files share a batch.
-    spatial = (side // base.factor for side in shape[1:3])
+    spatial = (side // base.vae_scale_factor for side in shape[1:3])
     return jax.random.normal(jax.random.key(seed), (1, *spatial, base.latent_channels))
 
 

@@ -30,19 +30,17 @@ class BaseModel:
     Images are NHWC in [-1, 1], latents NHWC and scaled for the UNet; all results are float32.
     """
 
-    # (vae params, images (b, h, w, 3), noise (b, y, x, c) or None) -> latents; None: the mean of the posterior.
+    # (vae params, images (b, h, w, 3), noise (b or 1, y, x, c) or None) -> latents; None: the mean of the posterior.
     encode: Callable[..., Array]
     # (vae params, latents) -> images, not clipped.
     decode: Callable[..., Array]
-    # (unet params, latents, timesteps, prompt (b or 1, n, d)) -> noise prediction.
+    # (unet params, latents, timesteps (b,) or one number, prompt (b or 1, n, d)) -> noise prediction.
     predict_noise: Callable[..., Array]
     # (text params, token ids (b, n)) -> prompt embedding (b, n, d).
     encode_text: Callable[..., Array]
     # Pixels per latent along each axis.
-    factor: int
+    vae_scale_factor: int
     latent_channels: int
-    # Encoder outputs are multiplied by this before the UNet receives them (0.18215 for SD 2.1).
-    latent_scale: float
     # Dtypes in which the weights of the UNet and of the VAE are placed on devices.
     unet_dtype: Any = jnp.float32
     vae_dtype: Any = jnp.float32
@@ -83,8 +81,7 @@ def predict(
     count, batch = len(adapter_scales), latents.shape[0]
     scale = jnp.repeat(jnp.array(adapter_scales), batch)
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
-    name = "adapter"
-    with nn.intercept_methods(injection.interceptor({name: adapter}, {name: spec}, {name: scale})):
+    with nn.intercept_methods(injection.interceptor({"": adapter}, {"": spec}, {"": scale})):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 

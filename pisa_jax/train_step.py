@@ -1,6 +1,6 @@
 """One training step: loss terms, gradient, optimizer update, and the jitted function with its shardings.
 
-Nothing here knows about a run or its configuration: the functions take arrays, a `BaseModel`, an optimizer and one
+Nothing here depends on a training run: the functions take arrays, a `BaseModel`, an optimizer and one
 small `Objective`. `examples/own_loop.py` uses them in a loop of its own.
 """
 
@@ -63,7 +63,7 @@ class Frozen(NamedTuple):
     # Embeddings of "" and of the negative prompt.
     null_prompt: Float[Array, "1 n d"]
     negative_prompt: Float[Array, "1 n d"]
-    # Weights of the perceptual loss; None without that loss.
+    # Network weights of the perceptual loss; None without that loss.
     perceptual: Any
     alphas_cumprod: Float[Array, "steps"]
 
@@ -118,7 +118,7 @@ def make_frozen(
     """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1, into its UNet.
 
     Args:
-        perceptual: weights of the perceptual loss on the devices, where that loss is used.
+        perceptual: network weights of the perceptual loss on the devices, where that loss is used.
         teacher: keep the UNet without adapters, for CSD.
         prompts: keep the text encoder; without it every sample is trained with the empty prompt.
     """
@@ -147,7 +147,7 @@ def draw(key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tu
     """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images of shape (b, h, w, 3)."""
     posterior, noise, timesteps = jax.random.split(key, 3)
     batch, height, width, _ = images
-    shape = (batch, height // base.factor, width // base.factor, base.latent_channels)
+    shape = (batch, height // base.vae_scale_factor, width // base.vae_scale_factor, base.latent_channels)
     first, last = csd_timesteps
     return Draws(
         jax.random.normal(posterior, shape),
@@ -170,12 +170,12 @@ def loss(
     latents = base.encode(frozen.vae, batch.lq, draws.posterior)
 
     def upscale(adapter):
-        upscaled = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
-        return upscaled, jnp.clip(base.decode(frozen.vae, upscaled), -1, 1)
+        z_h = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
+        return z_h, jnp.clip(base.decode(frozen.vae, z_h), -1, 1)
 
     if objective.remat:
         upscale = jax.checkpoint(upscale, policy=checkpoint_policies.save_only_these_names(*base.block_outputs))
-    upscaled, images = upscale(adapter)
+    z_h, images = upscale(adapter)
 
     def teacher(noisy, timesteps):
         negative = jnp.broadcast_to(frozen.negative_prompt, (noisy.shape[0], *frozen.negative_prompt.shape[1:]))
@@ -183,28 +183,28 @@ def loss(
         twice = jnp.concatenate([noisy, noisy])
         return jnp.split(base.predict_noise(frozen.teacher, twice, jnp.tile(timesteps, 2), prompts), 2)
 
-    parts = {}
+    terms = {}
     if objective.l2:
-        parts["l2"] = losses.l2(images, batch.gt)
+        terms["l2"] = losses.l2(images, batch.gt)
     if objective.perceptual:
-        parts["perceptual"] = lpips.distance(frozen.perceptual, images, batch.gt).mean()
+        terms["perceptual"] = lpips.distance(frozen.perceptual, images, batch.gt).mean()
     if objective.csd:
         alphas, guidance = frozen.alphas_cumprod, objective.guidance
-        parts["csd"] = losses.csd(teacher, upscaled, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
+        terms["csd"] = losses.csd(teacher, z_h, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
     if objective.latent:
-        parts["latent"] = losses.smooth_l2(upscaled, base.encode(frozen.vae, batch.gt, None), objective.latent_window)
-    return sum(getattr(objective, name) * value for name, value in parts.items()), parts
+        terms["latent"] = losses.smooth_l2(z_h, base.encode(frozen.vae, batch.gt, None), objective.latent_window)
+    return sum(getattr(objective, name) * value for name, value in terms.items()), terms
 
 
 def gradient(
     adapter: AdapterTree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
 ) -> tuple[dict[str, Float[Array, ""]], AdapterTree]:
-    """Compute the losses ("total" and each part) and their gradient, averaged over `accumulate` parts of the batch."""
+    """Compute the losses ("total" and each term) and their gradient, averaged over `accumulate` parts of the batch."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def of_part(part):
-        (total, parts), grads = value_and_grad(adapter, frozen, *part, base, objective)
-        return {"total": total, **parts}, grads
+        (total, terms), grads = value_and_grad(adapter, frozen, *part, base, objective)
+        return {"total": total, **terms}, grads
 
     if objective.accumulate == 1:
         return of_part((batch, draws))

@@ -65,8 +65,10 @@ class Run(NamedTuple):
         return sum(stage.steps for stage in self.config.stages[:index])
 
 
-def train(config: Config, resume: bool = False, overwrite: bool = False) -> Path:
+def train(config: Config, resume: bool = False, overwrite: bool = False, *, model: LoadedModel | None = None) -> Path:
     """Train all stages, or the rest of a resumed run; returns the path of the exported adapters.
+
+    `model` takes the place of the one that `config.model` names.
 
     Raises:
         ValueError, OSError: unusable input, before anything is trained.
@@ -79,7 +81,8 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> Path
     batches = training_loader(config)
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
-    model = None if config.model == "random" else load_model(config, config.model)
+    if model is None and config.model != "random":
+        model = load_model(config, config.model)
     check(config, model.base if model else random_model.base_model_of_size(RANDOM_SIZE), mesh)
     folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
@@ -343,12 +346,12 @@ def check(config: Config, base: BaseModel, mesh: jax.sharding.Mesh) -> None:
     """Check the config against the model and the mesh.
 
     Raises:
-        ValueError: an unknown decomposition, a crop that fits neither VAE nor losses, or a batch that cannot be
-            divided over the devices.
+        ValueError: an unknown decomposition, a crop that is not a multiple of the VAE's scale factor or is smaller
+            than `latent_window`, or a batch that cannot be divided over the devices.
     """
-    if config.data.crop % base.factor:
-        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.factor}, the VAE's factor")
-    latents = config.data.crop // base.factor
+    if config.data.crop % base.vae_scale_factor:
+        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
+    latents = config.data.crop // base.vae_scale_factor
     for stage in config.stages:
         registry.get_decomposition(stage.spec)
         if stage.latent_window > latents:

@@ -6,9 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pisa_jax import Objective, Settings, Upscaler, init_adapter, init_state, jit_train_step, make_frozen, make_mesh
+from pisa_jax import (
+    Adapters,
+    Objective,
+    Settings,
+    Upscaler,
+    init_adapter,
+    init_state,
+    jit_train_step,
+    make_frozen,
+    make_mesh,
+)
 from pisa_jax.config import AdapterSpec
-from pisa_jax.inference import Weights
+from pisa_jax.inference import make_weights
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.train_step import Batch
 
@@ -43,9 +53,8 @@ def toy_model() -> LoadedModel:
         decode=decode,
         predict_noise=lambda params, latents, t, prompt: ToyUNet().apply({"params": params}, latents, prompt),
         encode_text=lambda params, ids: params["table"][ids],
-        factor=2,
+        vae_scale_factor=2,
         latent_channels=12,
-        latent_scale=1.0,
     )
     unet = ToyUNet().init(jax.random.key(0), jnp.zeros((1, 4, 4, 12)), jnp.zeros((1, 1, 3)))["params"]
     params = {"unet": jax.device_get(unet), "vae": {"unused": np.zeros(1)}, "text": {"table": np.zeros((8, 3))}}
@@ -70,7 +79,8 @@ def test_a_toy_base_model_learns_to_return_its_input():
 def test_a_toy_base_model_upscales():
     model = toy_model()
     sem = jax.tree.map(lambda leaf: leaf + 0.1, init_adapter(jax.random.key(1), model.params["unet"], SPEC))
-    weights = Weights(model.params["unet"], sem, model.params["vae"], jnp.zeros((1, 1, 3)))
+    trees = {"pix": jax.tree.map(jnp.zeros_like, sem), "sem": sem}
+    weights = make_weights(model, Adapters(jax.device_get(trees), dict.fromkeys(trees, SPEC)))
     upscaler = Upscaler(model.base, weights, SPEC, Settings(min_size=8, color_fix="none"))
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     session = upscaler.open(image, scale=3)

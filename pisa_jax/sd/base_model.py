@@ -19,11 +19,15 @@ def make_base_model(backbone: bb.Backbone) -> BaseModel:
         decode=bind(bb.decode),
         predict_noise=bind(bb.predict_noise),
         encode_text=bind(bb.encode_text),
-        factor=backbone.vae_scale_factor,
+        vae_scale_factor=backbone.vae_scale_factor,
         latent_channels=backbone.latent_channels,
-        latent_scale=backbone.latent_scale,
         unet_dtype=backbone.unet.dtype,
         vae_dtype=backbone.vae.dtype,
         block_outputs=(bb.BLOCK_OUTPUT,),
-        tiled_vae=TiledVae(bind(vae_tiling.footprint), bind(vae_tiling.tiled_encoder), bind(vae_tiling.tiled_decoder)),
+        tiled_vae=TiledVae(
+            bind(vae_tiling.footprint),
+            bind(vae_tiling.tiled_encoder),
+            bind(vae_tiling.tiled_decoder),
+            backbone.latent_scale,
+        ),
     )

@@ -93,6 +93,8 @@ class TiledVae(NamedTuple):
     # latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
     encoder: Callable
     decoder: Callable
+    # The UNet's latents are the encoder's multiplied by this (0.18215 for SD 2.1).
+    latent_scale: float
 
 
 def tile_grid(sides: Sequence[int], size: Sequence[int], margin: int) -> list[TilePlacement]:
