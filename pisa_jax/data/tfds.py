@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
