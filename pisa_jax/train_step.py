@@ -65,7 +65,7 @@ class Frozen(NamedTuple):
     negative_prompt: Float[Array, "1 n d"]
     # Network weights of the perceptual loss; None without that loss.
     perceptual: Any
-    alphas_cumprod: Float[Array, "steps"]
+    alphas_cumprod: Float[Array, " steps"]
 
 
 class Batch(NamedTuple):
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     lq: Float[Array, "b h w 3"]
     gt: Float[Array, "b h w 3"]
     token_ids: Int[Array, "b n"]
-    use_prompt: Bool[Array, "b"]
+    use_prompt: Bool[Array, " b"]
 
 
 class Draws(NamedTuple):
@@ -82,7 +82,7 @@ class Draws(NamedTuple):
 
     posterior: Float[Array, "b y x c"]
     csd_noise: Float[Array, "b y x c"]
-    csd_timesteps: Int[Array, "b"]
+    csd_timesteps: Int[Array, " b"]
 
 
 class State(NamedTuple):

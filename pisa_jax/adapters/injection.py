@@ -73,7 +73,7 @@ def _adder(spec: AdapterSpec, donate: bool) -> Callable[[Array, Factors, Any], A
 def interceptor(
     adapters: Mapping[str, AdapterTree],
     specs: Mapping[str, AdapterSpec],
-    scales: Mapping[str, Float[Array, ""] | Float[Array, "b"]],
+    scales: Mapping[str, Float[Array, ""] | Float[Array, " b"]],
 ) -> Callable:
     """Return an interceptor for `nn.intercept_methods` that adds sum_i scales[i] dW_i x to every adapted layer.
 

@@ -54,7 +54,7 @@ def parse(icc: bytes) -> Profile | None:
         raise ValueError(f"the ICC profile is damaged: {error}") from error
 
 
-def _curve(data: bytes) -> Float[np.ndarray, "n"]:
+def _curve(data: bytes) -> Float[np.ndarray, " n"]:
     """Sample a curveType or parametricCurveType tag (ICC.1, 10.6 and 10.18)."""
     x = np.linspace(0, 1, _STEPS)
     if data[:4] == b"para":
@@ -96,7 +96,7 @@ def from_srgb(srgb: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.n
     return np.stack(values, -1).astype(np.float32)
 
 
-def _inverse(curve: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]:
+def _inverse(curve: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Invert a curve to (light, value) without its constant parts; black has the value 0, full light the value 1."""
     light, first = np.unique(curve, return_index=True)
     values = first / (_STEPS - 1)

@@ -169,7 +169,7 @@ def predict_noise(
     backbone: Backbone,
     params: Params,
     latents: Float[Array, "b h w c"],
-    timesteps: Int[Array, "b"] | Int[Array, ""] | int,
+    timesteps: Int[Array, " b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents of any size with the UNet; float32."""

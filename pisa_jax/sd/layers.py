@@ -18,8 +18,8 @@ QUERY_CHUNK = 256
 
 def group_norm(
     x: Float[Array, "b *space c"],
-    scale: Float[Array, "c"],
-    bias: Float[Array, "c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
     groups: int,
     epsilon: float,
 ) -> Float[Array, "b *space c"]:
@@ -145,7 +145,7 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 def upsample_conv(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], bias: Float[Array, "o"]
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], bias: Float[Array, " o"]
 ) -> Float[Array, "b h2 w2 o"]:
     """Compute conv3x3(upsample_nearest(x)) as four 2x2 convolutions on x, one per output phase: 4/9 of the products.
 

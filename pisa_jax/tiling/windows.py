@@ -35,7 +35,7 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, last, tile - overlap), last]
 
 
-def gaussian_weights(length: int) -> Float[np.ndarray, "length"]:
+def gaussian_weights(length: int) -> Float[np.ndarray, " length"]:
     """Return the blending weights along one axis of a window, as in the original PiSA-SR program.
 
     exp(-(k - (n - 1) / 2)^2 / (2 n^2 0.01)) / sqrt(2 pi 0.01) for k = 0 ... n - 1.
