@@ -253,7 +253,7 @@ class Session:
         self,
         pipeline: Pipeline,
         images: Sequence[ImageData],
-        scale: float,
+        scale: float | int,
         seed: int | None,
         adjustable: bool,
         convert: Callable[[ImageData], Any] = lambda image: image,
@@ -283,7 +283,7 @@ class Session:
         """Residual of the UNet with both adapters."""
         return self._predictions.eps_full
 
-    def render(self, pix: float = 1.0, sem: float = 1.0) -> Any:
+    def render(self, pix: float | int = 1.0, sem: float | int = 1.0) -> Any:
         """Return the (first) image at one pair of scales, in the type of the image that was opened.
 
         Raises:
@@ -291,7 +291,7 @@ class Session:
         """
         return self._convert(self.render_all(pix, sem)[0])
 
-    def render_all(self, pix: float = 1.0, sem: float = 1.0) -> list[ImageData]:
+    def render_all(self, pix: float | int = 1.0, sem: float | int = 1.0) -> list[ImageData]:
         """Return all images of the session at one pair of scales; raises as `render` does."""
         if not self._adjustable and (pix, sem) != (1, 1):
             raise ValueError(

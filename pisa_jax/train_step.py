@@ -100,8 +100,10 @@ class State(NamedTuple):
 
 def init_state(adapter: AdapterTree, optimizer: optax.GradientTransformation, ema: bool) -> State:
     """Return the state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return State(zero, adapter, optimizer.init(adapter), jax.tree.map(jnp.copy, adapter) if ema else None, zero, zero)
+    # Three arrays, because the jitted step donates each of them.
+    step, skipped, bad_streak = (jnp.zeros((), jnp.int32) for _ in range(3))
+    average = jax.tree.map(jnp.copy, adapter) if ema else None
+    return State(step, adapter, optimizer.init(adapter), average, skipped, bad_streak)
 
 
 def make_frozen(
