@@ -213,7 +213,7 @@ def test_tiles_are_used_when_memory_is_exhausted():
 
 DEVICES = """
 import numpy as np
-from test_inference import picture
+from test_inference import random_image
 from test_vae_tiles import small_upscaler
 from pisa_jax.imaging.image_data import from_array
 from pisa_jax.tiling import vae_tiles
