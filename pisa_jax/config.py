@@ -1,5 +1,8 @@
 """Configuration of adapters and training runs: frozen dataclasses whose fields are checked when they are made."""
 
+import math
+import os
+import re
 from dataclasses import dataclass, field
 
 # (pix, sem): the two scales of the method (PiSA-SR, eq. 8).
@@ -22,6 +25,22 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_number(name: str, value: object, least: float | int = -math.inf, below: float | int = math.inf) -> None:
+    """Require a finite number with least <= value < below."""
+    bounds = [f"at least {least:g}"] * (least > -math.inf) + [f"less than {below:g}"] * (below < math.inf)
+    allowed = " of ".join(["a finite number", *[" and ".join(bounds)] * bool(bounds)])
+    inside = isinstance(value, int | float) and math.isfinite(value) and least <= value < below
+    _require(inside, f"{name} is {value!r}; it must be {allowed}")
+
+
+def _expand_paths(config: object, names: tuple[str, ...]) -> None:
+    """Turn `pathlib` paths into strings, and a leading ~ into the home folder, in fields of a frozen dataclass."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, os.path.expanduser(os.fspath(value)))
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """Specification of one adapter: its decomposition, rank, alpha and the layers that it adapts."""
@@ -37,6 +56,11 @@ class AdapterSpec:
 
     def __post_init__(self):
         _require(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
+        _require_number("alpha", self.alpha)
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"targets {self.targets!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -67,10 +91,17 @@ class Stage:
     spec: AdapterSpec = AdapterSpec()
 
     def __post_init__(self):
+        _require(
+            re.fullmatch(r"[\w.-]+", self.adapter) is not None,
+            f"adapter name {self.adapter!r}: use letters, digits, '_', '-' and '.', as in adapter files",
+        )
+        for name in ("l2", "perceptual", "csd", "latent"):
+            _require_number(f"stage {self.adapter}: loss weight {name}", getattr(self, name), 0)
+        _require_number(f"stage {self.adapter}: learning_rate", self.learning_rate, 0)
+        _require(self.learning_rate > 0, f"stage {self.adapter}: learning_rate is 0; it must be positive")
         _require(self.steps >= 1, f"stage {self.adapter}: steps is a positive integer, not {self.steps}")
         _require(self.adapter not in self.frozen, f"stage {self.adapter}: an adapter cannot train and be frozen")
         weights = (self.l2, self.perceptual, self.csd, self.latent)
-        _require(min(weights) >= 0, f"stage {self.adapter}: loss weights are not negative")
         _require(max(weights) > 0, f"stage {self.adapter}: all loss weights are 0")
         _require(
             self.latent_window >= 1,
@@ -109,13 +140,14 @@ class Data:
     max_bad_share: float = 0.01
 
     def __post_init__(self):
+        _expand_paths(self, ("path", "hq_path", "prompts"))
         known = ("folder", "pairs", "list", "tfds", "fake")
         _require(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
         _require(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
         _require(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
         _require(self.workers >= 0, f"data.workers is at least 0 (0: read in the training process), not {self.workers}")
         for name in ("hq_probability", "null_prompt_probability", "max_bad_share"):
-            _require(0 <= getattr(self, name) <= 1, f"data.{name} is a probability, not {getattr(self, name)}")
+            _require(0 <= getattr(self, name) <= 1, f"data.{name} is between 0 and 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +162,7 @@ class Validation:
     every: int = 500
 
     def __post_init__(self):
+        _expand_paths(self, ("path",))
         for name in ("count", "every"):
             _require(getattr(self, name) >= 1, f"validation.{name} is at least 1, not {getattr(self, name)}")
 
@@ -179,6 +212,7 @@ class Config:
     save_every: int = 500
 
     def __post_init__(self):
+        _expand_paths(self, ("out", "model", "perceptual_weights"))
         _require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.adapter for stage in self.stages]
         _require(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
@@ -199,6 +233,13 @@ class Config:
             _require(value in ("float32", "bfloat16"), f"{name} is float32 or bfloat16, not {value!r}")
         known = ("vgg", "alex", "squeeze")
         _require(self.perceptual in known, f"perceptual {self.perceptual!r} is none of {', '.join(known)}")
-        _require(0 <= self.ema < 1, f"ema is at least 0 and less than 1, not {self.ema}")
+        _require_number("ema", self.ema, 0, 1)
+        for beta in self.betas:
+            _require_number("betas", beta, 0, 1)
+        _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("guidance", self.guidance)
+        _require_number("clip", self.clip, 0)
+        _require(self.clip > 0, "clip is 0, which would make every update 0; it must be positive")
+        _require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in 0..{2**31 - 1}")
         first, last = self.csd_timesteps
         _require(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")
