@@ -232,7 +232,7 @@ def test_two_devices_give_the_results_of_one(tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tiling")]),
     }
     done = subprocess.run(
         [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
