@@ -298,7 +298,8 @@ class Session:
                 f"scales {pix:g}, {sem:g} need both predictions, and this session holds eps_full alone; open it with "
                 "adjustable=True"
             )
-        arrays = self._pipeline.render(self._predictions, (pix, sem), self._inputs, self._plans[0].working)
+        scales = (float(pix), float(sem))
+        arrays = self._pipeline.render(self._predictions, scales, self._inputs, self._plans[0].working)
         return [network_input.finish_output(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
 
 

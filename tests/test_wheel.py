@@ -10,6 +10,8 @@ import zipfile
 
 import pytest
 from conftest import DATA, ROOT
+from event_files import events
+from PIL import Image
 
 NOT_SOURCES = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "out", "runs", "site")
 
@@ -19,6 +21,7 @@ def run(folder, *command):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
     return done.stdout
 
 
@@ -72,6 +75,22 @@ def test_infer_upscales_with_the_demo_model(program, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gray16_interlaced.png"]
 
 
-def test_train_finds_the_debug_config(program, tmp_path):
-    run(tmp_path, program, "train", "--config", "debug", "--out", "run")
-    assert (tmp_path / "run" / "adapters.safetensors").exists()
+def test_the_debug_run_and_its_result(program, tmp_path):
+    """Train the config that the wheel contains, with validation, then upscale an image with the result."""
+    (tmp_path / "watched").mkdir()
+    for name, size in (("photo.png", (20, 12)), ("watched/a.png", (80, 64))):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / name)
+    watched = ("--validation.path", "watched", "--validation.every", "4")
+    printed = run(tmp_path, program, "train", "--config", "debug", "--out", "run", *watched)
+    assert printed.count(" images/s, ends ") == 8
+    found = events(tmp_path / "run" / "tensorboard")
+    assert list(found["pix/l2"]) == [1, 2, 3, 4]
+    assert list(found["sem/csd"]) == list(found["sem/perceptual"]) == [5, 6, 7, 8]
+    assert list(found["time/images_per_second"]) == list(range(1, 9))
+    for name in ("validation", *(f"validation/{metric}" for metric in ("l2", "psnr", "ssim", "perceptual"))):
+        assert list(found[name]) == [0, 4, 8], name
+
+    trained = ("--model", "run/model", "--adapters", "run/adapters.safetensors", "--scales", "1,0.5")
+    run(tmp_path, program, "infer", "-i", "photo.png", *trained, "--min-size", "32", "--compile-cache", "off")
+    with Image.open(tmp_path / "out" / "photo.png") as result:
+        assert result.size == (80, 48)

@@ -1,5 +1,7 @@
-"""`infer.py` run in subprocesses with a tiny random model."""
+"""`infer.py` with a tiny random model, in this process: another one spends seconds on imports."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -16,22 +18,32 @@ from pisa_jax.sd import random_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    random_model.write_random_model(folder)
+    random_model.write_random_model(folder, "nano")
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def in_this_process(command):
+    """Run infer.py as `subprocess.run` does."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            code = infer_program.main(command)
+        except SystemExit as stopped:
+            code = stopped.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), error.getvalue())
+
+
+def in_its_own_process(command):
+    return subprocess.run([sys.executable, ROOT / "infer.py", *command], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
-def infer(model, cache):
-    def run(*arguments, code=0, given=("--model", "--adapters")):
-        command = [sys.executable, ROOT / "infer.py", *arguments, "--min-size", "32", "--compile-cache", cache]
+def infer(model):
+    def run(*arguments, code=0, given=("--model", "--adapters"), cache="off", start=in_this_process):
+        command = [*arguments, "--min-size", "32", "--compile-cache", cache]
         for name, value in (("--model", model), ("--adapters", model / "adapters.safetensors")):
             command += [name, value] if name in given else []
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        done = start([str(part) for part in command])
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -103,10 +115,10 @@ def test_flags_of_the_original_program_and_skip_existing(infer, tmp_path):
     assert written.stat().st_mtime_ns == before
 
 
-def test_results_are_deterministic_and_use_the_compilation_cache(infer, cache, tmp_path):
-    source = save(tmp_path / "a.png")
+def test_results_are_deterministic_and_use_the_compilation_cache(infer, tmp_path):
+    source, cache = save(tmp_path / "a.png"), tmp_path / "cache"
     for name in ("one", "two"):
-        infer("-i", source, "-o", tmp_path / name, "--scales", "0.8,0.3")
+        infer("-i", source, "-o", tmp_path / name, "--scales", "0.8,0.3", cache=cache, start=in_its_own_process)
     assert (tmp_path / "one" / "a.png").read_bytes() == (tmp_path / "two" / "a.png").read_bytes()
     assert any(cache.iterdir())
     infer("-i", source, "-o", tmp_path / "seed", "--scales", "0.8,0.3", "--seed", 1)

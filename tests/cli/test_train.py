@@ -1,15 +1,11 @@
-"""The command train: the shipped configs, wrong input, and a run whose result `infer.py` accepts."""
+"""The command train: the shipped configs and wrong input; tests/test_wheel.py runs it."""
 
 import dataclasses
-import os
 import runpy
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from event_files import events
-from PIL import Image
 
 from pisa_jax.cli import train
 from pisa_jax.config import UNET_TARGETS, AdapterSpec, Config, Stage
@@ -91,33 +87,3 @@ def test_wrong_input_is_reported(tmp_path, monkeypatch, capsys, line, code, mess
     captured = capsys.readouterr()
     assert found == code
     assert message in captured.err + captured.out
-
-
-def test_the_debug_run_and_its_result(tmp_path):
-    """Train with validation, then upscale an image with the result, as in the README."""
-    out, photo, printed = tmp_path / "run", tmp_path / "photo.png", ""
-    (tmp_path / "watched").mkdir()
-    for path, size in ((photo, (20, 12)), (tmp_path / "watched" / "a.png", (80, 64))):
-        Image.linear_gradient("L").resize(size).convert("RGB").save(path)
-    watched = ["--validation.path", tmp_path / "watched", "--validation.every", 4]
-    trained = ["--model", out / "model", "--adapters", out / "adapters.safetensors"]
-    options = ["--min-size", "32", "--suffix", "_4x", "--scales", "1,0.5", "--compile-cache", "off"]
-    for command in (
-        ["train.py", "configs/debug.py", "--out", out, *watched],
-        ["infer.py", "-i", photo, "-o", tmp_path, *trained, *options],
-    ):
-        line = [sys.executable, *map(str, command)]
-        done = subprocess.run(line, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        printed += done.stdout
-    assert printed.count(" images/s, ends ") == 8
-    with Image.open(next(tmp_path.glob("photo*_4x.png"))) as result:
-        assert result.size == (80, 48)
-
-    found = events(out / "tensorboard")
-    assert list(found["pix/l2"]) == [1, 2, 3, 4]
-    assert list(found["sem/csd"]) == list(found["sem/perceptual"]) == [5, 6, 7, 8]
-    assert list(found["time/images_per_second"]) == list(range(1, 9))
-    for name in ("validation", *(f"validation/{figure}" for figure in ("l2", "psnr", "ssim", "perceptual"))):
-        assert list(found[name]) == [0, 4, 8], name

@@ -222,9 +222,9 @@ one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in 
 # An image in tiles, of the VAE and of the UNet, and a batch without.
 for batch in ([(20, 17, 0)], [(8, 8, 1), (8, 8, 2)]):
     sources = [from_array(random_image(*size)) for size in batch]
-    for a, b in zip(*(u.upscale(sources, 4, [(0.7, 0.4)])[0] for u in (one, two))):
+    for a, b in zip(*(u.open_all(sources, 4, None, adjustable=True).render_all(0.7, 0.4) for u in (one, two))):
         np.testing.assert_allclose(a.rgb, b.rgb, rtol=0, atol=1e-5)
-print("equal on", two.mesh.size)
+print("equal on", two.pipeline.mesh.size)
 """
 
 
