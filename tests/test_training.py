@@ -285,10 +285,10 @@ def started_together(out, *more, fault=()):
 
 
 def test_two_processes_agree_to_rounding_and_one_device_can_resume(whole, tmp_path):
-    """Two processes train the pixel stage, are killed, and the semantic stage is trained here."""
-    with started_together(tmp_path / "run", fault=("killed", training.ADAPTERS_FILE)) as processes:
+    """Two processes are killed while the last checkpoint of the pixel stage is written; this process continues."""
+    with started_together(tmp_path / "run", fault=("killed", "2")) as processes:
         ended(processes[0], -signal.SIGKILL)
-    assert {1} <= complete(tmp_path / "run") <= {1, 2}
+    assert complete(tmp_path / "run") == {1}
     close_to(training.train(config(tmp_path / "run"), resume=True), whole)
 
 
