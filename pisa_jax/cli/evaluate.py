@@ -148,7 +148,7 @@ def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     if args.lq:
         settings["scale"] = args.scale
     if args.model:
-        from pisa_jax.inference import default_dtype
+        from pisa_jax.runtime.distributed import default_dtype
 
         settings |= {key: getattr(args, key) for key in ("model", "adapters", "scales", "seed")}
         settings["dtype"] = args.dtype or default_dtype()
