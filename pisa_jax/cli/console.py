@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Any
 
 
 def show_any_name() -> None:
@@ -14,21 +14,29 @@ def show_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str, stream: TextIO | None) -> None:
-    """Print a line beside a progress bar; lines to a stream that is closed, or that nobody reads, are dropped."""
+def say(text: str, stream: Any) -> None:
+    """Print a line beside a progress bar; a stream that is missing, closed, or read by nobody is ignored."""
     from tqdm import tqdm
 
+    if stream is None:  # a program without a terminal
+        return
     try:
         tqdm.write(text, file=stream)
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except ValueError:  # a closed stream
         return
     except OSError:
         _discard(stream)
 
 
-def _discard(stream: TextIO | None) -> None:
+def progress_bar(total: int) -> Any:
+    """Make a bar that counts images on a terminal, and that is not shown elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", disable=True if sys.stderr is None else None)
+
+
+def _discard(stream: Any) -> None:
     """Connect a broken stream to the null device: Python would fail again when it flushes the stream at the exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, scales, seed, upscale_factor
-from pisa_jax.cli.console import say, show_any_name
+from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.cli.output_files import check_output_file
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
@@ -219,8 +219,6 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
 
 def upscale_with_progress(plan: "Plan", upscaler: "Upscaler", json_file: Path | None) -> int:
     """Upscale files with a progress bar, write the reports to `json_file`, print a summary, return the exit code."""
-    from tqdm import tqdm
-
     from pisa_jax.cli.infer_files import count_outcomes, upscale_files
 
     reports, start, interrupted = [], time.perf_counter(), False
@@ -231,7 +229,7 @@ def upscale_with_progress(plan: "Plan", upscaler: "Upscaler", json_file: Path | 
             say(f"{report.input}: {text}", sys.stderr)
         bar.update()
 
-    with tqdm(total=len(plan.files), unit="image", disable=None) as bar:
+    with progress_bar(len(plan.files)) as bar:
         try:
             upscale_files(plan, upscaler, on_report)
         except KeyboardInterrupt:
