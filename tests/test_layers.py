@@ -16,7 +16,7 @@ ROOMS = {
     "imaging": "arrays color contact_sheet encode icc image_files matlab_resize ranges | image_data | "
     "decode image_writing network_input | image_reading | any_image",
     "losses": "",
-    "tiling": "memory vae_tiles windows",
+    "tiling": "host_memory vae_tiles windows | memory",
     "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
     "model": "",
     "data": "blur_kernels sources | degradation tfds loader",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, scales, seed, upscale_factor
 from pisa_jax.cli.console import progress_bar, say, show_any_name
-from pisa_jax.cli.output_files import check_output_file
+from pisa_jax.cli.output_files import check_output_files
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         inputs = list_inputs(args.input)
         if args.json:
-            check_output_file("--json", args.json, inputs)
+            check_output_files({"--json": args.json}, inputs)
         plan = make_plan(inputs, upscale_options(args), args.json)
         upscaler = load_upscaler(args)
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from pisa_jax.cli.infer_names import number_text
 from pisa_jax.cli.infer_plan import Plan, PlannedFile, UpscaleOptions, result_suffix
 from pisa_jax.config import Scales
 from pisa_jax.imaging.contact_sheet import contact_sheet
@@ -15,7 +14,7 @@ from pisa_jax.imaging.image_data import ImageData, to_pil
 from pisa_jax.imaging.image_reading import from_pil, read_image
 from pisa_jax.imaging.image_writing import output_suffix, write_image
 from pisa_jax.inference import Upscaler
-from pisa_jax.runtime.messages import error_text
+from pisa_jax.runtime.messages import error_text, number_text
 from pisa_jax.tiling.memory import is_out_of_memory
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from pisa_jax.config import Scales
 from pisa_jax.imaging.image_files import list_images
 from pisa_jax.runtime.file_identity import file_id
+from pisa_jax.runtime.messages import number_text
 
 
 def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
@@ -19,11 +20,6 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
         for file in [path / name for name in list_images(path)] if path.is_dir() else [path]:
             found.setdefault((file_id(file) or file, file.name), file)
     return list(found.values())
-
-
-def number_text(value: float) -> str:
-    """Format a scale with all its digits, so that different scales have different names: "1", "0.5", "0.12345678"."""
-    return repr(float(value)).removesuffix(".0")
 
 
 def scale_marks(pairs: Sequence[Scales]) -> list[str]:

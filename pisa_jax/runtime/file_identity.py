@@ -21,6 +21,17 @@ def file_id(path: str | os.PathLike) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return True if `path` is the existing folder `folder` or lies in it, by whatever name and mount.
+
+    Raises:
+        OSError: nothing can be written to `folder`.
+    """
+    real = Path(os.path.realpath(path))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as mark:
+        return any((parent / Path(mark.name).name).exists() for parent in (real, *real.parents))
+
+
 class NameProbe:
     """Finds names that are one name, and paths that are one folder; `probe_names` makes it for a folder.
 
