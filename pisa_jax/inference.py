@@ -21,7 +21,7 @@ from pisa_jax.imaging.arrays import stack_images
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.imaging.image_data import ImageData
 from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
-from pisa_jax.model import BaseModel, LoadedModel
+from pisa_jax.model import BaseModel, LoadedModel, Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
 from pisa_jax.runtime.trees import suggest
@@ -67,14 +67,6 @@ class Weights(NamedTuple):
     sem: AdapterTree
     vae: Any
     prompt: Float[jax.Array, "1 n d"]
-
-
-class Predictions(NamedTuple):
-    """Results of encoder and UNet for a batch of images; every pair of scales then costs one decode."""
-
-    latents: Float[Any, "b y x c"]
-    eps_pix: Float[Any, "b y x c"]
-    eps_full: Float[Any, "b y x c"]
 
 
 def encode(base: BaseModel, weights: Weights, batch: Any, noise: Any) -> jax.Array:

@@ -67,6 +67,14 @@ class LoadedModel(NamedTuple):
     count_tokens: Callable[[str], int] = lambda prompt: 0
 
 
+class Predictions(NamedTuple):
+    """Results of encoder and UNet for a batch of images; every pair of scales then costs one decode."""
+
+    latents: Float[Any, "b y x c"]
+    eps_pix: Float[Any, "b y x c"]
+    eps_full: Float[Any, "b y x c"]
+
+
 def predict(
     base: BaseModel,
     unet: Params,

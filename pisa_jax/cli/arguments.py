@@ -63,6 +63,15 @@ def name_part(text: str) -> str:
     return text
 
 
+def prompt(text: str) -> str:
+    """Return the text of a prompt unless it is not Unicode, as where a shell passes bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    return text
+
+
 def megapixels(text: str) -> float:
     """Parse a finite number greater than 0."""
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, scales, seed, upscale_factor
+from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, prompt, scales, seed, upscale_factor
 from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.cli.output_files import check_output_files
 
@@ -83,7 +83,7 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
     add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="type of the VAE (default float32)")
     add("--seed", type=seed, metavar="N",
         help="sample the latent with this seed (default: use its mean, which is deterministic)")  # fmt: skip
-    add("--prompt", default="", help="text for the UNet (default empty, as in training)")
+    add("--prompt", type=prompt, default="", help="text for the UNet (default empty, as in training)")
     add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
         help="images of equal size per call of the model (default 1)")  # fmt: skip
     add("--max-megapixels", type=megapixels, metavar="N",

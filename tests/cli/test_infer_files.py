@@ -325,6 +325,7 @@ def test_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, argum
         (["--scales", "1e39"], "'1e39' is not PIX,SEM"),
         (["--scales", "1,1,0.2"], "'1,1,0.2' is not PIX,SEM"),
         (["--suffix", "a/b"], "'a/b' is not part of a file name"),
+        (["--prompt", "a \udcff"], "'a \\udcff' is not valid UTF-8"),
         (["--max-megapixels", "0"], "'0' is not a number greater than 0"),
     ],
 )
