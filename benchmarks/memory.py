@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pisa_jax import Upscaler
-from pisa_jax.inference import Predictions, Weights
+from pisa_jax.inference import Weights
+from pisa_jax.model import Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone, random_model, vae_tiling

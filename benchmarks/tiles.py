@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pisa_jax import Upscaler
-from pisa_jax.inference import Predictions
+from pisa_jax.model import Predictions
 
 
 def read(path: Path, side: int) -> np.ndarray:

@@ -4,9 +4,15 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
 
 # (pix, sem): the two scales of the method (PiSA-SR, eq. 8).
 Scales = tuple[float, float]
+# The largest float32 number: the scales are float32 in the model.
+LARGEST_SCALE = 3.4028234663852886e38
+# Seeds of the latents have 64 bits.
+LARGEST_SEED = 2**64 - 1
 
 # The UNet layers that the published adapters change: names with one of these parts and without "norm" (PiSA-SR,
 # sec. 4.1, and the module lists of its checkpoint). time_embedding and time_emb_proj do not match.
@@ -39,6 +45,23 @@ def _expand_paths(config: object, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if value is not None:
             object.__setattr__(config, name, os.path.expanduser(os.fspath(value)))
+
+
+def check_scales(scales: Any) -> Scales:
+    """Return a pair (pix, sem) as floats; raises ValueError for anything else, and for NaN and infinite scales."""
+    try:
+        pix, sem = map(float, scales)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"scales is {scales!r}; expected two numbers (pix, sem), such as (1.0, 0.7)") from None
+    if not (abs(pix) <= LARGEST_SCALE and abs(sem) <= LARGEST_SCALE):
+        raise ValueError(f"scales is {scales!r}; both must be finite")
+    return pix, sem
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ValueError unless `seed` is None or an integer of 64 bits."""
+    if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= LARGEST_SEED):
+        raise ValueError(f"seed is {seed!r}; allowed are None and integers of 0 to {LARGEST_SEED} (2^64 - 1)")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from pisa_jax import model
 from pisa_jax.adapters import checks, files, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
-from pisa_jax.config import AdapterSpec, Scales
+from pisa_jax.config import AdapterSpec, Scales, check_scales, check_seed
 from pisa_jax.imaging import network_input
+from pisa_jax.imaging.any_image import to_image_data
+from pisa_jax.imaging.arrays import stack_images
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
-from pisa_jax.imaging.image_data import ImageData, from_array, to_array, to_pil
-from pisa_jax.imaging.image_reading import from_pil
+from pisa_jax.imaging.image_data import ImageData
 from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
-from pisa_jax.model import BaseModel, LoadedModel
+from pisa_jax.model import BaseModel, LoadedModel, Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
 from pisa_jax.runtime.trees import suggest
@@ -68,14 +69,6 @@ class Weights(NamedTuple):
     prompt: Float[jax.Array, "1 n d"]
 
 
-class Predictions(NamedTuple):
-    """Results of encoder and UNet for a batch of images; every pair of scales then costs one decode."""
-
-    latents: Float[Any, "b y x c"]
-    eps_pix: Float[Any, "b y x c"]
-    eps_full: Float[Any, "b y x c"]
-
-
 def encode(base: BaseModel, weights: Weights, batch: Any, noise: Any) -> jax.Array:
     """Stage 1: encode network inputs in [-1, 1] to scaled latents."""
     return base.encode(weights.vae, batch, noise)
@@ -104,13 +97,12 @@ def recolor(color_fix: str, weights: Weights, decoded: Any, style: Any) -> jax.A
     return unit_to_signed(jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1))
 
 
-def default_dtype() -> str:
-    """Return the default dtype of the UNet: float32 on CPUs, where bfloat16 is slower; bfloat16 on GPUs and TPUs."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def make_weights(loaded: LoadedModel, adapters: Adapters, prompt: str = "") -> Weights:
+def make_weights(
+    loaded: LoadedModel, adapters: Adapters, prompt: str = "", notice: Callable[[str], None] = lambda line: None
+) -> Weights:
     """Place the weights of a model and of its adapters `pix` and `sem` on the default device, `pix` merged.
+
+    `notice` is called with a line if the prompt is too long for the text encoder.
 
     Raises:
         ValueError: the adapters do not fit the model, or `pix` is missing.
@@ -121,7 +113,10 @@ def make_weights(loaded: LoadedModel, adapters: Adapters, prompt: str = "") -> W
         raise ValueError(f"no adapter 'pix'; the adapters are {', '.join(adapters.trees)}")
     # The text encoder is placed first because it is dropped again; then one weight after the other.
     text = distributed.on_device(loaded.params["text"], jnp.float32)
-    embedding = base.encode_text(text, jnp.asarray(loaded.tokenize([prompt])))
+    tokens = loaded.tokenize([prompt])
+    if (count := loaded.count_tokens(prompt)) > tokens.shape[1]:
+        notice(f"the prompt has {count} tokens and is cut: the text encoder takes {tokens.shape[1]}")
+    embedding = base.encode_text(text, jnp.asarray(tokens))
     del text
     return Weights(
         injection.merge(
@@ -164,7 +159,7 @@ class Pipeline:
             return jax.block_until_ready(self.runner.run(encode, (self.base,), self._spread(batch), noise))
 
         def tiled(tile):
-            moments = _stacked([self._tiled_vae("encoder", image, tile) for image in batch])
+            moments = stack_images([self._tiled_vae("encoder", image, tile) for image in batch])
             mean, std = np.split(moments, 2, axis=-1)
             latents = mean if noise is None else mean + std * np.asarray(noise)
             return jnp.asarray(latents * self.base.tiled_vae.latent_scale)
@@ -206,7 +201,7 @@ class Pipeline:
             for latents, source in zip(combined, style, strict=True):
                 decoded = self._tiled_vae("decoder", latents, tile)[:height, :width]
                 results.append(self._recolored(decoded, source[:height, :width], tile))
-            return _stacked(results)
+            return stack_images(results)
 
         return self._within_memory(style, untiled, tiled)
 
@@ -259,13 +254,14 @@ class Session:
         convert: Callable[[ImageData], Any] = lambda image: image,
     ):
         base, settings = pipeline.base, pipeline.settings
+        check_seed(seed)
         prepared = [
             network_input.prepare_input(image, scale, settings.min_size, base.vae_scale_factor) for image in images
         ]
         self._pipeline, self._images, self._adjustable, self._convert = pipeline, images, adjustable, convert
         self._inputs = np.stack([array for array, _ in prepared])
         self._plans = [plan for _, plan in prepared]
-        noise = None if seed is None else _posterior_noise(base, self._inputs.shape, seed)
+        noise = None if seed is None else model.posterior_noise(base, self._inputs.shape, seed)
         self._predictions = pipeline.predict(pipeline.encode(self._inputs, noise), adjustable)
 
     @property
@@ -287,15 +283,16 @@ class Session:
         """Return the (first) image at one pair of scales, in the type of the image that was opened.
 
         Raises:
-            ValueError: other scales than 1, 1 in a session opened with adjustable=False.
+            ValueError: a scale that is not finite; other scales than 1, 1 in a session opened with adjustable=False.
         """
         return self._convert(self.render_all(pix, sem)[0])
 
     def render_all(self, pix: float | int = 1.0, sem: float | int = 1.0) -> list[ImageData]:
         """Return all images of the session at one pair of scales; raises as `render` does."""
+        pix, sem = check_scales((pix, sem))
         if not self._adjustable and (pix, sem) != (1, 1):
             raise ValueError(
-                f"scales {pix:g}, {sem:g} need both predictions, and this session holds eps_full alone; open it with "
+                f"scales {pix}, {sem} need both predictions, and this session holds eps_full alone; open it with "
                 "adjustable=True"
             )
         scales = (float(pix), float(sem))
@@ -358,44 +355,42 @@ class Upscaler:
         if adapters is None:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
         checked, trained = Settings(**settings), files.load_adapters(adapters)
-        loaded = pretrained.load_pretrained(model, jnp.dtype(dtype or default_dtype()), jnp.dtype(vae_dtype))
+        loaded = pretrained.load_pretrained(
+            model, jnp.dtype(dtype or distributed.default_dtype()), jnp.dtype(vae_dtype)
+        )
         try:
-            weights = make_weights(loaded, trained, prompt)
+            weights = make_weights(loaded, trained, prompt, notice)
         except ValueError as error:
             raise ValueError(f"{adapters}: {error}") from error
         sem_spec = trained.specs.get("sem", AdapterSpec())
         return cls(loaded.base, weights, sem_spec, checked, on_compile, notice)
 
-    def __call__(self, image: Any, scale: float | int = 4, scales: Scales = (1.0, 1.0), seed: int | None = None) -> Any:
-        """Upscale `image` at one pair of scales (pix, sem): one `open` and one `render`."""
-        pix, sem = scales
-        return self.open(image, scale, seed, adjustable=(pix, sem) != (1, 1)).render(pix, sem)
+    def __call__(
+        self, image: Any, scale: float | int = 4, scales: Sequence[float | int] = (1.0, 1.0), seed: int | None = None
+    ) -> Any:
+        """Upscale `image` at one pair of scales (pix, sem): one `open` and one `render`.
+
+        A list of images gives the list of their results; all images are converted before the first is upscaled.
+        """
+        pix, sem = check_scales(scales)
+        several = isinstance(image, list | tuple)
+        sources = [to_image_data(each) for each in (image if several else [image])]
+        sessions = (Session(self.pipeline, [data], scale, seed, (pix, sem) != (1, 1), like) for data, like in sources)
+        results = [session.render(pix, sem) for session in sessions]
+        return results if several else results[0]
 
     def open(self, image: Any, scale: float | int = 4, seed: int | None = None, *, adjustable: bool = True) -> Session:
         """Run the encoder and the UNet on an image: the session then renders it at any pair of scales.
 
         Args:
-            image: a PIL image, or an (h, w[, 1|3|4]) array: uint8, uint16, or float in [0, 1].
+            image: a path, a PIL image, or a NumPy or JAX array (h, w[, 1|3|4]): uint8, uint16, or float in [0, 1].
             scale: upscale factor, at least 1.
-            seed: samples the latent; without it the latent is the posterior mean.
+            seed: samples the latent, 0 to 2^64 - 1; without it the latent is the posterior mean.
             adjustable: predict with `pix` alone, too; without it only the scales 1, 1 can be rendered.
         """
-        if isinstance(image, np.ndarray):
-            like_image = functools.partial(to_array, dtype=image.dtype.type)
-            return Session(self.pipeline, [from_array(image)], scale, seed, adjustable, like_image)
-        return Session(self.pipeline, [from_pil(image)], scale, seed, adjustable, to_pil)
+        data, like = to_image_data(image)
+        return Session(self.pipeline, [data], scale, seed, adjustable, like)
 
     def open_all(self, images: Sequence[ImageData], scale: float | int, seed: int | None, adjustable: bool) -> Session:
         """Open decoded images of equal size as one batch, for `Session.render_all`."""
         return Session(self.pipeline, images, scale, seed, adjustable)
-
-
-def _posterior_noise(base: BaseModel, shape: tuple[int, ...], seed: int) -> jax.Array:
-    # The same for every image of a size: results do not depend on which files share a batch.
-    spatial = (side // base.vae_scale_factor for side in shape[1:3])
-    return jax.random.normal(jax.random.key(seed), (1, *spatial, base.latent_channels))
-
-
-def _stacked(images: list[np.ndarray]) -> np.ndarray:
-    """Stack images into a batch; a single image, which may be large, is not copied."""
-    return np.stack(images) if len(images) > 1 else images[0][None]

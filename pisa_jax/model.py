@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -62,6 +63,16 @@ class LoadedModel(NamedTuple):
     tokenize: Callable[[list[str]], np.ndarray]
     # scheduler_config.json.
     schedule: dict[str, Any]
+    # Prompt -> number of its tokens, with those at its ends; more than `tokenize` returns are cut.
+    count_tokens: Callable[[str], int] = lambda prompt: 0
+
+
+class Predictions(NamedTuple):
+    """Results of encoder and UNet for a batch of images; every pair of scales then costs one decode."""
+
+    latents: Float[Any, "b y x c"]
+    eps_pix: Float[Any, "b y x c"]
+    eps_full: Float[Any, "b y x c"]
 
 
 def predict(
@@ -94,3 +105,14 @@ def combine(
 ) -> Float[Array, "b h w c"]:
     """Compute z_H = z_L - [l_pix eps_pix + l_sem (eps_full - eps_pix)] for scales (l_pix, l_sem) (PiSA-SR, eq. 8)."""
     return latents - (scales[0] * eps_pix + scales[1] * (eps_full - eps_pix))
+
+
+def posterior_noise(base: BaseModel, shape: tuple[int, ...], seed: int) -> Float[Array, "1 y x c"]:
+    """Draw the noise that samples the latents of images of `shape` (b, h, w, 3); `seed` has up to 64 bits.
+
+    It is the same for every image of a size: results do not depend on which files share a batch.
+    """
+    spatial = (side // base.vae_scale_factor for side in shape[1:3])
+    high, low = divmod(int(seed), 2**32)
+    key = jax.random.key(low)  # without 64-bit types, jax ignores the other bits of a seed
+    return jax.random.normal(jax.random.fold_in(key, high) if high else key, (1, *spatial, base.latent_channels))

@@ -10,7 +10,7 @@ from conftest import DATA, SHARED, golden
 from PIL import Image
 from tiny import close, nhwc, random_base, read_json, recorded_adapters, recorded_model, relative
 
-from pisa_jax import Settings, Upscaler, model
+from pisa_jax import Settings, Upscaler, inference, model
 from pisa_jax.adapters import injection
 from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import network_input
@@ -226,6 +226,68 @@ def test_exact_output_size_and_kind(scale):
     assert (out.shape, out.dtype) == (expected, np.uint8)
     as_image = upscaler(Image.fromarray(source), scale)
     assert np.array_equal(np.asarray(as_image), out)
+
+
+def test_images_are_paths_and_jax_arrays_and_lists_too(tmp_path):
+    upscaler, source = random_upscaler(), random_image(8, 9)
+    Image.fromarray(source).save(tmp_path / "a.png")
+    expected = upscaler(source)
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(np.asarray(upscaler(path)), expected)
+    on_device = upscaler(jnp.asarray(source))
+    assert isinstance(on_device, jax.Array)
+    assert on_device.dtype == jnp.uint8
+    assert np.array_equal(on_device, expected)
+    several = upscaler([source, Image.fromarray(source)])
+    assert isinstance(several[1], Image.Image)
+    assert all(np.array_equal(np.asarray(result), expected) for result in several)
+    assert upscaler(jnp.asarray(source, jnp.bfloat16) / 255).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scales": (float("nan"), 1.0)}, ValueError, "scales is .nan, 1.0.; both must be finite"),
+        ({"scales": (1.0, 1e39)}, ValueError, "scales is .*; both must be finite"),
+        ({"scales": (1.0, 1.0, 0.2)}, ValueError, "scales is .*; expected two numbers .pix, sem."),
+        ({"seed": 2**64}, ValueError, "seed is 18446744073709551616; allowed are None and integers of 0 to"),
+        ({"seed": -1}, ValueError, "seed is -1"),
+        ({"image": [random_image(8, 8), 7]}, TypeError, "cannot upscale an object of type int; give a path"),
+        ({"image": "missing.png"}, FileNotFoundError, "missing.png"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_the_work(options, error, message):
+    upscaler = random_upscaler()
+    with pytest.raises(error, match=message):
+        upscaler(**({"image": random_image(8, 8)} | options))
+    assert not upscaler.pipeline.runner.compiled.entries
+
+
+def test_scales_of_a_session_are_finite():
+    upscaler = random_upscaler()
+    session = upscaler.open(random_image(8, 8))
+    with pytest.raises(ValueError, match="both must be finite"):
+        session.render(1.0, float("inf"))
+
+
+def test_all_bits_of_a_seed_count():
+    base = random_upscaler().pipeline.base
+    low, high, key = (model.posterior_noise(base, (1, 32, 32, 3), seed) for seed in (5, 2**32 + 5, 2**64 - 1))
+    spatial = 32 // base.vae_scale_factor
+    assert np.array_equal(low, jax.random.normal(jax.random.key(5), (1, spatial, spatial, base.latent_channels)))
+    assert not np.array_equal(low, high)
+    assert np.isfinite(key).all()
+
+
+def test_a_prompt_that_is_cut_is_reported():
+    loaded = recorded_model()
+    loaded, adapters = loaded._replace(params=jax.device_get(loaded.params)), recorded_adapters()
+    notices: list[str] = []
+    inference.make_weights(loaded, adapters, "a photo", notices.append)
+    assert notices == []
+    inference.make_weights(loaded, adapters, "word " * 100, notices.append)
+    [notice] = notices
+    assert "tokens and is cut: the text encoder takes 77" in notice
 
 
 def test_wrong_settings_are_refused():

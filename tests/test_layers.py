@@ -11,12 +11,12 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation messages run_log torch_layout torch_pickle trees | tensor_files checkpoint | "
-    "distributed",
+    "runtime": "atomic_write compilation file_identity messages run_log torch_layout torch_pickle trees | "
+    "tensor_files checkpoint | distributed",
     "imaging": "arrays color contact_sheet encode icc image_files matlab_resize ranges | image_data | "
-    "decode image_writing network_input | image_reading",
+    "decode image_writing network_input | image_reading | any_image",
     "losses": "",
-    "tiling": "memory vae_tiles windows",
+    "tiling": "host_memory vae_tiles windows | memory",
     "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
     "model": "",
     "data": "blur_kernels sources | degradation tfds loader",
@@ -25,7 +25,8 @@ ROOMS = {
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",
     "inference": "",
     "training": "",
-    "cli": "arguments infer_names | convert degrade evaluate infer_files prepare train | infer",
+    "cli": "arguments console infer_names output_files | infer_plan | "
+    "convert degrade evaluate infer_files prepare train | infer",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}

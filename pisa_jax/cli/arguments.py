@@ -2,9 +2,10 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
-from pisa_jax.config import Scales
+from pisa_jax.config import Scales, check_scales, check_seed
 
 
 def scales(text: str) -> Scales:
@@ -13,11 +14,14 @@ def scales(text: str) -> Scales:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or not all(map(math.isfinite, values)):
+    if len(values) == 1:
+        values *= 2
+    try:
+        return check_scales(values)
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not PIX,SEM (two numbers) or one number for both, such as 1.0,0.7"
-        )
-    return values[0], values[-1]
+        ) from None
 
 
 def upscale_factor(text: str) -> float:
@@ -40,3 +44,40 @@ def integer_at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def seed(text: str) -> int:
+    """Parse an integer of 0 to 2^64 - 1."""
+    value = integer_at_least(0)(text)
+    try:
+        check_seed(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def name_part(text: str) -> str:
+    """Parse text that can be a part of a file name."""
+    if any(character in text for character in ("/", os.sep, "\0")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not part of a file name: it contains a folder separator")
+    return text
+
+
+def prompt(text: str) -> str:
+    """Return the text of a prompt unless it is not Unicode, as where a shell passes bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    return text
+
+
+def megapixels(text: str) -> float:
+    """Parse a finite number greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
+    return value

@@ -12,15 +12,14 @@ import hashlib
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_data import from_array
@@ -28,6 +27,7 @@ from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_reading import read_rgb8
 from pisa_jax.imaging.image_writing import write_image
 from pisa_jax.imaging.ranges import uint8_to_unit
+from pisa_jax.runtime.file_identity import file_id, is_inside, probe_names
 from pisa_jax.runtime.messages import error_text
 
 SIDES = ("lq", "gt")
@@ -57,7 +57,7 @@ def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str
     def write_pair(file: Path) -> str | None:
         try:
             pair = degraded_pair(read_rgb8(file), seed, file.stem)
-        except (OSError, ValueError, MemoryError) as error:
+        except Exception as error:  # whatever one image raises, the others are degraded
             return f"{file}: {error_text(error)}"
         for side, image in zip(SIDES, pair, strict=True):
             write_image(unfinished / side / f"{file.stem}.png", from_array(image))
@@ -66,9 +66,11 @@ def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str
     try:
         for side in SIDES:
             (unfinished / side).mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            results = tqdm(threads.map(write_pair, files), total=len(files), unit="image", disable=None)
-            problems = [problem for problem in results if problem]
+        problems = []
+        with ThreadPoolExecutor(os.cpu_count()) as threads, progress_bar(len(files)) as bar:
+            for problem in threads.map(write_pair, files):
+                problems += [problem] if problem else []
+                bar.update()
         for problem in problems:
             warn(problem)
         if len(problems) == len(files):
@@ -79,6 +81,19 @@ def write_pairs(files: Sequence[Path], out: Path, seed: int, warn: Callable[[str
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return len(files) - len(problems)
+
+
+def check_files(files: Sequence[Path], out: Path) -> None:
+    """Raise ValueError if results would have one name, or if a folder that is replaced holds one of the files."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    with probe_names(existing) as probe:
+        for file in files:
+            if other := probe.take(f"{file.stem}.png", file):
+                raise ValueError(f"the results of {other.name} and {file.name} would overwrite each other; rename one")
+    identities = {file_id(file): file for file in files}
+    for replaced in (path for side in SIDES for path in (out / side).rglob("*")):
+        if (identity := file_id(replaced)) and identity in identities:
+            raise ValueError(f"{identities[identity]} is also {replaced}, which would be replaced; give another --out")
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -93,7 +108,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if arguments.seed < 0:
         parser.error(f"--seed {arguments.seed}: give an integer of at least 0")
     for folder in (arguments.out / side for side in SIDES):
-        if arguments.gt.resolve().is_relative_to(folder.resolve()):
+        if folder.is_dir() and is_inside(arguments.gt, folder):
             parser.error(f"--gt {arguments.gt} is inside {folder}, which would be replaced; give another --out")
         if folder.exists() and not arguments.overwrite:
             parser.error(f"{folder} exists; add --overwrite to replace it, or give another --out")
@@ -102,18 +117,17 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr degrade") -> int:
     """Run the command; returns 0 if all images were degraded, else 1. Wrong usage exits with 2."""
+    show_any_name()
     arguments = _parse(argv, prog)
     # Images are degraded in parallel threads; OpenCV's own threads would compete with them.
     cv2.setNumThreads(1)
     try:
         files = find_images(arguments.gt)
-        shared = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
-        if shared:
-            raise ValueError(f"files that differ in the suffix only would overwrite each other: {', '.join(shared)}")
-        count = write_pairs(files, arguments.out, arguments.seed, lambda text: print(text, file=sys.stderr))
+        check_files(files, arguments.out)
+        count = write_pairs(files, arguments.out, arguments.seed, lambda text: say(text, sys.stderr))
     except (OSError, ValueError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 1
-    print(f"{arguments.out}: {count} pairs, {len(files) - count} skipped; seed {arguments.seed}")
-    print(f"use it with: pisa-sr evaluate --lq {arguments.out / 'lq'} --gt {arguments.out / 'gt'}")
+    say(f"{arguments.out}: {count} pairs, {len(files) - count} skipped; seed {arguments.seed}", sys.stdout)
+    say(f"use it with: pisa-sr evaluate --lq {arguments.out / 'lq'} --gt {arguments.out / 'gt'}", sys.stdout)
     return 0 if count == len(files) else 1

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from tqdm import tqdm
 
 from pisa_jax import __version__
-from pisa_jax.cli.arguments import integer_at_least, scales, upscale_factor
+from pisa_jax.cli.arguments import integer_at_least, scales, seed, upscale_factor
+from pisa_jax.cli.console import progress_bar, say, show_any_name
+from pisa_jax.cli.output_files import check_output_files
+from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_writing import WRITABLE
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
@@ -62,7 +64,7 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add("--scales", nargs="+", type=scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
-    add("--seed", type=integer_at_least(0), metavar="N",
+    add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
     add("--sheet", type=Path, metavar="FILE", help="write a contact sheet of one image by all methods")
@@ -104,8 +106,7 @@ def usage_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
 
 def _output_problem(args: argparse.Namespace, names: Sequence[str]) -> str | None:
     """The reason why an output file cannot be written, or None."""
-    outputs = [path for path in (args.json, args.csv, args.markdown, args.plot, args.sheet) if path]
-    missing = [path for path in outputs if not path.absolute().parent.is_dir()]
+    missing = [path for path in output_files(args).values() if not path.absolute().parent.is_dir()]
     if missing:
         return f"the folder of {missing[0]} does not exist"
     for name, suffixes in FIGURE_SUFFIXES.items():
@@ -119,12 +120,23 @@ def _output_problem(args: argparse.Namespace, names: Sequence[str]) -> str | Non
     return None
 
 
+def output_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The files to write: {flag: path}."""
+    paths = {f"--{name}": getattr(args, name) for name in ("json", "csv", "markdown", "plot", "sheet")}
+    return {flag: path for flag, path in paths.items() if path}
+
+
+def list_files(args: argparse.Namespace) -> list[Path]:
+    """The images of --sr, --gt and --lq."""
+    return [file for path in (args.sr, args.gt, args.lq) if path for file in find_images(path)]
+
+
 def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
     """Load the model of the command line; returns its upscale function."""
     from pisa_jax.inference import Upscaler
 
     def on_compile(what: str, seconds: float) -> None:
-        tqdm.write(f"compiled {what} in {seconds:.1f} s", file=sys.stderr)
+        say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
     upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile)
 
@@ -148,7 +160,7 @@ def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     if args.lq:
         settings["scale"] = args.scale
     if args.model:
-        from pisa_jax.inference import default_dtype
+        from pisa_jax.runtime.distributed import default_dtype
 
         settings |= {key: getattr(args, key) for key in ("model", "adapters", "scales", "seed")}
         settings["dtype"] = args.dtype or default_dtype()
@@ -161,7 +173,7 @@ def write_reports(args: argparse.Namespace, names: list[str], evaluation: Evalua
     means = report.method_means(scores, folder_scores)
     settings = settings_of(args, names)
     conditions = "; ".join(settings["metrics"].values()) + "."
-    print(report.mean_table(scores, means, names), conditions, sep="\n\n")
+    say(f"{report.mean_table(scores, means, names)}\n\n{conditions}", sys.stdout)
     as_json = json.dumps(report.as_json(scores, means, settings, problems), indent=1, allow_nan=False) + "\n"
     for path, text in (
         (args.json, as_json),
@@ -170,7 +182,7 @@ def write_reports(args: argparse.Namespace, names: list[str], evaluation: Evalua
     ):
         if path:
             with atomic_write(path) as file:
-                file.write_text(text, encoding="utf-8")
+                file.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are not UTF-8
     if args.plot:
         with atomic_write(args.plot) as file:
             report.plot(means, names, file)
@@ -188,7 +200,7 @@ def evaluate_items(
     # Items are evaluated in parallel threads; OpenCV's own threads would compete with them.
     cv2.setNumThreads(1)
     sheet_item = (args.sheet_of or (items[0].name if items else None)) if args.sheet else None
-    with tqdm(total=len(items), unit="image", disable=None) as bar:
+    with progress_bar(len(items)) as bar:
         evaluation = evaluate(
             items,
             functions,
@@ -215,6 +227,7 @@ def evaluate_folders(args: argparse.Namespace, problems: dict[str, str]) -> dict
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> int:
     """Run the command; returns 0 if everything was measured, else 1. Wrong usage exits with 2."""
+    show_any_name()
     p = parser(prog)
     args = p.parse_args(argv)
     names = choose_metrics(args)
@@ -226,25 +239,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> i
         p.error(problem)
     args.scales = list(dict.fromkeys(args.scales or [(1.0, 1.0)])) if args.model else []
     try:
+        check_output_files(output_files(args), list_files(args))
         weights = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex, "perceptual": args.perceptual}
         functions = registry.make_metrics(names, args.color, args.crop_border, weights)
         items, unmatched = pair_files(args.sr, args.gt, args.lq)
         upscale = load_upscale(args) if args.model and items else None
     except (OSError, ValueError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 1
     evaluation = evaluate_items(args, functions, items, upscale)
     evaluation.problems.update(unmatched)
     folder_scores = evaluate_folders(args, evaluation.problems) if "fid" in names else {}
     for name, text in evaluation.problems.items():
-        print(f"{name}: {text}", file=sys.stderr)
+        say(f"{name}: {text}", sys.stderr)
     written = True
     if evaluation.scores:
         try:
             write_reports(args, names, evaluation, folder_scores)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # matplotlib raises errors of any type
             written = False
-            print(f"{prog}: {error}", file=sys.stderr)
+            say(f"{prog}: {error_text(error)}", sys.stderr)
     summary = f"{len(evaluation.problems)} with problems" if evaluation.problems else "no problems"
-    print(f"{len(items)} images matched, {summary}", file=sys.stderr)
+    say(f"{len(items)} images matched, {summary}", sys.stderr)
     return 0 if evaluation.scores and written and not evaluation.problems else 1

@@ -2,8 +2,8 @@
 
 import argparse
 import dataclasses
-import functools
 import json
+import math
 import os
 import sys
 import time
@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pisa_jax.cli.arguments import integer_at_least, scales, upscale_factor
+from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, prompt, scales, seed, upscale_factor
+from pisa_jax.cli.console import progress_bar, say, show_any_name
+from pisa_jax.cli.output_files import check_output_files
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
 if TYPE_CHECKING:
-    from pisa_jax.cli.infer_files import FileReport, UpscaleOptions
+    from pisa_jax.cli.infer_files import FileReport
+    from pisa_jax.cli.infer_plan import Plan, UpscaleOptions
     from pisa_jax.inference import Upscaler
 
 # Sample images of the demo model, the default input.
@@ -78,11 +81,13 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
         help="shard tiles and images over N devices (default 1)")  # fmt: skip
     add("--dtype", choices=["bfloat16", "float32"], help="type of the UNet (default float32 on CPUs, else bfloat16)")
     add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="type of the VAE (default float32)")
-    add("--seed", type=integer_at_least(0), metavar="N",
+    add("--seed", type=seed, metavar="N",
         help="sample the latent with this seed (default: use its mean, which is deterministic)")  # fmt: skip
-    add("--prompt", default="", help="text for the UNet (default empty, as in training)")
+    add("--prompt", type=prompt, default="", help="text for the UNet (default empty, as in training)")
     add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
         help="images of equal size per call of the model (default 1)")  # fmt: skip
+    add("--max-megapixels", type=megapixels, metavar="N",
+        help="refuse larger input images before they are decoded (default 178.9)")  # fmt: skip
     add("--compile-cache", default=None, metavar="DIR|off",
         help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
 
@@ -90,7 +95,7 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
 def _add_output_arguments(add: Callable[..., Any]) -> None:
     add("--ext", default="auto", choices=["auto", "png", "jpg", "webp", "tiff"],
         help="output format (default auto: the format of the input)")  # fmt: skip
-    add("--suffix", default="", help="text appended to the stems of output files")
+    add("--suffix", type=name_part, default="", help="text appended to the stems of output files")
     add("--skip-existing", action="store_true", help="skip inputs whose output files exist")
     add("--json", type=Path, metavar="FILE", help="write a report of every input file")
 
@@ -122,22 +127,49 @@ def choose_vae_tile(args: argparse.Namespace) -> int | str:
 
 def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
     """Run the command. Exit code: 0 every file done, 1 a file failed, 2 wrong usage, 130 interrupted."""
+    show_any_name()
     args = parse_arguments(argv, prog)
+    if args.max_megapixels:
+        limit_megapixels(args.max_megapixels)
     enable_compilation_cache(args.compile_cache)
-    from pisa_jax.cli.infer_files import UpscaleOptions
-    from pisa_jax.cli.infer_names import find_inputs
-    from pisa_jax.imaging.image_files import IMAGE_SUFFIXES
+    from pisa_jax.cli.infer_plan import make_plan
 
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        inputs = list_inputs(args.input)
+        if args.json:
+            check_output_files({"--json": args.json}, inputs)
+        plan = make_plan(inputs, upscale_options(args), args.json)
         upscaler = load_upscaler(args)
-        inputs = find_inputs(args.input)
-        if not inputs:
-            raise ValueError(f"no images in {' '.join(args.input)}; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
     except (OSError, ValueError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 1
-    options = UpscaleOptions(
+    return upscale_with_progress(plan, upscaler, args.json)
+
+
+def limit_megapixels(limit: float) -> None:
+    """Let Pillow refuse images of more megapixels: small files can hold images that fill the memory."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = math.ceil(limit * 1e6 / 2)  # Pillow warns from here on, and refuses twice as many pixels
+
+
+def list_inputs(paths: Sequence[str]) -> list[Path]:
+    """List the input files; raises ValueError if there are none."""
+    from pisa_jax.cli.infer_names import find_inputs
+    from pisa_jax.imaging.image_files import IMAGE_SUFFIXES
+
+    inputs = find_inputs(paths)
+    if not inputs:
+        raise ValueError(f"no images in {' '.join(paths)}; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
+    return inputs
+
+
+def upscale_options(args: argparse.Namespace) -> "UpscaleOptions":
+    """Options of the run from the command line."""
+    from pisa_jax.cli.infer_plan import UpscaleOptions
+
+    return UpscaleOptions(
         output=args.output,
         scale=args.scale,
         scales=tuple(args.scales),
@@ -148,7 +180,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
         skip_existing=args.skip_existing,
         grid=args.grid,
     )
-    return upscale_with_progress(inputs, upscaler, options, args.json)
 
 
 def enable_compilation_cache(choice: str | None) -> None:
@@ -164,12 +195,10 @@ def enable_compilation_cache(choice: str | None) -> None:
 
 def load_upscaler(args: argparse.Namespace) -> "Upscaler":
     """Load the model and the adapters of the command line; raises as `Upscaler.load` does."""
-    from tqdm import tqdm
-
     from pisa_jax.inference import Upscaler
 
     def on_compile(stage: str, seconds: float) -> None:
-        tqdm.write(f"compiled {stage} in {seconds:.1f} s", file=sys.stderr)
+        say(f"compiled {stage} in {seconds:.1f} s", sys.stderr)
 
     return Upscaler.load(
         args.model,
@@ -178,7 +207,7 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
         vae_dtype=args.vae_dtype,
         prompt=args.prompt,
         on_compile=on_compile,
-        notice=functools.partial(tqdm.write, file=sys.stderr),
+        notice=lambda line: say(line, sys.stderr),
         color_fix=args.color_fix,
         min_size=args.min_size,
         tile=args.tile,
@@ -188,34 +217,41 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
     )
 
 
-def upscale_with_progress(
-    inputs: Sequence[Path], upscaler: "Upscaler", options: "UpscaleOptions", json_file: Path | None
-) -> int:
+def upscale_with_progress(plan: "Plan", upscaler: "Upscaler", json_file: Path | None) -> int:
     """Upscale files with a progress bar, write the reports to `json_file`, print a summary, return the exit code."""
-    from tqdm import tqdm
-
     from pisa_jax.cli.infer_files import count_outcomes, upscale_files
-    from pisa_jax.runtime.atomic_write import atomic_write
 
     reports, start, interrupted = [], time.perf_counter(), False
 
     def on_report(report: "FileReport") -> None:
         reports.append(report)
         for text in [*report.notes, *([f"FAILED: {report.error}"] if report.error else [])]:
-            tqdm.write(f"{report.input}: {text}", file=sys.stderr)
+            say(f"{report.input}: {text}", sys.stderr)
         bar.update()
 
-    with tqdm(total=len(inputs), unit="image", disable=None) as bar:
+    with progress_bar(len(plan.files)) as bar:
         try:
-            upscale_files(inputs, upscaler, options, on_report)
+            upscale_files(plan, upscaler, on_report)
         except KeyboardInterrupt:
             interrupted = True
-    if json_file:
-        with atomic_write(json_file) as file:
-            file.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    written = write_reports(reports, json_file) if json_file else True
     counts = count_outcomes(reports)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "nothing done"
-    print(f"{summary} of {len(inputs)} in {time.perf_counter() - start:.1f} s; results in {options.output}")
+    seconds = time.perf_counter() - start
+    say(f"{summary} of {len(plan.files)} in {seconds:.1f} s; results in {plan.options.output}", sys.stdout)
     if interrupted:
         return 130
-    return 1 if counts["failed"] else 0
+    return 1 if counts["failed"] or not written else 0
+
+
+def write_reports(reports: Sequence["FileReport"], path: Path) -> bool:
+    """Write the file of --json; if that fails, print why and return False."""
+    from pisa_jax.runtime.atomic_write import atomic_write
+
+    try:
+        with atomic_write(path) as file:
+            file.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    except OSError as error:
+        say(f"the reports cannot be written to {path}: {error}", sys.stderr)
+        return False
+    return True

@@ -2,45 +2,20 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 
-from pisa_jax.cli.infer_names import output_stems, scale_marks
+from pisa_jax.cli.infer_plan import Plan, PlannedFile, UpscaleOptions, result_suffix
 from pisa_jax.config import Scales
 from pisa_jax.imaging.contact_sheet import contact_sheet
 from pisa_jax.imaging.image_data import ImageData, to_pil
 from pisa_jax.imaging.image_reading import from_pil, read_image
 from pisa_jax.imaging.image_writing import output_suffix, write_image
 from pisa_jax.inference import Upscaler
-from pisa_jax.runtime.messages import error_text
+from pisa_jax.runtime.messages import error_text, number_text
 from pisa_jax.tiling.memory import is_out_of_memory
-
-
-@dataclass(frozen=True)
-class UpscaleOptions:
-    """Options of `upscale_files`."""
-
-    # Output folder.
-    output: Path
-    # Upscale factor.
-    scale: float = 4.0
-    # Pairs (pix, sem); every input gets one output file per pair.
-    scales: tuple[Scales, ...] = ((1.0, 1.0),)
-    # Seed with which the latent is sampled; None: its mean.
-    seed: int | None = None
-    # Images of equal size per call of the model.
-    batch_size: int = 1
-    # "auto" (the format of the input if it can hold the result), "png", "jpg", "webp" or "tiff".
-    ext: str = "auto"
-    # Text appended to the stems of output files.
-    suffix: str = ""
-    # Skip inputs whose output files exist.
-    skip_existing: bool = False
-    # Also write a labeled contact sheet of the input and the results at all pairs of scales.
-    grid: bool = False
 
 
 @dataclass
@@ -64,39 +39,37 @@ class FileReport:
 class _PendingFile:
     """A decoded input file that waits for its batch."""
 
+    file: PlannedFile
     report: FileReport
     image: ImageData
-    outputs: list[Path]
-    sheet: Path | None
 
 
 def upscale_files(
-    inputs: Sequence[Path],
-    upscaler: Upscaler,
-    options: UpscaleOptions,
-    on_report: Callable[[FileReport], None] = lambda report: None,
+    plan: Plan, upscaler: Upscaler, on_report: Callable[[FileReport], None] = lambda report: None
 ) -> list[FileReport]:
-    """Upscale `inputs` into `options.output` and return a report per input, in order.
+    """Upscale the files of a plan and return a report per input, in order.
 
-    `on_report` is called with every report as soon as it is final. A file that fails does not stop the others.
+    `on_report` is called with every report as soon as it is final. Whatever error one file raises, it is that file's
+    failure, and the others are upscaled.
     """
-    protected = {path.resolve() for path in inputs}
-    reports, batches = [], defaultdict(list)
-    for path, stem in zip(inputs, output_stems(inputs), strict=True):
-        report = FileReport(str(path), scale=options.scale, scales=list(options.scales))
+    options, reports, queue = plan.options, [], []
+    for file in plan.files:
+        report = FileReport(str(file.input), scale=options.scale, scales=list(options.scales), error=file.problem)
         reports.append(report)
-        pending = _read(path, stem, report, options, protected)
-        if pending is None:
+        if file.problem:
             on_report(report)
-            continue
-        batch = batches[pending.image.rgb.shape]
-        batch.append(pending)
-        if len(batch) == options.batch_size:
-            _upscale_batch(batch, upscaler, options, on_report)
-            batch.clear()
-    for batch in batches.values():
-        if batch:
-            _upscale_batch(batch, upscaler, options, on_report)
+        elif file.skipped:
+            on_report(_skip(file, report))
+        else:
+            queue.append((file, report))
+    if options.batch_size > 1:  # files of equal size one after the other: full batches, and few images that wait
+        order = {size: index for index, size in enumerate(dict.fromkeys(file.size for file, _ in queue))}
+        queue.sort(key=lambda pair: order[pair[0].size])
+    for batch in _batches(_decoded(queue, plan, on_report), options.batch_size):
+        _upscale_batch(batch, plan, upscaler)
+        for pending in batch:
+            on_report(pending.report)
+        batch.clear()  # before the next images are decoded
     return reports
 
 
@@ -106,66 +79,89 @@ def count_outcomes(reports: Sequence[FileReport]) -> dict[str, int]:
     return {outcome: counts[outcome] for outcome in ("ok", "skipped", "failed")}
 
 
-def _read(
-    path: Path, stem: str, report: FileReport, options: UpscaleOptions, protected: set[Path]
-) -> _PendingFile | None:
-    """Read an input and choose its output files; None, with the reason in `report`, if it fails or is skipped."""
-    try:
-        image = read_image(path)
-        report.input_size = (image.rgb.shape[1], image.rgb.shape[0])
-        report.notes += image.notes
-        ending = options.suffix + output_suffix(image, options.ext)
-        outputs = [options.output / f"{stem}{mark}{ending}" for mark in scale_marks(options.scales)]
-        sheet = options.output / f"{stem}_grid{options.suffix}.png" if options.grid else None
-        written = [*outputs, sheet] if sheet else outputs
-        for output in written:
-            if output.resolve() in protected:
-                raise ValueError(f"{output} is an input and would be overwritten; give another --output or a --suffix")
-    except (OSError, ValueError) as error:
-        report.error = error_text(error)
-        return None
-    if options.skip_existing and all(output.exists() for output in written):
-        report.outcome, report.outputs = "skipped", [str(output) for output in outputs]
-        return None
-    return _PendingFile(report, image, outputs, sheet)
+def _decoded(
+    queue: Sequence[tuple[PlannedFile, FileReport]], plan: Plan, on_report: Callable[[FileReport], None]
+) -> Iterator[_PendingFile]:
+    """Read the files one after the other; those that cannot be read are reported and left out."""
+    for file, report in queue:
+        try:
+            image = read_image(file.input)
+            height, width = image.rgb.shape[:2]
+            report.input_size = (width, height)
+            report.notes += image.notes
+            suffix = output_suffix(image, plan.options.ext)
+            plan.set_suffix(file, result_suffix(suffix, (width, height), plan.options))
+        except Exception as error:
+            report.error = _explain(error)
+            on_report(report)
+            continue
+        if file.skipped:
+            on_report(_skip(file, report))
+        else:
+            yield _PendingFile(file, report, image)
+        del image
 
 
-def _upscale_batch(
-    batch: Sequence[_PendingFile],
-    upscaler: Upscaler,
-    options: UpscaleOptions,
-    on_report: Callable[[FileReport], None],
-) -> None:
+def _skip(file: PlannedFile, report: FileReport) -> FileReport:
+    report.outcome, report.outputs = "skipped", [str(output) for output in file.outputs]
+    return report
+
+
+def _batches(files: Iterable[_PendingFile], batch_size: int) -> Iterator[list[_PendingFile]]:
+    """Group images of equal shape; fewer than 2 * batch_size images wait for their batch at any time."""
+    waiting: dict[tuple[int, ...], list[_PendingFile]] = defaultdict(list)
+    for file in files:
+        shape = file.image.rgb.shape
+        waiting[shape].append(file)
+        del file
+        if len(waiting[shape]) == batch_size:
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) >= 2 * batch_size:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()
+
+
+def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler) -> None:
     """Upscale images of equal size, write the results and complete the reports."""
     start = time.perf_counter()
+    results, error = _compute([pending.image for pending in batch], plan.options, upscaler)
+    if results is None and len(batch) > 1:
+        # One image, or the size of the batch, must not be the failure of the others.
+        for pending in batch:
+            _upscale_batch([pending], plan, upscaler)
+        return
+    for index, pending in enumerate(batch):
+        pending.report.error = error
+        if results is not None:
+            _write(pending, [images[index] for images in results], plan.options)
+        pending.report.seconds = round((time.perf_counter() - start) / len(batch), 3)
+
+
+def _compute(
+    images: Sequence[ImageData], options: UpscaleOptions, upscaler: Upscaler
+) -> tuple[list[list[ImageData]] | None, str | None]:
+    """Return the results of a batch for each pair of scales, or None and the reason of the failure."""
     try:
         adjustable = any(pair != (1.0, 1.0) for pair in options.scales)
-        session = upscaler.open_all([pending.image for pending in batch], options.scale, options.seed, adjustable)
-        results = [session.render_all(*pair) for pair in options.scales]
-    except (ValueError, MemoryError, RuntimeError) as error:  # jax raises RuntimeError if the device memory is full
-        for pending in batch:
-            pending.report.error = _explain(error)
-    else:
-        for index, pending in enumerate(batch):
-            _write(pending, [images[index] for images in results], options)
-    for pending in batch:
-        pending.report.seconds = round((time.perf_counter() - start) / len(batch), 3)
-        on_report(pending.report)
+        session = upscaler.open_all(images, options.scale, options.seed, adjustable)
+        return [session.render_all(*pair) for pair in options.scales], None
+    except Exception as error:
+        return None, _explain(error)
 
 
 def _write(pending: _PendingFile, results: Sequence[ImageData], options: UpscaleOptions) -> None:
     """Write the results of one input, one per pair of scales, and its contact sheet."""
-    report = pending.report
+    report, file = pending.report, pending.file
     try:
-        for path, image in zip(pending.outputs, results, strict=True):
+        for path, image in zip(file.outputs, results, strict=True):
             report.notes += [note for note in write_image(path, image) if note not in report.notes]
             report.outputs.append(str(path))
-        if pending.sheet:
+        if file.sheet:
             sheet = _contact_sheet(pending.image, results, options.scales)
-            write_image(pending.sheet, from_pil(sheet))
-            report.outputs.append(str(pending.sheet))
-    except (OSError, ValueError) as error:
-        report.error = error_text(error)
+            write_image(file.sheet, from_pil(sheet))
+            report.outputs.append(str(file.sheet))
+    except Exception as error:
+        report.error = _explain(error)
         return
     height, width = results[0].rgb.shape[:2]
     report.outcome, report.output_size = "ok", (width, height)
@@ -174,7 +170,7 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
 def _contact_sheet(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
     size = results[0].rgb.shape[1::-1]
     bicubic = to_pil(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    labels = [f"pix {pix:g}  sem {sem:g}" for pix, sem in pairs]
+    labels = [f"pix {number_text(pix)}  sem {number_text(sem)}" for pix, sem in pairs]
     cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]
     return contact_sheet(cells, columns=min(len(cells), 4))
 

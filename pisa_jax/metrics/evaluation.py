@@ -19,7 +19,7 @@ from pisa_jax.imaging.image_writing import write_image
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.pairing import EvaluationItem
-from pisa_jax.runtime.messages import error_text
+from pisa_jax.runtime.messages import error_text, number_text
 
 RESULT, GROUND_TRUTH = "sr", "ground truth"
 
@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
 
 def scales_label(scales: Scales) -> str:
     """Name of the model at a pair of scales in tables: "pix 1 sem 0.5"."""
-    return f"pix {scales[0]:g} sem {scales[1]:g}"
+    return f"pix {number_text(scales[0])} sem {number_text(scales[1])}"
 
 
 def method_images(
@@ -72,7 +72,7 @@ def evaluate_item(
     try:
         images = method_images(item, scale, scales, upscale)
         gt = read_rgb8(item.gt) if item.gt else None
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:  # jax: out of device memory is a RuntimeError
+    except Exception as error:  # files and models raise errors of any type; the other items remain valid
         return ItemResult({}, [error_text(error)], {})
     scores, problems = {}, []
     for method, image in images.items():

@@ -227,16 +227,21 @@ def encode_text(backbone: Backbone, params: Params, token_ids: Int[Array, "b n"]
     return out.last_hidden_state.astype(jnp.float32)
 
 
-def load_tokenizer(folder: Path) -> Callable[[list[str]], Int[np.ndarray, "b n"]]:
-    """Return a function from prompts to CLIP token ids, padded and truncated to the length of the checkpoint."""
-    # The slow tokenizer splits CJK text differently unless ftfy is installed.
-    tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
+class Tokenizer:
+    """A function from prompts to CLIP token ids, padded and truncated to the length of the checkpoint."""
 
-    def tokenize(prompts: list[str]) -> np.ndarray:
-        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    def __init__(self, folder: Path):
+        # The slow tokenizer splits CJK text differently unless ftfy is installed.
+        self._tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
+
+    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "b n"]:
+        length = self._tokenizer.model_max_length
+        ids = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
         return np.asarray(ids["input_ids"], np.int32)
 
-    return tokenize
+    def count(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt before it is truncated, with start and end."""
+        return len(self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
 def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:

@@ -46,7 +46,8 @@ def load_pretrained(model: str | Path, dtype: Any = jnp.float32, vae_dtype: Any 
         part: params_from_torch(read_tensors(_weight_file(folder / sub)), shapes[part], f"{model}/{sub}")
         for part, sub in PARTS.items()
     }
-    return LoadedModel(make_base_model(backbone), params, bb.load_tokenizer(folder / "tokenizer"), schedule)
+    tokenizer = bb.Tokenizer(folder / "tokenizer")
+    return LoadedModel(make_base_model(backbone), params, tokenizer, schedule, tokenizer.count)
 
 
 def load_backbone(folder: Path, dtype: Any = jnp.float32, vae_dtype: Any = jnp.float32) -> bb.Backbone:

@@ -1,8 +1,9 @@
 """Device memory: how much is free, what the VAE needs, and the tile size that follows."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from pisa_jax.tiling.host_memory import available_bytes
 
 # Assumed if neither the device nor the operating system reports free memory.
 DEFAULT_FREE_BYTES = 4 * 2**30
@@ -13,15 +14,12 @@ MIN_TILE = 64
 
 
 def free_bytes(device: Any) -> int:
-    """Return the bytes that a jax device can still allocate; for a CPU, the available memory of the machine."""
+    """Return the bytes that a jax device can still allocate; for a CPU, what the host's memory and limits leave."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    meminfo = Path("/proc/meminfo")
-    if device.platform == "cpu" and meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        if "MemAvailable" in lines:
-            return 1024 * int(lines["MemAvailable"].split()[0])
+    if device.platform == "cpu" and (available := available_bytes()) is not None:
+        return available
     return DEFAULT_FREE_BYTES
 
 

@@ -131,5 +131,36 @@ def test_errors_of_wrong_usage(photos, tmp_path, capsys):
     assert "neither a folder nor a file" in capsys.readouterr().err
     Image.open(photos / "a.png").save(photos / "a.jpg")
     assert run("--gt", photos, "--out", tmp_path / "other") == 1
-    assert "differ in the suffix only would overwrite each other: a" in capsys.readouterr().err
+    assert "the results of a.jpg and a.png would overwrite each other" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_originals_in_a_folder_that_is_replaced_are_kept(photos, tmp_path, capsys, link):
+    """The folder of the originals can have two names, and its files can be links into the set."""
+    (tmp_path / "set").mkdir()
+    photos.rename(tmp_path / "set" / "gt")
+    originals = tmp_path / "originals"
+    if link == "folder":
+        originals.symlink_to(tmp_path / "set" / "gt")
+        with pytest.raises(SystemExit):
+            run("--gt", originals, "--out", tmp_path / "set", "--overwrite")
+        assert "is inside" in capsys.readouterr().err
+    else:
+        originals.mkdir()
+        (originals / "a.png").symlink_to(tmp_path / "set" / "gt" / "a.png")
+        assert run("--gt", originals, "--out", tmp_path / "set", "--overwrite") == 1
+        assert "which would be replaced; give another --out" in capsys.readouterr().err
+    assert len(contents(tmp_path / "set")) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("loop"), OverflowError("size"), MemoryError()])
+def test_whatever_one_image_raises_the_others_are_degraded(photos, tmp_path, monkeypatch, error):
+    def fail(file):
+        if file.name == "b.png":
+            raise error
+        return read_rgb8(file)
+
+    monkeypatch.setattr(degrade, "read_rgb8", fail)
+    assert run("--gt", photos, "--out", tmp_path / "set") == 1
+    assert {path.name for path in (tmp_path / "set" / "gt").iterdir()} == {"a.png", "c.png"}

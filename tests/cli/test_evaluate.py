@@ -394,3 +394,34 @@ def test_a_failing_external_metric_does_not_affect_other_values(folders, monkeyp
     assert result["problems"]["a.png"] == "sr: dists: weights could not be downloaded"
     assert result["problems"][str(folders[0])] == "fid: weights could not be downloaded"
     assert "3 with problems" in capsys.readouterr().err
+
+
+def test_reports_never_replace_an_image_or_each_other(tmp_path, folders, capsys):
+    sr, gt = folders
+    before = (gt / "a.png").read_bytes()
+    (tmp_path / "link").symlink_to(gt)
+    for arguments, message in (
+        (("--sheet", tmp_path / "link" / "a.png"), "is an input and would be overwritten"),
+        (("--json", tmp_path / "r", "--csv", tmp_path / "sr" / ".." / "r"), "--json and --csv are both"),
+        (("--json", tmp_path), "is a folder"),
+    ):
+        assert run("--sr", sr, "--gt", gt, "--metrics", "psnr", *arguments) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "psnr" not in captured.out
+    assert (gt / "a.png").read_bytes() == before
+
+
+def test_scales_that_agree_in_six_digits_are_different_methods():
+    labels = {evaluation.scales_label(pair) for pair in ((0.1234567, 1.0), (0.12345678, 1.0))}
+    assert labels == {"pix 0.1234567 sem 1", "pix 0.12345678 sem 1"}
+
+
+def test_whatever_one_image_raises_the_others_are_measured(folders, monkeypatch):
+    def fail(path):
+        if path.name == "a.png":
+            raise OverflowError("size")
+        return read_rgb8(path)
+
+    monkeypatch.setattr(evaluation, "read_rgb8", fail)
+    assert run("--sr", folders[0], "--gt", folders[1], "--metrics", "psnr") == 1

@@ -125,21 +125,6 @@ def test_results_are_deterministic_and_use_the_compilation_cache(infer, tmp_path
     assert (tmp_path / "seed" / "a.png").read_bytes() != (tmp_path / "one" / "a.png").read_bytes()
 
 
-def test_an_input_is_never_overwritten(infer, tmp_path):
-    source = save(tmp_path / "a.png")
-    before = source.read_bytes()
-    done = infer("-i", source, "-o", tmp_path, code=1)
-    assert "is an input and would be overwritten; give another --output or a --suffix" in done.stderr
-    assert source.read_bytes() == before
-
-
-def test_equal_stems_get_different_outputs(infer, tmp_path):
-    (tmp_path / "x").mkdir()
-    sources = [save(tmp_path / "a.png"), save(tmp_path / "a.webp", seed=1), save(tmp_path / "x" / "a.png", seed=2)]
-    infer("-i", *sources, "-o", tmp_path / "out", "--ext", "png")
-    assert len(list((tmp_path / "out").iterdir())) == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
