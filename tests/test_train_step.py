@@ -99,9 +99,10 @@ def test_rematerialization_changes_nothing(name):
     check_against_the_original(name, *recorded_gradient(name, remat=True))
 
 
-# The other cases take a minute together; the default suite runs the one that combines all options.
+# The default suite shards the pixel step with all options; whole runs of both stages over two devices are tested in
+# test_training.py.
 SHARDED = [
-    pytest.param(name, fsdp, remat, marks=[] if (name, fsdp, remat) == ("sem", 2, True) else pytest.mark.slow)
+    pytest.param(name, fsdp, remat, marks=[] if (name, fsdp, remat) == ("pix", 2, True) else pytest.mark.slow)
     for name in STAGES
     for fsdp in (1, 2)
     for remat in (False, True)
