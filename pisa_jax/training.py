@@ -327,7 +327,7 @@ def training_source(config: Data) -> sources.Source:
 
 def training_loader(config: Config) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
-    return loader.make_loader(
+    batches = loader.make_loader(
         training_source(config.data),
         batch_size=config.batch_size // jax.process_count(),
         crop=config.data.crop,
@@ -339,7 +339,10 @@ def training_loader(config: Config) -> loader.Loader:
         prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,
         max_bad_share=config.data.max_bad_share,
+        min_size_share=config.data.min_size_share,
     )
+    batches.check_files()
+    return batches
 
 
 def check(config: Config, base: BaseModel, mesh: jax.sharding.Mesh) -> None:

@@ -23,7 +23,10 @@ def readable_indices(source: FileSource, warn: Callable[[str], None]) -> list[in
 
     def reason(index: int) -> str | None:
         try:
+            source.names[index].encode()  # tfds stores names as UTF-8
             source[index]
+        except UnicodeEncodeError:
+            return f"{source.names[index]!a}: the name is not valid UTF-8; rename the file"
         except OSError as error:
             return str(error)
         return None
@@ -57,8 +60,7 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
     from pisa_jax.data.tfds import write_tfds
 
     unfinished, replaced = out / f".{name}.incomplete", out / f".{name}.replaced"
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clean(unfinished, replaced, out / name)  # left by a run that was killed
     unfinished.mkdir(parents=True)
     try:
         written = write_tfds(unfinished, name, split, read_examples(source, indices), source.paired)
@@ -67,8 +69,15 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
         (unfinished / name).rename(out / name)
         return out / written.relative_to(unfinished)
     finally:
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _clean(unfinished, replaced, out / name)
+
+
+def _clean(unfinished: Path, replaced: Path, final: Path) -> None:
+    """Delete the temporary folders; if the new data set did not take its place, the replaced one returns to it."""
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -98,7 +107,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> int:
-    """Run the command; returns 0 if all images were packed, else 1. Wrong usage exits with 2."""
+    """Run the command; returns 0 (all images packed), 1 (failed, or images skipped) or 130 (interrupted).
+
+    Wrong usage exits with 2.
+    """
     arguments = _parse(argv, prog)
     try:
         source = (pair_source if arguments.paired else folder_source)(arguments.folder)
@@ -109,6 +121,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> in
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
     skipped = len(source) - len(readable)
     print(f"{folder}: {len(readable)} {'pairs' if arguments.paired else 'images'}, {skipped} skipped")
     print(f"use it with: pisa-sr train CONFIG --data.source tfds --data.path {folder}")

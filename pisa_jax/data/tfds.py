@@ -4,13 +4,17 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pisa_jax.data.contents import digest_files, file_sizes
 from pisa_jax.data.sources import SourceImage, decode_rgb, match_size
 
 VERSION = "1.0.0"
+# `TfdsSource.paths` begins with about this many records at even distances.
+FIRST_PATHS = 1000
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class TfdsSource:
     gt_key: str
     lq_key: str | None
     count: int
+    # The files of the split.
+    files: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,6 +40,15 @@ class TfdsSource:
     @property
     def identity(self) -> str:
         return f"{'/'.join(Path(self.directory).parts[-2:])}/{self.split}"
+
+    def contents(self) -> str:
+        return digest_files(self.files, file_sizes(self.files))
+
+    def paths(self) -> Iterator[str]:
+        stride = -(-self.count // FIRST_PATHS)
+        for start in range(stride):
+            for index in range(start, self.count, stride):
+                yield self._path(self._read(index), index)
 
     @functools.cached_property
     def _examples(self):
@@ -49,14 +64,24 @@ class TfdsSource:
         # An open reader cannot be sent to another process; every worker opens its own.
         return {name: value for name, value in self.__dict__.items() if name != "_examples"}
 
+    def _read(self, index: int) -> Mapping[str, Any]:
+        try:
+            return self._examples[index]
+        except Exception as error:  # of several libraries: a missing file, a damaged block, a malformed record
+            text = " ".join(str(error).split())[:200]
+            raise OSError(f"{self.directory}: record {index} of {self.split} cannot be read: {text}") from error
+
+    def _path(self, example: Mapping[str, Any], index: int) -> str:
+        return os.fsdecode(example["path"]) if "path" in example else f"{self.split}/{index}"
+
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> SourceImage:
         if not 0 <= index < self.count:
             raise IndexError(f"index {index} is not in 0..{self.count - 1}")
-        example = self._examples[index]
-        path = example["path"].decode() if "path" in example else f"{self.split}/{index}"
+        example = self._read(index)
+        path = self._path(example, index)
         image = decode_rgb(example[self.gt_key], path)
         if self.lq_key is None:
             return SourceImage(image, path)
@@ -85,16 +110,26 @@ def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSou
 
     `name_or_dir` is a folder with one prepared data set (as written by `pisa-sr prepare`), or the name of a data set
     in the data folder of tfds. Its features are `gt` and `lq` (pairs), or `image`; an optional feature `path` is the
-    key of the prompts. Raises ValueError if there is no such folder, feature or split.
+    key of the prompts. Raises ValueError if there is no such folder, feature or split, or if it has another format.
     """
+    import tensorflow_datasets as tfds
+
     builder = _open_builder(os.fspath(name_or_dir))
     keys, splits = set(builder.info.features), builder.info.splits
     if not {"gt", "lq"} <= keys and "image" not in keys:
         raise ValueError(f"{name_or_dir} has the features {sorted(keys)}; expected 'image', or 'gt' and 'lq'")
     if split not in splits:
         raise ValueError(f"{name_or_dir} has no split {split!r}, only {sorted(splits)}")
+    formats = builder.info.available_file_formats()
+    if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+        raise ValueError(
+            f"{name_or_dir} has the format {', '.join(sorted(found.value for found in formats)) or 'unknown'}; "
+            "array_record is needed: create it with pisa-sr prepare, or with "
+            'tfds.builder(...).download_and_prepare(file_format="array_record")'
+        )
+    files = tuple(os.fspath(path) for path in splits[split].filepaths)
     gt_key, lq_key = ("gt", "lq") if {"gt", "lq"} <= keys else ("image", None)
-    return TfdsSource(str(builder.data_dir), split, gt_key, lq_key, splits[split].num_examples)
+    return TfdsSource(str(builder.data_dir), split, gt_key, lq_key, splits[split].num_examples, files)
 
 
 def write_tfds(

@@ -127,12 +127,12 @@ def mixed(tmp_path, probability):
 def test_images_of_the_high_quality_list_are_drawn_with_its_probability(tmp_path):
     source = mixed(tmp_path, 0.25)
     rng = np.random.default_rng(0)
-    drawn = np.array([source.draw(1, rng).image[0, 0, 0] for _ in range(800)])
-    assert set(drawn.tolist()) == {1, 2, 3}  # image 1 of the general list, or any of the other list
-    assert abs(np.mean(drawn >= 2) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 800)
-    assert abs(np.sum(drawn == 2) - np.sum(drawn == 3)) < 4 * np.sqrt(200)
+    drawn = [source.choose(1, rng) for _ in range(800)]
+    assert set(drawn) == {(0, 1), (1, 0), (1, 1)}  # image 1 of the general list, or any of the other list
+    assert abs(np.mean([part for part, _ in drawn]) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 800)
+    assert abs(drawn.count((1, 0)) - drawn.count((1, 1))) < 4 * np.sqrt(200)
     again = np.random.default_rng(0)
-    assert [source.draw(1, again).image[0, 0, 0] for _ in range(800)] == drawn.tolist()
+    assert [source.choose(1, again) for _ in range(800)] == drawn
 
 
 @pytest.mark.parametrize(("hq_file", "probability"), [(None, 0.5), ("hq.txt", 0.0), ("hq.txt", 1.5)])
