@@ -107,7 +107,7 @@ def crop_pair(
     if whole:
         bicubic = Image.Resampling.BICUBIC
         images = [np.asarray(Image.fromarray(image).resize((width, height), bicubic)) for image in images]
-    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+    top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
     if scale > 1 and not whole:
         images = [_upscale_window(image, (height, width), top, left, crop) for image in images]
         top = left = 0
