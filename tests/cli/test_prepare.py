@@ -1,5 +1,7 @@
 """The command prepare: tfds data sets written and read without TensorFlow."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from PIL import Image
 from pisa_jax.cli import prepare
 from pisa_jax.data.loader import make_loader
 from pisa_jax.data.sources import fake_source, folder_source
-from pisa_jax.data.tfds import tfds_source
+from pisa_jax.data.tfds import tfds_source, write_tfds
 
 
 @pytest.fixture
@@ -163,3 +165,82 @@ print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "tor
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_prompts_of_which_none_belongs_to_a_packed_image_are_refused(photos, tmp_path, caplog):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    source = tfds_source(tmp_path / "sets")
+    options = {"batch_size": 1, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt}
+    with pytest.raises(ValueError, match=r"none of the 1 prompts.*'photos/0.jpg'"):
+        make_loader(source, prompts={"photos/0.jpg": "a ball"}, **options)
+    make_loader(source, prompts={"0.jpg": "a ball", "1.jpg": "a box"}, **options)
+    assert "2 of 7 images have one (28.6 %)" in caplog.text
+
+
+def test_a_bad_record_is_counted_once(photos, tmp_path):
+    examples = [{"image": (photos / f"{index}.jpg").read_bytes(), "path": f"{index}.jpg"} for index in range(6)]
+    write_tfds(tmp_path / "sets", "set", "train", [*examples, {"image": b"<html>404</html>", "path": "bad"}], False)
+    options = {"batch_size": 7, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt, "max_bad_share": 0.2}
+    loader = make_loader(tfds_source(tmp_path / "sets"), **options)
+    for _ in range(5):
+        next(loader)
+    assert len(loader.bad_files) == 1
+
+
+def test_a_set_that_was_packed_again_is_noticed_at_a_resume(photos, tmp_path):
+    options = {"batch_size": 1, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt}
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    state = make_loader(tfds_source(tmp_path / "sets"), **options).get_state()
+    make_loader(tfds_source(tmp_path / "sets"), **options).set_state(state)
+    Image.fromarray(fake_source(1, 40, 9)[0].image).save(photos / "0.jpg")
+    run(photos, "--out", tmp_path / "sets", "--name", "set", "--overwrite")
+    with pytest.raises(ValueError, match="the data differs from that of the saved run: contents was"):
+        make_loader(tfds_source(tmp_path / "sets"), **options).set_state(state)
+
+
+def test_other_formats_than_array_record_are_refused(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    info = tmp_path / "sets" / "set" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match="has the format tfrecord; array_record is needed"):
+        tfds_source(tmp_path / "sets")
+
+
+def test_a_missing_or_damaged_file_of_a_set_is_an_oserror(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    source = tfds_source(tmp_path / "sets")
+    with open(source.files[0], "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(OSError, match="record 0 of train cannot be read"):
+        source[0]
+
+
+def test_the_replaced_set_returns_after_a_kill_between_both_renames(photos, tmp_path, monkeypatch):
+    def full_disk(source, indices):
+        raise OSError(28, "No space left on device")
+
+    sets = tmp_path / "sets"
+    run(photos, "--out", sets, "--name", "set")
+    (sets / "set").rename(sets / ".set.replaced")  # what a kill at this moment leaves
+    (sets / ".set.incomplete").mkdir()
+    monkeypatch.setattr(prepare, "read_examples", full_disk)
+    assert run(photos, "--out", sets, "--name", "set") == 1
+    assert [entry.name for entry in sets.iterdir()] == ["set"]
+    assert len(tfds_source(sets)) == 7
+
+
+def test_an_interrupt_ends_with_a_line(photos, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "read_examples", interrupted)
+    assert run(photos, "--out", tmp_path / "sets", "--name", "set") == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list((tmp_path / "sets").iterdir()) == []
+
+
+def test_a_name_that_is_not_utf8_is_reported_and_skipped(photos, tmp_path, capsys):
+    os.rename(photos / "3.jpg", os.fsencode(photos) + b"/caf\xe9.jpg")
+    assert run(photos, "--out", tmp_path, "--name", "set") == 1
+    assert r"skipped: 'caf\udce9.jpg': the name is not valid UTF-8" in capsys.readouterr().err
+    assert len(tfds_source(tmp_path / "set")) == 6
