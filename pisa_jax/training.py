@@ -20,6 +20,7 @@ from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
+from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import lpips, validation
 from pisa_jax.model import BaseModel, LoadedModel
@@ -86,6 +87,8 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, *, mode
     check(config, model.base if model else random_model.base_model_of_size(RANDOM_SIZE), mesh)
     folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
+    if batches.prompts and jax.process_index() == 0:
+        report_long_prompts(batches.prompts, model.count_tokens, model.tokenize([""]).shape[1])
     checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pisa_jax.data.text_files import normalize_path, read_lines
 
@@ -87,6 +87,27 @@ def check_prompts(prompts: Mapping[str, str], paths: Iterable[str], total: int, 
         100 * fitting / tried,
         f"{unused} prompts belong to no image" if tried == total else "unused prompts were not counted",
     )
+
+
+def report_long_prompts(prompts: Mapping[str, str], count_tokens: Callable[[str], int], limit: int) -> None:
+    """Log the number of prompts with more than the `limit` tokens of the text encoder, which cuts them.
+
+    `count_tokens` counts the tokens of a prompt with those at its ends, as `LoadedModel.count_tokens` does.
+    """
+    # A token of ASCII text has at least one character, and two tokens mark the ends.
+    unknown = {text for text in prompts.values() if not text.isascii() or len(text) + 2 > limit}
+    counts = {text: count for text in unknown if (count := count_tokens(text)) > limit}
+    if counts:
+        longest = max(sorted(counts), key=counts.__getitem__)
+        logger.warning(
+            "prompts: %d of %d have more than %d tokens and are cut: the text encoder takes no more; the longest has "
+            "%d: %s...",
+            sum(text in counts for text in prompts.values()),
+            len(prompts),
+            limit,
+            counts[longest],
+            longest[:60],
+        )
 
 
 def digest_prompts(prompts: Mapping[str, str]) -> str | None:

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from pisa_jax.data.loader import make_loader
-from pisa_jax.data.prompts import digest_prompts, read_prompts
+from pisa_jax.data.prompts import digest_prompts, read_prompts, report_long_prompts
 from pisa_jax.data.sources import fake_source
 
 
@@ -62,6 +62,18 @@ def test_the_share_of_images_with_a_prompt_is_logged(caplog):
     assert "2 of 8 images have one (25.0 %)" in message
     assert "1 prompts belong to no image" in message
     assert dict(zip(batch["path"].tolist(), batch["prompt"].tolist(), strict=True))["fake/000002"] == "b"
+
+
+def test_prompts_that_the_text_encoder_cuts_are_counted(caplog):
+    texts = ["a dog", "dog, " * 40, "grass, " * 15, "größe, " * 2, "dog, " * 40]
+    prompts = {f"{index}.png": text for index, text in enumerate(texts)}
+    report_long_prompts(prompts, lambda text: len(text.split()) + 2, 20)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("prompts: 2 of 5 have more than 20 tokens and are cut")
+    assert "the longest has 42: dog, dog" in message
+    caplog.clear()
+    report_long_prompts(prompts, lambda text: len(text.split()) + 2, 42)
+    assert not caplog.records
 
 
 def test_the_digest_depends_on_the_prompts_only():
