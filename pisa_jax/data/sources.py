@@ -5,6 +5,7 @@ A source has a length, returns a `SourceImage` per index and raises OSError nami
 
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pisa_jax.data.text_files import listed_name, normalize_path, read_lines
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_data import ImageError
 from pisa_jax.imaging.image_reading import decode_rgb8
+
+logger = logging.getLogger(__name__)
 
 
 class SourceImage(NamedTuple):
@@ -203,9 +206,12 @@ def pair_source(path: str | os.PathLike) -> FileSource:
     sides = []
     for side in ("gt", "lq"):
         names = image_names(Path(path) / side)
-        by_stem = {os.path.splitext(name)[0]: f"{side}/{name}" for name in names}
+        by_stem = {normalize_path(os.path.splitext(name)[0]): f"{side}/{name}" for name in names}
         if len(by_stem) < len(names):
-            raise ValueError(f"{Path(path) / side} has images that differ in the suffix only: pairs are ambiguous")
+            raise ValueError(
+                f"{Path(path) / side} has images that differ only in the suffix or the Unicode normalization of their "
+                "names: pairs are ambiguous"
+            )
         sides.append(by_stem)
     gt, lq = sides
     unpaired = sorted(gt.keys() ^ lq.keys())
@@ -221,7 +227,9 @@ def _read_list(text_file: str | os.PathLike) -> FileSource:
     names = tuple(listed_name(path.parent, line) for line in entries)
     if not names:
         raise ValueError(f"{path} lists no images; it needs one path per line, relative to {path.parent}")
-    return FileSource(path.parent, names)
+    source = FileSource(path.parent, names)
+    logger.info("%s: %d images (%d distinct files)", path, len(names), source.distinct)
+    return source
 
 
 def list_source(

@@ -1,5 +1,7 @@
 """Sources of images: listing, decoding, errors."""
 
+import unicodedata
+
 import cloudpickle
 import numpy as np
 import pytest
@@ -154,6 +156,16 @@ def test_pairs_are_matched_by_name_and_lq_is_upscaled_to_gt(tmp_path):
     np.testing.assert_array_equal(source[0].lq, gt)
     np.testing.assert_array_equal(source[1].image, gt)
     np.testing.assert_array_equal(source[1].lq, np.asarray(Image.fromarray(lq).resize((24, 16), Image.BICUBIC)))
+
+
+def test_pairs_are_matched_in_either_unicode_normalization(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "größe.png") for form in ("NFC", "NFD"))
+    save(tmp_path / "gt" / composed, flat(1))
+    save(tmp_path / "lq" / decomposed, flat(2))
+    assert pair_source(tmp_path).lq_names == (f"lq/{decomposed}",)
+    save(tmp_path / "lq" / composed, flat(2))
+    with pytest.raises(ValueError, match=r"lq has images that differ only in the suffix or the Unicode normalization"):
+        pair_source(tmp_path)
 
 
 def test_errors_name_pairs_that_do_not_match(tmp_path):
