@@ -36,8 +36,8 @@ DegradeFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # Consecutive unreadable images that stop a worker: with 10 % unreadable images, 1 in 1e10 samples stops by chance.
 MAX_FAILURES = 10
-# Consecutive images that are too small and stop a worker: with 80 % of them, 1 in 1e9 samples stops by chance.
-MAX_SMALL = 100
+# Consecutive images that are too small and stop a worker: with 95 % of them, 1 in 1e22 samples stops by chance.
+MAX_SMALL = 1000
 # Images are upscaled as a whole up to this multiple of the area of a crop; of longer ones only the window is upscaled.
 MAX_UPSCALED = 16
 # Number of samples of the sequence, more than any run needs: grain's endless `repeat()` overflows at batch size 1.
@@ -204,7 +204,7 @@ class Loader:
         fingerprint: dict[str, Any],
     ):
         self._batches, self._shard, self._workers = batches, shard, workers
-        self._prompts, self._unusable, self.fingerprint = prompts, unusable, fingerprint
+        self.prompts, self._unusable, self.fingerprint = prompts, unusable, fingerprint
         self._position = 0
         self._iterators: list[grain.DatasetIterator] = []  # the one in use, or none before the first batch
         # Also at garbage collection and at exit: prefetched batches would otherwise remain in shared memory.
@@ -232,7 +232,7 @@ class Loader:
         return {
             "lq": uint8_to_signed(batch["lq"]),
             "gt": uint8_to_signed(batch["gt"]),
-            "prompt": np.array([self._prompts.get(normalize_path(path), "") for path in batch["path"]], np.str_),
+            "prompt": np.array([self.prompts.get(normalize_path(path), "") for path in batch["path"]], np.str_),
             "use_prompt": np.array(batch["use_prompt"]),
             "path": np.array(batch["path"], dtype=np.str_),
         }

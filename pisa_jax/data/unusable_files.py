@@ -92,6 +92,7 @@ class UnusableFiles:
             if len(reasons) > limit:
                 more = len(reasons) - NAMED_FILES
                 raise OSError(
-                    f"{len(reasons)} images cannot be read, at most {limit:g} are allowed (max_bad_share):\n"
+                    f"{len(reasons)} images cannot be read, at most {limit:g} are allowed; continue with a larger "
+                    "data.max_bad_share, or restore the files:\n"
                     + "\n".join(reasons[:NAMED_FILES] + [f"and {more} others"] * (more > 0))
                 )

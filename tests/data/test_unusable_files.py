@@ -59,7 +59,11 @@ def test_a_second_list_has_a_limit_of_its_own(tmp_path):
     (tmp_path / "general.txt").write_text("0.png\n" * 300)
     (tmp_path / "hq.txt").write_text("".join(f"no{index}.png\n" for index in range(80)))
     reader = loader(list_source(tmp_path / "general.txt", tmp_path / "hq.txt", 0.2), max_bad_share=0.5)
-    with pytest.raises(OSError, match=r"80 images cannot be read, at most 40 are allowed(.|\n)*and 30 others"):
+    with pytest.raises(
+        OSError,
+        match=r"80 images cannot be read, at most 40 are allowed; continue with a larger data\.max_bad_share"
+        r"(.|\n)*and 30 others",
+    ):
         next(reader)
 
 
