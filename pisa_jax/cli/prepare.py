@@ -59,8 +59,8 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
     """
     from pisa_jax.data.tfds import write_tfds
 
-    unfinished, replaced = out / f".{name}.incomplete", out / f".{name}.replaced"
-    _clean(unfinished, replaced, out / name)  # left by a run that was killed
+    unfinished, replaced = _temporary_folders(out / name)
+    clean(out / name)
     unfinished.mkdir(parents=True)
     try:
         written = write_tfds(unfinished, name, split, read_examples(source, indices), source.paired)
@@ -69,15 +69,21 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
         (unfinished / name).rename(out / name)
         return out / written.relative_to(unfinished)
     finally:
-        _clean(unfinished, replaced, out / name)
+        clean(out / name)
 
 
-def _clean(unfinished: Path, replaced: Path, final: Path) -> None:
-    """Delete the temporary folders; if the new data set did not take its place, the replaced one returns to it."""
+def clean(final: Path) -> None:
+    """Delete what a run left behind, also one that was killed; an old data set returns if no new one has its place."""
+    unfinished, replaced = _temporary_folders(final)
     if replaced.exists() and not final.exists():
         replaced.rename(final)
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary_folders(final: Path) -> tuple[Path, Path]:
+    """Return the folders of the unfinished data set and of the one that it replaces, next to `final`."""
+    return final.with_name(f".{final.name}.incomplete"), final.with_name(f".{final.name}.replaced")
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -99,10 +105,6 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         value = getattr(arguments, option)
         if not re.fullmatch(r"[a-z]\w*", value, re.ASCII):
             parser.error(f"--{option} {value!r}: use letters, digits and _, starting with a lower-case letter")
-    if (arguments.out / arguments.name).exists() and not arguments.overwrite:
-        parser.error(
-            f"{arguments.out / arguments.name} exists; add --overwrite to replace it, or choose another --name"
-        )
     return arguments
 
 
@@ -112,7 +114,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> in
     Wrong usage exits with 2.
     """
     arguments = _parse(argv, prog)
+    final = arguments.out / arguments.name
     try:
+        clean(final)
+        if final.exists() and not arguments.overwrite:
+            print(f"{prog}: {final} exists; add --overwrite to replace it, or choose another --name", file=sys.stderr)
+            return 2
         source = (pair_source if arguments.paired else folder_source)(arguments.folder)
         readable = readable_indices(source, lambda problem: print(f"skipped: {problem}", file=sys.stderr))
         if not readable:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from pisa_jax.data.contents import digest_files, file_sizes
 from pisa_jax.data.sources import SourceImage, decode_rgb, match_size
+
+logger = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
 # `TfdsSource.paths` begins with about this many records at even distances.
@@ -97,12 +100,23 @@ def _open_builder(name_or_dir: str):
             return tfds.builder(name_or_dir)
         except ValueError as error:
             raise ValueError(f"{name_or_dir} is neither a folder nor the name of a tfds data set") from error
-    found = sorted(info.parent for info in Path(name_or_dir).rglob("dataset_info.json"))
+    found = sorted(
+        info.parent
+        for info in Path(name_or_dir).rglob("dataset_info.json")
+        if not any(part.startswith(".") for part in info.relative_to(name_or_dir).parts)  # left by a killed `prepare`
+    )
     if not found:
         raise ValueError(f"{name_or_dir} has no dataset_info.json; create a data set with pisa-sr prepare")
     if len(found) > 1:
         raise ValueError(f"{name_or_dir} has {len(found)} data sets; give one of {[str(path) for path in found]}")
-    return tfds.builder_from_directory(found[0])
+    try:
+        return tfds.builder_from_directory(found[0])
+    except Exception as error:  # of the parsers of several libraries
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"dataset_info.json or features.json in {found[0]} cannot be used ({text}); restore them, or create the "
+            "data set again with pisa-sr prepare"
+        ) from error
 
 
 def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSource:
@@ -110,7 +124,11 @@ def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSou
 
     `name_or_dir` is a folder with one prepared data set (as written by `pisa-sr prepare`), or the name of a data set
     in the data folder of tfds. Its features are `gt` and `lq` (pairs), or `image`; an optional feature `path` is the
-    key of the prompts. Raises ValueError if there is no such folder, feature or split, or if it has another format.
+    key of the prompts.
+
+    Raises:
+        ValueError: there is no such folder, feature or split, the set has another format, or the split is empty.
+        FileNotFoundError: files of the split are missing.
     """
     import tensorflow_datasets as tfds
 
@@ -127,9 +145,15 @@ def tfds_source(name_or_dir: str | os.PathLike, split: str = "train") -> TfdsSou
             "array_record is needed: create it with pisa-sr prepare, or with "
             'tfds.builder(...).download_and_prepare(file_format="array_record")'
         )
-    files = tuple(os.fspath(path) for path in splits[split].filepaths)
+    count, files = splits[split].num_examples, tuple(os.fspath(path) for path in splits[split].filepaths)
+    if not count:
+        raise ValueError(f"the split {split!r} of {name_or_dir} has no images")
+    missing = [file for file, size in zip(files, file_sizes(files), strict=True) if size < 0]
+    if missing and os.path.isdir(builder.data_dir):  # else the set is in a storage that the system does not mount
+        raise FileNotFoundError(f"{len(missing)} of {len(files)} files of a data set are missing, e.g. {missing[0]}")
+    logger.info("%s: %d images (split %s)", name_or_dir, count, split)
     gt_key, lq_key = ("gt", "lq") if {"gt", "lq"} <= keys else ("image", None)
-    return TfdsSource(str(builder.data_dir), split, gt_key, lq_key, splits[split].num_examples, files)
+    return TfdsSource(str(builder.data_dir), split, gt_key, lq_key, count, files)
 
 
 def write_tfds(
@@ -138,7 +162,7 @@ def write_tfds(
     """Write examples to folder/name/1.0.0 in array_record format; returns that folder.
 
     An example is {"image": encoded file, "path": file name}, or {"gt", "lq", "path"} if paired. The encoded files are
-    stored unchanged. tfds shuffles the examples by a hash of the path.
+    stored unchanged. tfds shuffles the examples by a hash of the path. Raises OSError if the disk is full.
     """
     import tensorflow_datasets as tfds
 
@@ -160,6 +184,9 @@ def write_tfds(
 
     Images.name = name
     builder = Images(data_dir=os.fspath(folder), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # tfds prints a message about a download, and there is none
-        builder.download_and_prepare(file_format="array_record")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds prints a message about a download, and there is none
+            builder.download_and_prepare(file_format="array_record")
+    except RuntimeError as error:  # of the writer of array_record files
+        raise OSError(" ".join(str(error).split())) from error
     return Path(builder.data_dir)

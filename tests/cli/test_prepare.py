@@ -2,6 +2,9 @@
 
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 from PIL import Image
 
 from pisa_jax.cli import prepare
@@ -26,6 +30,15 @@ def photos(tmp_path):
         Image.fromarray(fake_source(6, 40)[index].image).save(folder / f"{index}.jpg")
     Image.fromarray(fake_source(1, 40, 1)[0].image).quantize(16).save(folder / "sub" / "palette.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A set of one image, to be copied."""
+    folder = tmp_path_factory.mktemp("packed")
+    Image.fromarray(fake_source(1, 40)[0].image).save(folder / "0.png")
+    example = {"image": (folder / "0.png").read_bytes(), "path": "0.png"}
+    return write_tfds(folder, "set", "train", [example], paired=False).parent
 
 
 def run(*arguments):
@@ -107,9 +120,7 @@ def test_an_existing_set_is_replaced_only_with_overwrite(photos, tmp_path, capsy
     options = ("--out", tmp_path / "sets", "--name", "set")
     assert run(photos, *options) == 0
     (photos / "0.jpg").unlink()
-    with pytest.raises(SystemExit) as error:
-        run(photos, *options)
-    assert error.value.code == 2
+    assert run(photos, *options) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
     assert run(photos, *options, "--overwrite") == 0
@@ -131,6 +142,17 @@ def test_a_write_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_p
     assert "No space left on device" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
     assert [entry.name for entry in (tmp_path / "sets").iterdir()] == ["set"]
+
+
+def test_a_full_disk_ends_with_a_line(photos, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # of bytes per file
+    try:
+        assert run(photos, "--out", tmp_path / "sets", "--name", "set") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "prepare: Failed to finalize writing" in capsys.readouterr().err
+    assert list((tmp_path / "sets").iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["--name=2nd", "--name=a-b", "--split=a/b"])
@@ -206,7 +228,33 @@ def test_other_formats_than_array_record_are_refused(photos, tmp_path):
         tfds_source(tmp_path / "sets")
 
 
-def test_a_missing_or_damaged_file_of_a_set_is_an_oserror(photos, tmp_path):
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "se', "\udcff"])
+def test_damaged_metadata_is_refused_with_its_folder(packed, tmp_path, name, content):
+    folder = shutil.copytree(packed, tmp_path / "set") / "1.0.0"
+    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"in {folder} cannot be used \(.*\); restore them, or create"):
+        tfds_source(tmp_path / "set")
+
+
+def test_an_empty_split_is_refused(packed, tmp_path):
+    info = shutil.copytree(packed, tmp_path / "set") / "1.0.0" / "dataset_info.json"
+    content = json.loads(info.read_text())
+    content["splits"][0]["shardLengths"] = ["0"]
+    info.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the split 'train' of .* has no images"):
+        tfds_source(tmp_path / "set")
+
+
+def test_a_missing_file_of_a_set_is_found_at_the_start(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "set") / "1.0.0"
+    (file,) = folder.glob("*.array_record*")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 files of a data set are missing, e.g. {file}"):
+        tfds_source(tmp_path / "set")
+
+
+def test_a_damaged_file_of_a_set_is_an_oserror(photos, tmp_path):
     run(photos, "--out", tmp_path / "sets", "--name", "set")
     source = tfds_source(tmp_path / "sets")
     with open(source.files[0], "r+b") as file:
@@ -215,18 +263,46 @@ def test_a_missing_or_damaged_file_of_a_set_is_an_oserror(photos, tmp_path):
         source[0]
 
 
-def test_the_replaced_set_returns_after_a_kill_between_both_renames(photos, tmp_path, monkeypatch):
-    def full_disk(source, indices):
-        raise OSError(28, "No space left on device")
-
+def test_the_replaced_set_returns_after_a_kill_between_both_renames(photos, tmp_path, capsys):
     sets = tmp_path / "sets"
     run(photos, "--out", sets, "--name", "set")
     (sets / "set").rename(sets / ".set.replaced")  # what a kill at this moment leaves
     (sets / ".set.incomplete").mkdir()
-    monkeypatch.setattr(prepare, "read_examples", full_disk)
-    assert run(photos, "--out", sets, "--name", "set") == 1
+    assert run(photos, "--out", sets, "--name", "set") == 2
+    assert "exists; add --overwrite" in capsys.readouterr().err
     assert [entry.name for entry in sets.iterdir()] == ["set"]
     assert len(tfds_source(sets)) == 7
+
+
+KILLED = """
+import os, signal, sys
+from pisa_jax.cli import prepare
+
+read_examples = prepare.read_examples
+
+
+def killed(source, indices):
+    yield from list(read_examples(source, indices))[:3]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+prepare.read_examples = killed
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_set_is_complete_after_a_kill_and_a_second_run(photos, tmp_path):
+    sets = tmp_path / "sets"
+    run(photos, "--out", sets, "--name", "set")
+    command = [sys.executable, "-c", KILLED, str(photos), "--out", str(sets), "--name", "set", "--overwrite"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (sets / ".set.incomplete").is_dir()
+    assert len(tfds_source(sets)) == 7  # the old one, in spite of what is next to it
+    (photos / "0.jpg").unlink()
+    assert run(photos, "--out", sets, "--name", "set", "--overwrite") == 0
+    assert [entry.name for entry in sets.iterdir()] == ["set"]
+    assert len(tfds_source(sets)) == 6
 
 
 def test_an_interrupt_ends_with_a_line(photos, tmp_path, monkeypatch, capsys):
