@@ -161,6 +161,8 @@ class Data:
     workers: int = 2
     # Fraction of unreadable files above which the run stops.
     max_bad_share: float = 0.01
+    # Images whose shorter side is less than this fraction of the crop are left out; others are upscaled to the crop.
+    min_size_share: float = 0.5
 
     def __post_init__(self):
         _expand_paths(self, ("path", "hq_path", "prompts"))
@@ -169,7 +171,7 @@ class Data:
         _require(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
         _require(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
         _require(self.workers >= 0, f"data.workers is at least 0 (0: read in the training process), not {self.workers}")
-        for name in ("hq_probability", "null_prompt_probability", "max_bad_share"):
+        for name in ("hq_probability", "null_prompt_probability", "max_bad_share", "min_size_share"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name} is between 0 and 1, not {getattr(self, name)}")
 
 

@@ -20,6 +20,7 @@ from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
+from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import lpips, validation
 from pisa_jax.model import BaseModel, LoadedModel
@@ -86,6 +87,8 @@ def train(config: Config, resume: bool = False, overwrite: bool = False, *, mode
     check(config, model.base if model else random_model.base_model_of_size(RANDOM_SIZE), mesh)
     folder = claim_run_directory(config, resume, overwrite)
     model = model or load_model(config, make_random_model(config, folder))
+    if batches.prompts and jax.process_index() == 0:
+        report_long_prompts(batches.prompts, model.count_tokens, model.tokenize([""]).shape[1])
     checkpoints = Checkpoints(folder)
     first = (checkpoints.latest or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)
@@ -327,7 +330,7 @@ def training_source(config: Data) -> sources.Source:
 
 def training_loader(config: Config) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
-    return loader.make_loader(
+    batches = loader.make_loader(
         training_source(config.data),
         batch_size=config.batch_size // jax.process_count(),
         crop=config.data.crop,
@@ -339,7 +342,10 @@ def training_loader(config: Config) -> loader.Loader:
         prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,
         max_bad_share=config.data.max_bad_share,
+        min_size_share=config.data.min_size_share,
     )
+    batches.check_files()
+    return batches
 
 
 def check(config: Config, base: BaseModel, mesh: jax.sharding.Mesh) -> None:

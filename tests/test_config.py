@@ -71,7 +71,7 @@ def test_wrong_adapter_specs_are_refused(changes, message):
         dataclasses.replace(AdapterSpec(), **changes)
 
 
-@pytest.mark.parametrize("name", ["hq_probability", "null_prompt_probability", "max_bad_share"])
+@pytest.mark.parametrize("name", ["hq_probability", "null_prompt_probability", "max_bad_share", "min_size_share"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_shares_are_between_0_and_1(name, value):
     with pytest.raises(ValueError, match=f"data.{name} is between 0 and 1"):

@@ -19,7 +19,7 @@ ROOMS = {
     "tiling": "host_memory vae_tiles windows | memory",
     "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
     "model": "",
-    "data": "blur_kernels sources | degradation tfds loader",
+    "data": "blur_kernels contents folders text_files | prompts sources | degradation tfds unusable_files | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",

@@ -23,7 +23,10 @@ def readable_indices(source: FileSource, warn: Callable[[str], None]) -> list[in
 
     def reason(index: int) -> str | None:
         try:
+            source.names[index].encode()  # tfds stores names as UTF-8
             source[index]
+        except UnicodeEncodeError:
+            return f"{source.names[index]!a}: the name is not valid UTF-8; rename the file"
         except OSError as error:
             return str(error)
         return None
@@ -56,9 +59,8 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
     """
     from pisa_jax.data.tfds import write_tfds
 
-    unfinished, replaced = out / f".{name}.incomplete", out / f".{name}.replaced"
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished, replaced = _temporary_folders(out / name)
+    clean(out / name)
     unfinished.mkdir(parents=True)
     try:
         written = write_tfds(unfinished, name, split, read_examples(source, indices), source.paired)
@@ -67,8 +69,21 @@ def pack(source: FileSource, indices: Sequence[int], out: Path, name: str, split
         (unfinished / name).rename(out / name)
         return out / written.relative_to(unfinished)
     finally:
-        for leftover in (unfinished, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clean(out / name)
+
+
+def clean(final: Path) -> None:
+    """Delete what a run left behind, also one that was killed; an old data set returns if no new one has its place."""
+    unfinished, replaced = _temporary_folders(final)
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary_folders(final: Path) -> tuple[Path, Path]:
+    """Return the folders of the unfinished data set and of the one that it replaces, next to `final`."""
+    return final.with_name(f".{final.name}.incomplete"), final.with_name(f".{final.name}.replaced")
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -90,17 +105,21 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         value = getattr(arguments, option)
         if not re.fullmatch(r"[a-z]\w*", value, re.ASCII):
             parser.error(f"--{option} {value!r}: use letters, digits and _, starting with a lower-case letter")
-    if (arguments.out / arguments.name).exists() and not arguments.overwrite:
-        parser.error(
-            f"{arguments.out / arguments.name} exists; add --overwrite to replace it, or choose another --name"
-        )
     return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> int:
-    """Run the command; returns 0 if all images were packed, else 1. Wrong usage exits with 2."""
+    """Run the command; returns 0 (all images packed), 1 (failed, or images skipped) or 130 (interrupted).
+
+    Wrong usage exits with 2.
+    """
     arguments = _parse(argv, prog)
+    final = arguments.out / arguments.name
     try:
+        clean(final)
+        if final.exists() and not arguments.overwrite:
+            print(f"{prog}: {final} exists; add --overwrite to replace it, or choose another --name", file=sys.stderr)
+            return 2
         source = (pair_source if arguments.paired else folder_source)(arguments.folder)
         readable = readable_indices(source, lambda problem: print(f"skipped: {problem}", file=sys.stderr))
         if not readable:
@@ -109,6 +128,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> in
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
     skipped = len(source) - len(readable)
     print(f"{folder}: {len(readable)} {'pairs' if arguments.paired else 'images'}, {skipped} skipped")
     print(f"use it with: pisa-sr train CONFIG --data.source tfds --data.path {folder}")

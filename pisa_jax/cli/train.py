@@ -82,6 +82,7 @@ def _all_but_abandoned_writes(unraisable):
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command; returns 0 (trained), 1 (failed), 2 (wrong usage), 130 (interrupted) or 143 (SIGTERM, saved)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("pisa_jax").setLevel(logging.INFO)
     # When a checkpoint cannot be written, orbax logs the traceback of an error that it also raises, asyncio logs each
     # of the hundreds of abandoned writes, and the threads of tensorstore report that nothing waits for them.
     for logger in ("absl", "asyncio"):

@@ -6,7 +6,6 @@ partition of the batch over processes, and the state of the loader is the number
 """
 
 import functools
-import json
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -15,7 +14,6 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -25,7 +23,11 @@ from absl import flags
 from jaxtyping import UInt8
 from PIL import Image
 
-from pisa_jax.data.sources import MixedSource, Source, SourceImage
+from pisa_jax.data.prompts import check_prompts, digest_prompts
+from pisa_jax.data.prompts import read_prompts as read_prompts
+from pisa_jax.data.sources import MixedSource, Source, SourceImage, StoredSource
+from pisa_jax.data.text_files import normalize_path
+from pisa_jax.data.unusable_files import Unusable, UnusableFiles, file_name, parts
 from pisa_jax.imaging.ranges import uint8_to_signed, uint8_to_unit, unit_to_uint8
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,16 @@ DegradeFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 # Consecutive unreadable images that stop a worker: with 10 % unreadable images, 1 in 1e10 samples stops by chance.
 MAX_FAILURES = 10
+# Consecutive images that are too small and stop a worker: with 95 % of them, 1 in 1e22 samples stops by chance.
+MAX_SMALL = 1000
+# Images are upscaled as a whole up to this multiple of the area of a crop; of longer ones only the window is upscaled.
+MAX_UPSCALED = 16
 # Number of samples of the sequence, more than any run needs: grain's endless `repeat()` overflows at batch size 1.
 ENDLESS = 2**40
+# Records of a packed set that are read at the start for the share of images with a prompt.
+MAX_NAMES_READ = 1000
+# Part of grain's message about a worker that was killed.
+WORKER_ENDED = "Worker process was terminated unexpectedly"
 
 
 class TrainingSample(NamedTuple):
@@ -45,42 +55,39 @@ class TrainingSample(NamedTuple):
     lq: UInt8[np.ndarray, "c c 3"]
     path: str
     use_prompt: bool
-    skipped: tuple[str, ...]
+    unusable: tuple[Unusable, ...]
 
 
-def read_prompts(path: str | os.PathLike) -> dict[str, str]:
-    """Read prompts by image path from a JSONL file of {"path": ..., "prompt": ...}; blank lines are skipped.
+def read_source_image(
+    source: Source, index: int, rng: np.random.Generator, least: float = 0
+) -> tuple[SourceImage, tuple[Unusable, ...]]:
+    """Read image `index`, or random others until one is readable and its shorter side has at least `least` pixels.
 
-    Paths are relative to the root of the source. Raises ValueError with the number of the first malformed line.
+    Returns it and the files that it replaces. Raises OSError with all reasons after `MAX_FAILURES` unreadable or
+    `MAX_SMALL` small images in a row.
     """
-    prompts = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    replaced: list[Unusable] = []
+    while True:
+        part, position = source.choose(index, rng) if isinstance(source, MixedSource) else (0, index)
+        chosen = parts(source)[part]
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("path", "prompt")):
-            raise ValueError(f'{path}, line {number}: {line[:80]!r} is not {{"path": text, "prompt": text}}')
-        prompts[entry["path"]] = entry["prompt"]
-    return prompts
-
-
-def read_source_image(source: Source, index: int, rng: np.random.Generator) -> tuple[SourceImage, tuple[str, ...]]:
-    """Read image `index`, or random others until one is readable; returns it and the reason of every skipped file.
-
-    Raises OSError with all reasons after MAX_FAILURES unreadable files in a row.
-    """
-    skipped: list[str] = []
-    for _ in range(MAX_FAILURES):
-        try:
-            source_image = source.draw(index, rng) if isinstance(source, MixedSource) else source[index]
-            return source_image, tuple(skipped)
+            source_image = chosen[position]
+            height, width = source_image.image.shape[:2]
+            if min(height, width) >= least:
+                return source_image, tuple(replaced)
+            kind, reason = "small", f"{source_image.path} is {width} x {height}; {least:g} pixels are needed"
         except OSError as error:
-            skipped.append(str(error))
-            index = int(rng.integers(len(source)))
-    raise OSError(f"{MAX_FAILURES} images in a row cannot be read:\n" + "\n".join(skipped))
+            kind, reason = "unreadable", str(error)
+        replaced.append(Unusable(kind, part, file_name(chosen, position), reason))
+        reasons = [report.reason for report in replaced if report.kind == kind]
+        if kind == "unreadable" and len(reasons) == MAX_FAILURES:
+            raise OSError(f"{MAX_FAILURES} images in a row cannot be read:\n" + "\n".join(reasons))
+        if kind == "small" and len(reasons) == MAX_SMALL:
+            raise OSError(
+                f"{MAX_SMALL} images in a row are smaller than {least:g} pixels, e.g. {reasons[0]}; lower data.crop or "
+                "data.min_size_share"
+            )
+        index = int(rng.integers(len(source)))
 
 
 def crop_pair(
@@ -93,15 +100,28 @@ def crop_pair(
     """
     images = [source_image.image] if source_image.lq is None else [source_image.image, source_image.lq]
     height, width = source_image.image.shape[:2]
-    if min(height, width) < crop:
-        scale = crop / min(height, width)
+    scale = max(1.0, crop / min(height, width))
+    if scale > 1:
         height, width = max(crop, round(height * scale)), max(crop, round(width * scale))
+    whole = scale > 1 and height * width <= MAX_UPSCALED * crop**2
+    if whole:
         bicubic = Image.Resampling.BICUBIC
         images = [np.asarray(Image.fromarray(image).resize((width, height), bicubic)) for image in images]
-    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+    top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
+    if scale > 1 and not whole:
+        images = [_upscale_window(image, (height, width), top, left, crop) for image in images]
+        top = left = 0
     step = -1 if flip and rng.random() < 0.5 else 1
     crops = [np.ascontiguousarray(image[top : top + crop, left : left + crop][:, ::step]) for image in images]
     return crops[0], crops[1] if len(crops) > 1 else None
+
+
+def _upscale_window(image: np.ndarray, size: tuple[int, int], top: int, left: int, crop: int) -> np.ndarray:
+    """Upscale only a window of a long, thin image; equal to the window of the upscaled image up to rounding."""
+    rows, columns = image.shape[0] / size[0], image.shape[1] / size[1]
+    right, bottom = min((left + crop) * columns, image.shape[1]), min((top + crop) * rows, image.shape[0])
+    box = (left * columns, top * rows, right, bottom)
+    return np.asarray(Image.fromarray(image).resize((crop, crop), Image.Resampling.BICUBIC, box=box))
 
 
 def make_training_sample(
@@ -112,10 +132,15 @@ def make_training_sample(
     crop: int,
     flip: bool,
     null_prompt_probability: float,
+    min_size_share: float,
     degrade: DegradeFunction | None,
 ) -> TrainingSample:
     """Read, crop, flip and degrade image `index`; pairs are not degraded. `rng` draws all random numbers."""
-    source_image, skipped = read_source_image(source, index, rng)
+    source_image, unusable = read_source_image(source, index, rng, min_size_share * crop)
+    height, width = source_image.image.shape[:2]
+    if min(height, width) < crop:
+        reason = f"{source_image.path} is {width} x {height}"
+        unusable = (*unusable, Unusable("upscaled", 0, normalize_path(source_image.path), reason))
     gt, lq = crop_pair(source_image, crop, flip, rng)
     use_prompt = bool(rng.random() >= null_prompt_probability)
     if lq is None:
@@ -125,7 +150,7 @@ def make_training_sample(
                 f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; shapes must match"
             )
         lq = unit_to_uint8(degraded)
-    return TrainingSample(gt, lq, source_image.path, use_prompt, skipped)
+    return TrainingSample(gt, lq, source_image.path, use_prompt, unusable)
 
 
 def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
@@ -135,7 +160,7 @@ def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
         "lq": np.stack([sample.lq for sample in samples]),
         "path": [sample.path for sample in samples],
         "use_prompt": [sample.use_prompt for sample in samples],
-        "skipped": [reason for sample in samples for reason in sample.skipped],
+        "unusable": [report for sample in samples for report in sample.unusable],
     }
 
 
@@ -161,11 +186,11 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 class Loader:
     """Endless iterator of batches, made by `make_loader`. `close()` ends its worker processes.
 
-    An unreadable image is replaced by a random other image, drawn with the rng of the sample, so batches remain full
-    and the sequence reproducible. The reason is sent with the batch to the process that consumes the batches, which
-    logs every bad file once and raises OSError with the list of all when their share exceeds `max_bad_share`. Each
-    process of a multi-process run counts only the files that it read. `read_source_image` stops earlier if many images
-    in a row are unreadable.
+    An unreadable or too small image is replaced by a random other image, drawn with the rng of the sample, so batches
+    remain full and the sequence reproducible. The reason is sent with the batch to the process that consumes the
+    batches, which logs every bad file once and raises OSError with the list of all when their share exceeds
+    `max_bad_share`. Each process of a multi-process run counts only the files that it read. `read_source_image` stops
+    earlier if many images in a row are unreadable.
     """
 
     def __init__(
@@ -175,13 +200,12 @@ class Loader:
         shard: tuple[int, int],
         workers: int,
         prompts: Mapping[str, str],
-        max_bad: float,
+        unusable: UnusableFiles,
         fingerprint: dict[str, Any],
     ):
         self._batches, self._shard, self._workers = batches, shard, workers
-        self._prompts, self._max_bad, self.fingerprint = prompts, max_bad, fingerprint
+        self.prompts, self._unusable, self.fingerprint = prompts, unusable, fingerprint
         self._position = 0
-        self.bad_files: set[str] = set()
         self._iterators: list[grain.DatasetIterator] = []  # the one in use, or none before the first batch
         # Also at garbage collection and at exit: prefetched batches would otherwise remain in shared memory.
         weakref.finalize(self, _close_all, self._iterators)
@@ -190,15 +214,25 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        self.check_files()
         if not self._iterators:
             self._iterators.append(self._start())
-        batch = next(self._iterators[0])
+        try:
+            batch = next(self._iterators[0])
+        except RuntimeError as error:
+            if WORKER_ENDED not in str(error):
+                raise
+            raise OSError(
+                "a data worker was ended from outside, probably because memory ran out; lower data.workers or the "
+                f"batch size, and continue from the newest checkpoint with --resume: {error}"
+            ) from error
         self._position += 1
-        self._count_unreadable(batch["skipped"])
+        self._unusable.add(batch["unusable"])
+        self.check_files()
         return {
             "lq": uint8_to_signed(batch["lq"]),
             "gt": uint8_to_signed(batch["gt"]),
-            "prompt": np.array([self._prompts.get(path, "") for path in batch["path"]], dtype=np.str_),
+            "prompt": np.array([self.prompts.get(normalize_path(path), "") for path in batch["path"]], np.str_),
             "use_prompt": np.array(batch["use_prompt"]),
             "path": np.array(batch["path"], dtype=np.str_),
         }
@@ -214,28 +248,43 @@ class Loader:
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         return iter(dataset)
 
-    def _count_unreadable(self, reasons: Sequence[str]) -> None:
-        for reason in sorted(set(reasons) - self.bad_files):
-            self.bad_files.add(reason)
-            logger.warning("skipped unreadable image %d: %s", len(self.bad_files), reason)
-        if len(self.bad_files) > self._max_bad:
-            raise OSError(
-                f"{len(self.bad_files)} images cannot be read, at most {self._max_bad:g} are allowed (max_bad_share):\n"
-                + "\n".join(sorted(self.bad_files))
-            )
+    @property
+    def bad_files(self) -> dict[str, str]:
+        """Unreadable files so far: the reason by name."""
+        return self._unusable.unreadable
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of distinct files so far that were "unreadable", too "small", or "upscaled" to the crop."""
+        return self._unusable.counts
+
+    def check_files(self) -> None:
+        """Raise OSError with a list of the unreadable files if there are more than `max_bad_share` allows.
+
+        Before the first batch these are the files of a list that do not exist.
+        """
+        self._unusable.check()
 
     def get_state(self) -> dict[str, Any]:
         """State for a checkpoint, as JSON types: number of batches and fingerprint; the same on every process."""
         return {"batches": self._position, "fingerprint": self.fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue after a saved state. Raises ValueError with the fields in which the fingerprints differ."""
+        """Continue after a saved state.
+
+        Fields that only one of the fingerprints has, as after an update of the package, are logged and not compared.
+
+        Raises:
+            ValueError: the fingerprints differ; the message has the fields.
+        """
         saved = state["fingerprint"]
-        fields = sorted(saved.keys() | self.fingerprint.keys())
-        changed = [field for field in fields if saved.get(field) != self.fingerprint.get(field)]
+        common = sorted(saved.keys() & self.fingerprint.keys())
+        changed = [field for field in common if saved[field] != self.fingerprint[field]]
         if changed:
-            listing = ", ".join(f"{name} was {saved.get(name)} and is {self.fingerprint.get(name)}" for name in changed)
+            listing = ", ".join(f"{name} was {saved[name]} and is {self.fingerprint[name]}" for name in changed)
             raise ValueError(f"the data differs from that of the saved run: {listing}; restore it or start a new run")
+        if unknown := sorted(saved.keys() ^ self.fingerprint.keys()):
+            logger.warning("saved by another version: %s of the data cannot be compared", ", ".join(unknown))
         self.close()
         self._position = int(state["batches"])
 
@@ -244,13 +293,11 @@ class Loader:
         _close_all(self._iterators)
 
 
-def _check_arguments(
-    source: Source, prompts: Mapping[str, str], degrade: DegradeFunction | None, **numbers: int | float
-) -> None:
+def _check_arguments(source: Source, degrade: DegradeFunction | None, **numbers: int | float) -> None:
     for name in ("batch_size", "crop", "process_count"):
         if numbers[name] < 1:
             raise ValueError(f"{name} is {numbers[name]}; it must be at least 1")
-    for name in ("null_prompt_probability", "max_bad_share"):
+    for name in ("null_prompt_probability", "max_bad_share", "min_size_share"):
         if not 0 <= numbers[name] <= 1:
             raise ValueError(f"{name} is {numbers[name]}; it must be in 0..1")
     if not 0 <= numbers["process_index"] < numbers["process_count"]:
@@ -261,11 +308,13 @@ def _check_arguments(
         )
     if degrade is None and not source.paired:
         raise ValueError("degrade is None, but the source has no LQ images; pass a degradation or a paired source")
-    if prompts and source.names and not prompts.keys() & set(source.names):
-        raise ValueError(
-            f"none of the {len(prompts)} prompts has the path of an image of the source: the prompts have e.g. "
-            f"{next(iter(prompts))!r}, the source {source.names[0]!r}; give paths relative to the root of the source"
-        )
+
+
+def _check_prompts(source: Source, prompts: Mapping[str, str]) -> None:
+    if source.names:
+        check_prompts(prompts, source.names, len(source.names), len(source.names))
+    elif isinstance(source, StoredSource):
+        check_prompts(prompts, source.paths(), len(source), MAX_NAMES_READ)
 
 
 def make_loader(
@@ -282,6 +331,7 @@ def make_loader(
     null_prompt_probability: float = 0.5,
     flip: bool = True,
     max_bad_share: float = 0.01,
+    min_size_share: float = 0.5,
 ) -> Loader:
     """Make a loader of endless batches of training pairs.
 
@@ -295,17 +345,22 @@ def make_loader(
         workers: number of reading processes; each holds up to four batches. 0 reads in a thread of this process.
         prompts: {path: prompt}; images without an entry have the empty prompt.
         null_prompt_probability: probability that `use_prompt` is False, per sample.
-        max_bad_share: largest allowed share of unreadable images.
+        max_bad_share: largest allowed share of unreadable images, of each of the lists of a mixture.
+        min_size_share: images whose shorter side is less than this share of the crop are left out.
 
-    Unreadable images are replaced, see `Loader`. Raises ValueError for invalid arguments.
+    Unreadable and small images are replaced, see `Loader`. Raises ValueError for invalid arguments, and if no image has
+    a prompt.
     """
-    prompts = prompts or {}
+    prompts = {normalize_path(path): prompt for path, prompt in (prompts or {}).items()}
     numbers = {"batch_size": batch_size, "crop": crop, "process_index": process_index, "process_count": process_count}
     numbers |= {"workers": workers, "null_prompt_probability": null_prompt_probability, "max_bad_share": max_bad_share}
-    _check_arguments(source, prompts, degrade, **numbers)
+    _check_arguments(source, degrade, min_size_share=min_size_share, **numbers)
+    if prompts:
+        _check_prompts(source, prompts)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only absl.app parses
     options = {"crop": crop, "flip": flip, "null_prompt_probability": null_prompt_probability}
+    options |= {"min_size_share": min_size_share}
     sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
     # random_map comes after repeat and before the partition over processes: its rng then depends only on the seed and
     # the global position, and no two samples share one.
@@ -316,9 +371,11 @@ def make_loader(
         shard=(process_index, process_count),
         workers=workers,
         prompts=prompts,
-        max_bad=max_bad_share * len(source),
+        unusable=UnusableFiles(source, max_bad_share),
         fingerprint={
             "source": source.identity,
+            "contents": source.contents() if isinstance(source, StoredSource) else None,
+            "prompts": digest_prompts(prompts),
             "records": len(source),
             "seed": seed,
             "global_batch": batch_size * process_count,

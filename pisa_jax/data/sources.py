@@ -5,8 +5,9 @@ A source has a length, returns a `SourceImage` per index and raises OSError nami
 
 import functools
 import hashlib
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,10 +16,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pisa_jax.data.contents import digest_files, file_sizes
+from pisa_jax.data.folders import image_names
+from pisa_jax.data.text_files import listed_name, normalize_path, read_lines
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.image_files import IMAGE_SUFFIXES, list_images
 from pisa_jax.imaging.image_reading import decode_rgb8
+
+logger = logging.getLogger(__name__)
 
 
 class SourceImage(NamedTuple):
@@ -34,7 +39,7 @@ class Source(Protocol):
     """Interface of a source of images.
 
     `names` are the paths of the images, or () if they are unknown before reading; `paired` sources have LQ images;
-    `identity` is a text that changes with the content and the order of the source.
+    `identity` is a text that changes with the names, their order and the parameters of the source.
     """
 
     names: tuple[str, ...]
@@ -44,6 +49,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> SourceImage: ...
+
+
+@runtime_checkable
+class StoredSource(Source, Protocol):
+    """Interface of a source of stored files, which may be replaced by others under their names."""
+
+    def contents(self) -> str:
+        """Digest of the contents of the files, see `contents.digest_files`."""
+
+    def paths(self) -> Iterator[str]:
+        """Paths of all images; in an order such that the first ones are a fair sample where reading them is slow."""
 
 
 def decode_rgb(data: bytes, name: str) -> RGB8:
@@ -60,11 +76,13 @@ def decode_rgb(data: bytes, name: str) -> RGB8:
 
 def read_rgb(path: Path) -> RGB8:
     """Read an image file as `decode_rgb` does."""
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise FileNotFoundError(f"{path} does not exist or is no regular file")
     return decode_rgb(path.read_bytes(), str(path))
 
 
 def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def match_size(lq: RGB8, gt: RGB8, name: str) -> RGB8:
@@ -96,6 +114,33 @@ class FileSource:
     @functools.cached_property
     def identity(self) -> str:
         return _digest([*self.names, *self.lq_names])
+
+    @functools.cached_property
+    def distinct(self) -> int:
+        """Number of distinct files: a list may name one several times."""
+        return len({normalize_path(name) for name in self.names})
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        return [os.path.join(self.root, name) for name in (*self.names, *self.lq_names)]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return file_sizes(self._files)
+
+    def contents(self) -> str:
+        return digest_files(self._files, self._sizes)
+
+    def paths(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def missing(self) -> list[str]:
+        """Names of files that do not exist or are no regular files."""
+        return [name for name, size in zip((*self.names, *self.lq_names), self._sizes, strict=True) if size < 0]
+
+    def __getstate__(self) -> dict:
+        # Workers need neither the paths nor the sizes, which take as much memory as the names.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_sizes")}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -129,27 +174,23 @@ class MixedSource:
     def identity(self) -> str:
         return _digest([self.general.identity, self.hq.identity, str(self.hq_probability)])
 
+    def contents(self) -> str:
+        return _digest([self.general.contents(), self.hq.contents()])
+
+    def paths(self) -> Iterator[str]:
+        return iter(self.names)
+
     def __len__(self) -> int:
         return len(self.general)
 
     def __getitem__(self, index: int) -> SourceImage:
         return self.general[index]
 
-    def draw(self, index: int, rng: np.random.Generator) -> SourceImage:
-        """Image `index` of the general list or, with `hq_probability`, a random image of the high-quality list."""
+    def choose(self, index: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Draw (0, `index`), for the general list, or with `hq_probability` (1, a random index of the other list)."""
         if rng.random() < self.hq_probability:
-            return self.hq[int(rng.integers(len(self.hq)))]
-        return self.general[index]
-
-
-def image_names(folder: str | os.PathLike) -> tuple[str, ...]:
-    """List the images of `folder` and its subfolders as sorted relative names. Raises ValueError if there are none."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    names = list_images(folder, recursive=True)
-    if not names:
-        raise ValueError(f"no images in {folder} or its subfolders; suffixes of images: {' '.join(IMAGE_SUFFIXES)}")
-    return tuple(names)
+            return 1, int(rng.integers(len(self.hq)))
+        return 0, index
 
 
 def folder_source(path: str | os.PathLike) -> FileSource:
@@ -165,9 +206,12 @@ def pair_source(path: str | os.PathLike) -> FileSource:
     sides = []
     for side in ("gt", "lq"):
         names = image_names(Path(path) / side)
-        by_stem = {os.path.splitext(name)[0]: f"{side}/{name}" for name in names}
+        by_stem = {normalize_path(os.path.splitext(name)[0]): f"{side}/{name}" for name in names}
         if len(by_stem) < len(names):
-            raise ValueError(f"{Path(path) / side} has images that differ in the suffix only: pairs are ambiguous")
+            raise ValueError(
+                f"{Path(path) / side} has images that differ only in the suffix or the Unicode normalization of their "
+                "names: pairs are ambiguous"
+            )
         sides.append(by_stem)
     gt, lq = sides
     unpaired = sorted(gt.keys() ^ lq.keys())
@@ -178,10 +222,14 @@ def pair_source(path: str | os.PathLike) -> FileSource:
 
 def _read_list(text_file: str | os.PathLike) -> FileSource:
     path = Path(text_file)
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = [line.strip() for line in read_lines(path)]
+    entries = [line for line in lines if line and (line[0] != "#" or os.path.exists(path.parent / line))]
+    names = tuple(listed_name(path.parent, line) for line in entries)
     if not names:
         raise ValueError(f"{path} lists no images; it needs one path per line, relative to {path.parent}")
-    return FileSource(path.parent, names)
+    source = FileSource(path.parent, names)
+    logger.info("%s: %d images (%d distinct files)", path, len(names), source.distinct)
+    return source
 
 
 def list_source(
@@ -189,8 +237,11 @@ def list_source(
 ) -> FileSource | MixedSource:
     """Images listed in a text file, one path per line, relative to the folder of the file.
 
+    Blank lines are skipped, and lines that begin with # unless there is a file of that name. The separator of folders
+    may be "\\"; names outside ASCII are also found in the other Unicode normalization (`text_files.listed_name`).
+
     With `hq_file`, a second such list, each image is taken from it with probability `hq_probability` (the original
-    program's `prob` is 1 - hq_probability). Whether the files exist is not checked before they are read.
+    program's `prob` is 1 - hq_probability). `FileSource.missing` names the listed files that do not exist.
     """
     if not 0 <= hq_probability <= 1 or (hq_probability > 0) != (hq_file is not None):
         raise ValueError(

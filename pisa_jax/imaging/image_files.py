@@ -22,8 +22,8 @@ READABLE = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in READABLE.values() for suffix in suffixes)
 
 
-def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[str]:
-    """Sorted names, relative to `folder` and with "/", of its image files; `recursive` includes its subfolders.
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Sorted names of the image files directly in `folder`; `data.folders` lists subfolders too.
 
     A file is an image if its suffix is in `IMAGE_SUFFIXES`. Hidden files are skipped, symbolic links are followed.
 
@@ -33,16 +33,8 @@ def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[str]
     root = Path(folder)
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is not a folder")
-    names = []
-    for parent, subfolders, files in os.walk(root, followlinks=True):
-        if not recursive:
-            subfolders.clear()
-        names += [
-            (Path(parent) / file).relative_to(root).as_posix()
-            for file in files
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-        ]
-    return sorted(names)
+    _, _, files = next(os.walk(root, followlinks=True))
+    return sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."))
 
 
 def find_images(path: Path) -> list[Path]:

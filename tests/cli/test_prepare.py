@@ -1,5 +1,10 @@
 """The command prepare: tfds data sets written and read without TensorFlow."""
 
+import json
+import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -7,12 +12,13 @@ import cloudpickle
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 from PIL import Image
 
 from pisa_jax.cli import prepare
 from pisa_jax.data.loader import make_loader
 from pisa_jax.data.sources import fake_source, folder_source
-from pisa_jax.data.tfds import tfds_source
+from pisa_jax.data.tfds import tfds_source, write_tfds
 
 
 @pytest.fixture
@@ -24,6 +30,15 @@ def photos(tmp_path):
         Image.fromarray(fake_source(6, 40)[index].image).save(folder / f"{index}.jpg")
     Image.fromarray(fake_source(1, 40, 1)[0].image).quantize(16).save(folder / "sub" / "palette.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A set of one image, to be copied."""
+    folder = tmp_path_factory.mktemp("packed")
+    Image.fromarray(fake_source(1, 40)[0].image).save(folder / "0.png")
+    example = {"image": (folder / "0.png").read_bytes(), "path": "0.png"}
+    return write_tfds(folder, "set", "train", [example], paired=False).parent
 
 
 def run(*arguments):
@@ -105,9 +120,7 @@ def test_an_existing_set_is_replaced_only_with_overwrite(photos, tmp_path, capsy
     options = ("--out", tmp_path / "sets", "--name", "set")
     assert run(photos, *options) == 0
     (photos / "0.jpg").unlink()
-    with pytest.raises(SystemExit) as error:
-        run(photos, *options)
-    assert error.value.code == 2
+    assert run(photos, *options) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
     assert run(photos, *options, "--overwrite") == 0
@@ -129,6 +142,17 @@ def test_a_write_failure_leaves_the_old_set_and_no_temporary_files(photos, tmp_p
     assert "No space left on device" in capsys.readouterr().err
     assert len(tfds_source(tmp_path / "sets")) == 7
     assert [entry.name for entry in (tmp_path / "sets").iterdir()] == ["set"]
+
+
+def test_a_full_disk_ends_with_a_line(photos, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # of bytes per file
+    try:
+        assert run(photos, "--out", tmp_path / "sets", "--name", "set") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "prepare: Failed to finalize writing" in capsys.readouterr().err
+    assert list((tmp_path / "sets").iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["--name=2nd", "--name=a-b", "--split=a/b"])
@@ -163,3 +187,136 @@ print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "tor
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_prompts_of_which_none_belongs_to_a_packed_image_are_refused(photos, tmp_path, caplog):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    source = tfds_source(tmp_path / "sets")
+    options = {"batch_size": 1, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt}
+    with pytest.raises(ValueError, match=r"none of the 1 prompts.*'photos/0.jpg'"):
+        make_loader(source, prompts={"photos/0.jpg": "a ball"}, **options)
+    make_loader(source, prompts={"0.jpg": "a ball", "1.jpg": "a box"}, **options)
+    assert "2 of 7 images have one (28.6 %)" in caplog.text
+
+
+def test_a_bad_record_is_counted_once(photos, tmp_path):
+    examples = [{"image": (photos / f"{index}.jpg").read_bytes(), "path": f"{index}.jpg"} for index in range(6)]
+    write_tfds(tmp_path / "sets", "set", "train", [*examples, {"image": b"<html>404</html>", "path": "bad"}], False)
+    options = {"batch_size": 7, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt, "max_bad_share": 0.2}
+    loader = make_loader(tfds_source(tmp_path / "sets"), **options)
+    for _ in range(5):
+        next(loader)
+    assert len(loader.bad_files) == 1
+
+
+def test_a_set_that_was_packed_again_is_noticed_at_a_resume(photos, tmp_path):
+    options = {"batch_size": 1, "crop": 16, "seed": 0, "degrade": lambda gt, rng: gt}
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    state = make_loader(tfds_source(tmp_path / "sets"), **options).get_state()
+    make_loader(tfds_source(tmp_path / "sets"), **options).set_state(state)
+    Image.fromarray(fake_source(1, 40, 9)[0].image).save(photos / "0.jpg")
+    run(photos, "--out", tmp_path / "sets", "--name", "set", "--overwrite")
+    with pytest.raises(ValueError, match="the data differs from that of the saved run: contents was"):
+        make_loader(tfds_source(tmp_path / "sets"), **options).set_state(state)
+
+
+def test_other_formats_than_array_record_are_refused(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    info = tmp_path / "sets" / "set" / "1.0.0" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    with pytest.raises(ValueError, match="has the format tfrecord; array_record is needed"):
+        tfds_source(tmp_path / "sets")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "se', "\udcff"])
+def test_damaged_metadata_is_refused_with_its_folder(packed, tmp_path, name, content):
+    folder = shutil.copytree(packed, tmp_path / "set") / "1.0.0"
+    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"in {folder} cannot be used \(.*\); restore them, or create"):
+        tfds_source(tmp_path / "set")
+
+
+def test_an_empty_split_is_refused(packed, tmp_path):
+    info = shutil.copytree(packed, tmp_path / "set") / "1.0.0" / "dataset_info.json"
+    content = json.loads(info.read_text())
+    content["splits"][0]["shardLengths"] = ["0"]
+    info.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the split 'train' of .* has no images"):
+        tfds_source(tmp_path / "set")
+
+
+def test_a_missing_file_of_a_set_is_found_at_the_start(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "set") / "1.0.0"
+    (file,) = folder.glob("*.array_record*")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 files of a data set are missing, e.g. {file}"):
+        tfds_source(tmp_path / "set")
+
+
+def test_a_damaged_file_of_a_set_is_an_oserror(photos, tmp_path):
+    run(photos, "--out", tmp_path / "sets", "--name", "set")
+    source = tfds_source(tmp_path / "sets")
+    with open(source.files[0], "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(OSError, match="record 0 of train cannot be read"):
+        source[0]
+
+
+def test_the_replaced_set_returns_after_a_kill_between_both_renames(photos, tmp_path, capsys):
+    sets = tmp_path / "sets"
+    run(photos, "--out", sets, "--name", "set")
+    (sets / "set").rename(sets / ".set.replaced")  # what a kill at this moment leaves
+    (sets / ".set.incomplete").mkdir()
+    assert run(photos, "--out", sets, "--name", "set") == 2
+    assert "exists; add --overwrite" in capsys.readouterr().err
+    assert [entry.name for entry in sets.iterdir()] == ["set"]
+    assert len(tfds_source(sets)) == 7
+
+
+KILLED = """
+import os, signal, sys
+from pisa_jax.cli import prepare
+
+read_examples = prepare.read_examples
+
+
+def killed(source, indices):
+    yield from list(read_examples(source, indices))[:3]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+prepare.read_examples = killed
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_a_set_is_complete_after_a_kill_and_a_second_run(photos, tmp_path):
+    sets = tmp_path / "sets"
+    run(photos, "--out", sets, "--name", "set")
+    command = [sys.executable, "-c", KILLED, str(photos), "--out", str(sets), "--name", "set", "--overwrite"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (sets / ".set.incomplete").is_dir()
+    assert len(tfds_source(sets)) == 7  # the old one, in spite of what is next to it
+    (photos / "0.jpg").unlink()
+    assert run(photos, "--out", sets, "--name", "set", "--overwrite") == 0
+    assert [entry.name for entry in sets.iterdir()] == ["set"]
+    assert len(tfds_source(sets)) == 6
+
+
+def test_an_interrupt_ends_with_a_line(photos, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "read_examples", interrupted)
+    assert run(photos, "--out", tmp_path / "sets", "--name", "set") == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list((tmp_path / "sets").iterdir()) == []
+
+
+def test_a_name_that_is_not_utf8_is_reported_and_skipped(photos, tmp_path, capsys):
+    os.rename(photos / "3.jpg", os.fsencode(photos) + b"/caf\xe9.jpg")
+    assert run(photos, "--out", tmp_path, "--name", "set") == 1
+    assert r"skipped: 'caf\udce9.jpg': the name is not valid UTF-8" in capsys.readouterr().err
+    assert len(tfds_source(tmp_path / "set")) == 6

@@ -87,3 +87,24 @@ def test_wrong_input_is_reported(tmp_path, monkeypatch, capsys, line, code, mess
     captured = capsys.readouterr()
     assert found == code
     assert message in captured.err + captured.out
+
+
+def test_the_data_is_reported_before_a_refusal(tmp_path, caplog, capsys):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.jpg", "c.txt"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    data = ["--data.source", "folder", "--data.path", str(tmp_path / "images")]
+    prompts = ["--data.prompts", str(tmp_path / "prompts.jsonl")]
+    assert train.main(["debug", "--out", str(tmp_path / "run"), *data, *prompts]) == 1
+    assert f"{tmp_path / 'images'}: 2 images (1 .jpg, 1 .png); ignored: 1 .txt" in caplog.messages
+    assert (
+        capsys.readouterr().err
+        == f'train.py: {prompts[1]} holds no prompts; it needs lines {{"path": text, "prompt": text}}\n'
+    )
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "images" / "c.txt").unlink()
+    (tmp_path / "prompts.jsonl").write_text('{"path": "c.png", "prompt": "dog"}\n')
+    assert train.main(["debug", "--out", str(tmp_path / "run"), *data, *prompts]) == 1
+    assert caplog.messages[-1].endswith("2 images (1 .jpg, 1 .png)")  # level INFO
+    assert "none of the 1 prompts has the path of an image" in capsys.readouterr().err

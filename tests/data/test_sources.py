@@ -1,5 +1,7 @@
 """Sources of images: listing, decoding, errors."""
 
+import unicodedata
+
 import cloudpickle
 import numpy as np
 import pytest
@@ -127,12 +129,12 @@ def mixed(tmp_path, probability):
 def test_images_of_the_high_quality_list_are_drawn_with_its_probability(tmp_path):
     source = mixed(tmp_path, 0.25)
     rng = np.random.default_rng(0)
-    drawn = np.array([source.draw(1, rng).image[0, 0, 0] for _ in range(800)])
-    assert set(drawn.tolist()) == {1, 2, 3}  # image 1 of the general list, or any of the other list
-    assert abs(np.mean(drawn >= 2) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 800)
-    assert abs(np.sum(drawn == 2) - np.sum(drawn == 3)) < 4 * np.sqrt(200)
+    drawn = [source.choose(1, rng) for _ in range(800)]
+    assert set(drawn) == {(0, 1), (1, 0), (1, 1)}  # image 1 of the general list, or any of the other list
+    assert abs(np.mean([part for part, _ in drawn]) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 800)
+    assert abs(drawn.count((1, 0)) - drawn.count((1, 1))) < 4 * np.sqrt(200)
     again = np.random.default_rng(0)
-    assert [source.draw(1, again).image[0, 0, 0] for _ in range(800)] == drawn.tolist()
+    assert [source.choose(1, again) for _ in range(800)] == drawn
 
 
 @pytest.mark.parametrize(("hq_file", "probability"), [(None, 0.5), ("hq.txt", 0.0), ("hq.txt", 1.5)])
@@ -154,6 +156,16 @@ def test_pairs_are_matched_by_name_and_lq_is_upscaled_to_gt(tmp_path):
     np.testing.assert_array_equal(source[0].lq, gt)
     np.testing.assert_array_equal(source[1].image, gt)
     np.testing.assert_array_equal(source[1].lq, np.asarray(Image.fromarray(lq).resize((24, 16), Image.BICUBIC)))
+
+
+def test_pairs_are_matched_in_either_unicode_normalization(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "größe.png") for form in ("NFC", "NFD"))
+    save(tmp_path / "gt" / composed, flat(1))
+    save(tmp_path / "lq" / decomposed, flat(2))
+    assert pair_source(tmp_path).lq_names == (f"lq/{decomposed}",)
+    save(tmp_path / "lq" / composed, flat(2))
+    with pytest.raises(ValueError, match=r"lq has images that differ only in the suffix or the Unicode normalization"):
+        pair_source(tmp_path)
 
 
 def test_errors_name_pairs_that_do_not_match(tmp_path):
