@@ -1,0 +1,117 @@
+"""benchmarks/accelerator.py: its schedule, its rows and its document; a slow test runs it with the smallest model."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from accelerator_parts import report, schedule, trace
+from accelerator_parts.rows import STATUSES, Rows
+
+PART_STATUSES = ("complete", "cut short", "failed", "skipped")
+
+
+def collected(until=float("inf")):
+    """Return rows, and the list of what they write."""
+    records = []
+    return Rows(records.append, until, {"parts": []}), records
+
+
+def test_rows_report_values_failures_and_what_does_not_fit():
+    rows, records = collected(time.time() + 30)
+
+    def fail(message):
+        raise RuntimeError(message)
+
+    assert rows.attempt("a", lambda: {"ms": 1.5, "ratio": float("nan")})["ms"] == 1.5
+    rows.attempt("b", lambda: {"status": "wrong", "error": 1.0})
+    assert rows.attempt("c", lambda: fail("no\nkernel")) is None
+    rows.attempt("d", lambda: fail("RESOURCE_EXHAUSTED: 80 GiB"))
+    rows.attempt("e", lambda: {}, expected=40)
+    found = [record["row"] for record in records if "row" in record]
+    assert [row["status"] for row in found] == ["ok", "wrong", "failed", "out of memory", "skipped"]
+    assert [record["start"] for record in records if "start" in record] == ["a", "b", "c", "d"]
+    assert found[0]["values"] == {"ms": 1.5, "ratio": None}
+    assert (found[1]["values"], found[2]["message"]) == ({"error": 1.0}, "no kernel")
+    assert found[4]["message"].startswith("takes about 40 s, and ")
+
+
+def test_deadlines_divide_the_time_among_the_parts_that_can_run():
+    parts = [
+        schedule.Part("a", "", 0.5),
+        schedule.Part("b", "", 0.3, ("no_such_package",)),
+        schedule.Part("c", "", 0.5),
+    ]
+    assert schedule.deadlines(parts, 100.0, 60.0 + schedule.GRACE) == {"a": 130.0, "c": 160.0}
+    assert sum(part.share for part in schedule.PARTS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "outcome"),
+    [("", 30, "complete"), ("exit 3", 30, "failed"), ("sleep 60", 0.5, "out of time")],
+)
+def test_parts_end_in_time(script, seconds, outcome, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh\necho '{{"start": "x"}}'\n{script}\n""")
+    python.chmod(0o755)
+    monkeypatch.setattr(schedule, "GRACE", 0.1)
+    monkeypatch.setattr(sys, "executable", str(python))
+    records, start = [], time.time()
+    assert schedule.run_part("x", [], start + seconds, {}, tmp_path / "log", records.append) == outcome
+    assert records == [{"start": "x"}]
+    assert time.time() - start < 20
+
+
+def test_the_document_is_complete_after_every_row(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    written = report.Report(path, size="nano")
+    written.start_part("inference", "Inference", 3.0)
+    for name, times_floor in (("512x512, batch 1, VAE bfloat16, default", 2.0), ("other", 1.0)):
+        row = {"name": name, "status": "ok", "message": "", "values": {"ms": 10.0, "times_floor": times_floor}}
+        written.add_row(row)
+        assert json.loads(path.read_text())["parts"][0]["rows"][-1] == row
+    written.end_part("complete", 1.0)
+    written.start_part("torch_inference", "PyTorch", 3.0)
+    name = "512x512, batch 1, VAE bfloat16, default, compiled"
+    written.add_row({"name": name, "status": "ok", "message": "", "values": {"ms": 15.0}})
+    written.end_part("complete", 1.0)
+    summary = report.summarize(written.document)
+    written.finish(summary)
+    assert json.loads(path.read_text())["finished"]
+    ratios = {row["name"]: row["values"] for row in summary}
+    assert ratios["PyTorch / pisa_jax, 512x512, batch 1, VAE bfloat16, default, compiled"] == {"ratio": 1.5}
+    assert ratios["target, 512x512, batch 1, VAE bfloat16, default"]["met"] == "yes"
+    assert capsys.readouterr().out.endswith("\n3 ok\n")
+
+
+def test_the_time_of_an_operation_excludes_the_operations_inside_it():
+    events = [("loop", 0.0, 10.0), ("a", 1.0, 4.0), ("b", 2.0, 3.0), ("a", 5.0, 6.0), ("c", 10.0, 11.0)]
+    assert sorted(trace.without_children(events)) == [("a", 1.0), ("a", 2.0), ("b", 1.0), ("c", 1.0), ("loop", 6.0)]
+
+
+@pytest.mark.slow
+def test_the_script_keeps_its_time_and_writes_what_it_measured(tmp_path):
+    path, start = tmp_path / "results.json", time.time()
+    command = [sys.executable, ROOT / "benchmarks/accelerator.py", "--size", "nano", "--minutes", "1", "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.time() - start < 90
+    document = json.loads(path.read_text())
+    assert (document["schema"], document["finished"], document["size"]) == (report.SCHEMA, True, "nano")
+    assert [part["name"] for part in document["parts"]] == [part.name for part in schedule.PARTS]
+    assert {part["status"] for part in document["parts"]} <= set(PART_STATUSES)
+    for part in document["parts"]:
+        assert part["rows"], part
+        for row in part["rows"]:
+            assert set(row) == {"name", "status", "message", "values"}
+            assert row["status"] in STATUSES
+            assert row["name"] in done.stdout
+    device = document["parts"][0]
+    assert device["status"] == "complete"
+    assert {"device", "platform", "jax", "python"} <= set(device["rows"][0]["values"])
+    assert all(row["status"] == "ok" for row in device["rows"])
