@@ -38,6 +38,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error(f"--minutes is {args.minutes}; it must be positive")
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json is {args.json}; its folder does not exist")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part that runs
     parts = [part for part in PARTS if not args.parts or part.name in args.parts]
     with tempfile.TemporaryDirectory(prefix="pisa_jax_accelerator_") as folder:

@@ -3,7 +3,6 @@
 import functools
 import gc
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,16 +57,16 @@ def run(rows, size: str) -> None:
     counted = operations(size, setting.side)
     ceiling = random_sd.ceiling(rows.earlier)
     unets: dict[tuple[str, int], Program] = {}
-    slowest = 0.0
+    slowest: dict[str, float] = {}  # seconds of the slowest compilation of each stage
     for batch, vae_dtype in itertools.product(setting.batches, VAE_DTYPES):
-        case, start = Case(setting.side, batch, vae_dtype), time.perf_counter()
+        case = Case(setting.side, batch, vae_dtype)
         programs = compile_case(rows, models[vae_dtype], case, unets, slowest)
-        slowest = max(slowest, time.perf_counter() - start)
         if programs:
             measure_case(rows, models[vae_dtype], case, programs, counted, ceiling)
         if batch == setting.batches[0] and vae_dtype == VAE_DTYPES[0]:
-            whole_image(rows, "Upscaler, 4 times", models[vae_dtype], setting.side, slowest, {})
-    large_images(rows, models["float32"], setting.large, slowest)
+            # Its programs come from the compilation cache.
+            whole_image(rows, "Upscaler", models[vae_dtype], setting.side, sum(slowest.values()) / 4, {})
+    large_images(rows, models["float32"], setting.large, sum(slowest.get(stage, 0.0) for stage in KINDS["adjustable"]))
 
 
 def make_models(size: str) -> dict[str, Model]:
@@ -100,22 +99,27 @@ def stages(model: Model, case: Case) -> dict[str, tuple[Callable, tuple]]:
     }
 
 
-def compile_case(rows, model: Model, case: Case, unets: dict, expected: float) -> dict[str, Program] | None:
+def compile_case(
+    rows, model: Model, case: Case, unets: dict[tuple[str, int], Program], slowest: dict[str, float]
+) -> dict[str, Program] | None:
     """Compile the stages, several at a time; those of the UNet are in `unets` already where the VAE's dtype differs."""
+    wanted = {name: stage for name, stage in stages(model, case).items() if (name, case.batch) not in unets}
     programs: dict[str, Program] = {}
 
     def build():
-        tasks = {
-            name: functools.partial(compile_program, function, *arguments)
-            for name, (function, arguments) in stages(model, case).items()
-            if (name, case.batch) not in unets
-        }
-        programs.update(random_sd.compile_all(tasks))
+        programs.update(
+            random_sd.compile_all(
+                {name: functools.partial(compile_program, function, *args) for name, (function, args) in wanted.items()}
+            )
+        )
         values = {f"{name}_s": program.seconds for name, program in programs.items()}
+        for name, program in programs.items():
+            slowest[name] = max(slowest.get(name, 0.0), program.seconds)
         for name in ("predict", "predict_both"):
             programs[name] = unets.setdefault((name, case.batch), programs.get(name))
         return values | {"largest_program_GiB": max(program.memory_gib() for program in programs.values())}
 
+    expected = sum(slowest.get(name, 0.0) for name in wanted) / min(random_sd.COMPILERS, len(wanted))
     return programs if rows.attempt(f"{case.name}, compile", build, expected) else None
 
 

@@ -4,7 +4,6 @@ Both adapters are active in peft's modules, as in the original program; the sett
 adapter, then with both.
 """
 
-import contextlib
 import functools
 import os
 import time
@@ -98,6 +97,8 @@ def measure(rows, model: Model, side: int, batch: int, mode: str, expected: floa
     for kind, function in settings.items():
 
         def timed(function=function):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             synchronized(function)
             first = time.perf_counter() - start
@@ -105,8 +106,6 @@ def measure(rows, model: Model, side: int, batch: int, mode: str, expected: floa
             peak = {"peak_GiB": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
             return {"ms": 1000 * taken, "images_per_s": batch / taken, "first_call_s": first, **peak}
 
-        with contextlib.suppress(RuntimeError):  # no GPU
-            torch.cuda.reset_peak_memory_stats()
         values = rows.attempt(f"{side}x{side}, batch {batch}, VAE bfloat16, {kind}, {mode}", timed, expected)
         slowest = max(slowest, values["first_call_s"] if values else 0.0)
     return slowest

@@ -125,11 +125,12 @@ def device_lines(profile) -> Iterable[list[tuple[str, float, float]]]:
 
 
 def operation_name(event, on_device: bool) -> str | None:
-    """Name of an event: the operation of the compiled program and the kernel; None for what is no operation."""
-    operation = dict(event.stats).get("hlo_op")
-    if not on_device:
-        return operation and str(operation)
-    return f"{operation}, {event.name}" if operation and operation != event.name else event.name
+    """Name of an event: program, operation and kernel; None for what is no operation of a program."""
+    stats = dict(event.stats)
+    operation, program = (str(stats.get(key, "")) for key in ("hlo_op", "hlo_module"))
+    if not operation and not on_device:
+        return None
+    return ", ".join(dict.fromkeys(filter(None, (program, operation, event.name if on_device else ""))))
 
 
 def without_children(events: list[tuple[str, float, float]]) -> Iterable[tuple[str, float]]:
