@@ -130,13 +130,12 @@ def random_weights(shapes: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def random_adapter(shapes: Any, seed: int) -> Any:
     """Draw factors of an adapter, on the default device: not 0, and small enough for weights of `random_weights`."""
-    key, flat = jax.random.key(seed, impl="rbg"), flatten(shapes)
-    return unflatten(
-        {
-            path: _uniform(jax.random.fold_in(key, index), 0.02, leaf.shape, leaf.dtype)
-            for index, (path, leaf) in enumerate(flat.items())
-        }
-    )
+    key = jax.random.key(seed, impl="rbg")
+    leaves, structure = jax.tree.flatten(shapes)
+    factors = [
+        _uniform(jax.random.fold_in(key, index), 0.02, leaf.shape, leaf.dtype) for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, factors)
 
 
 def normal(shape: jax.ShapeDtypeStruct, seed: int) -> jax.Array:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import step_case
 from accelerator_parts import report, schedule, trace
 from accelerator_parts.rows import STATUSES, Rows
 
@@ -92,6 +95,19 @@ def test_the_document_is_complete_after_every_row(tmp_path, capsys):
 def test_the_time_of_an_operation_excludes_the_operations_inside_it():
     events = [("loop", 0.0, 10.0), ("a", 1.0, 4.0), ("b", 2.0, 3.0), ("a", 5.0, 6.0), ("c", 10.0, 11.0)]
     assert sorted(trace.without_children(events)) == [("a", 1.0), ("a", 2.0), ("b", 1.0), ("c", 1.0), ("loop", 6.0)]
+
+
+def test_random_weights_have_the_structure_and_the_spread_of_a_model():
+    of = jax.ShapeDtypeStruct((3, 3, 16, 32), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((32,), jnp.float32)
+    shapes = {"conv": {"kernel": of, "bias": bias}, "norm": {"scale": bias, "bias": bias}}
+    weights = step_case.random_weights(shapes, 0)
+    assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights) == shapes
+    assert float(jnp.std(weights["conv"]["kernel"].astype(jnp.float32))) == pytest.approx(1 / 12, rel=0.05)
+    assert (float(weights["norm"]["scale"].min()), float(jnp.abs(weights["norm"]["bias"]).max())) == (1.0, 0.0)
+    adapter = {"down_blocks_0/conv": {"a": bias, "b": of}}
+    found = step_case.random_adapter(adapter, 0)
+    assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found) == adapter
 
 
 @pytest.mark.slow
