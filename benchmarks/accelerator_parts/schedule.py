@@ -33,6 +33,8 @@ class Part(NamedTuple):
     share: float
     # Packages without which it is skipped.
     needs: tuple[str, ...] = ()
+    # Seconds that it has even if its share is less.
+    least: float = 0.0
 
     def missing(self) -> list[str]:
         """The packages that it needs and that are not installed."""
@@ -41,7 +43,7 @@ class Part(NamedTuple):
 
 # Most important first.
 PARTS = (
-    Part("device", "Device and ceilings", 0.07),
+    Part("device", "Device and ceilings", 0.07, least=20.0),
     Part("correctness", "Correctness on this device", 0.26),
     Part("inference", "Inference", 0.27),
     Part("training", "Training step", 0.20),
@@ -56,10 +58,12 @@ def deadlines(parts: Sequence[Part], start: float, seconds: float) -> dict[str, 
     The share of parts that cannot run is divided among the others.
     """
     able = [part for part in parts if not part.missing()]
-    whole, passed, times = sum(part.share for part in able), 0.0, {}
+    usable, whole = seconds - GRACE, sum(part.share for part in able)
+    passed, end, times = 0.0, 0.0, {}
     for part in able:
         passed += part.share
-        times[part.name] = start + (seconds - GRACE) * passed / whole
+        end = min(max(usable * passed / whole, end + part.least), usable)
+        times[part.name] = start + end
     return times
 
 
