@@ -130,7 +130,7 @@ def test_the_script_keeps_its_time_and_writes_what_it_measured(tmp_path):
         for row in part["rows"]:
             assert set(row) == {"name", "status", "message", "values"}
             assert row["status"] in STATUSES
-            assert row["name"] in done.stdout
+            assert row["name"] in done.stdout or row["status"] == "skipped"
     device = document["parts"][0]
     assert {"device", "platform", "jax", "python"} <= set(device["rows"][0]["values"])
     assert device["rows"][0]["status"] == "ok"

@@ -38,15 +38,19 @@ class Report:
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Add a row to the last part."""
-        self.document["parts"][-1]["rows"].append(row)
-        print(row_text(row), flush=True)
+        rows = self.document["parts"][-1]["rows"]
+        # The first of the skipped rows says why; the file has them all.
+        if row["status"] != "skipped" or _skipped(rows) == 0:
+            print(row_text(row), flush=True)
+        rows.append(row)
         self.write()
 
     def end_part(self, status: str, seconds: float) -> None:
         """End the last part: "complete", "cut short" if rows are missing for want of time, "failed" or "skipped"."""
         part = self.document["parts"][-1]
         part |= {"status": status, "seconds": round(seconds, 1)}
-        print(f"  {status}, {seconds:.0f} s", flush=True)
+        skipped = f", {_skipped(part['rows'])} skipped" if _skipped(part["rows"]) > 1 else ""
+        print(f"  {status}, {seconds:.0f} s{skipped}", flush=True)
         self.write()
 
     def finish(self, summary: list[dict[str, Any]]) -> None:
@@ -94,6 +98,10 @@ def summarize(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if mine and "ms" in values:
             summary.append(_summary_row(f"PyTorch / pisa_jax, {name}", {"ratio": values["ms"] / mine}))
     return summary
+
+
+def _skipped(rows: list[dict[str, Any]]) -> int:
+    return sum(row["status"] == "skipped" for row in rows)
 
 
 def _summary_row(name: str, values: dict[str, Any]) -> dict[str, Any]:
