@@ -13,7 +13,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step_case
-from accelerator_parts import report, schedule, trace
+from accelerator_parts import random_sd, report, schedule, trace, training
 from accelerator_parts.rows import STATUSES, Rows
 
 PART_STATUSES = ("complete", "cut short", "failed", "skipped")
@@ -94,6 +94,23 @@ def test_the_document_is_complete_after_every_row(tmp_path, capsys):
     assert ratios["PyTorch / pisa_jax, 512x512, batch 1, VAE bfloat16, default, compiled"] == {"ratio": 1.5}
     assert ratios["target, 512x512, batch 1, VAE bfloat16, default"]["met"] == "yes"
     assert capsys.readouterr().out.endswith("\n3 ok\n")
+
+
+def test_a_step_that_does_not_compile_is_a_row_and_the_others_are_measured(monkeypatch):
+    def compile_step(size, case):
+        if case.batch_size == 4:
+            raise RuntimeError("RESOURCE_EXHAUSTED: 80 GiB")
+        return random_sd.Program(None, 1.0)
+
+    monkeypatch.setattr(training, "compile_step", compile_step)
+    monkeypatch.setattr(training, "measure", lambda *arguments: {"ms": 1.0})
+    monkeypatch.setattr(training, "operations", lambda *arguments: {})
+    rows, records = collected()
+    training.run(rows, "nano")
+    found = {record["row"]["name"]: record["row"]["status"] for record in records if "row" in record}
+    steps = {name: status for name, status in found.items() if not name.startswith("compile")}
+    assert len(steps) == len(training.ORDER)
+    assert {name for name, status in steps.items() if status == "out of memory"} == {n for n in steps if "batch 4" in n}
 
 
 def test_the_time_of_an_operation_excludes_the_operations_inside_it():

@@ -35,6 +35,10 @@ class Rows:
         }
         self._write({"row": {"name": name, "status": status, "message": message[:MESSAGE_LENGTH], "values": finite}})
 
+    def add_failure(self, name: str, error: Exception) -> None:
+        """Report a row that failed."""
+        self.add(name, "out of memory" if is_out_of_memory(error) else "failed", error_text(error))
+
     def attempt(self, name: str, measure: Callable[[], Any], expected: float = 0.0) -> Any:
         """Call `measure` and report the dict that it returns; returns it, or None after a failure.
 
@@ -51,7 +55,7 @@ class Rows:
             values = dict(measure())
         except Exception as error:  # the other rows matter as much
             traceback.print_exc()
-            self.add(name, "out of memory" if is_out_of_memory(error) else "failed", error_text(error))
+            self.add_failure(name, error)
             return None
         self.add(name, values.pop("status", "ok"), values=values)
         return values

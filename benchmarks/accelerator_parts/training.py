@@ -42,14 +42,15 @@ def run(rows, size: str) -> None:
     cases = [StepCase(STAGES[stage], setting.side, setting.batches[i], remat, *DTYPES) for stage, i, remat in ORDER]
     slowest = 0.0
     for group in random_sd.groups(cases):
-        start = time.perf_counter()
-        programs: dict[StepCase, Program] = {}
-        rows.attempt(
-            "compile: " + "; ".join(map(name_of, group)), functools.partial(build, programs, size, group), 1.2 * slowest
-        )
+        start, programs = time.perf_counter(), {}
+        names = "; ".join(map(name_of, group))
+        rows.attempt(f"compile: {names}", functools.partial(build, programs, size, group), 1.2 * slowest)
         slowest = max(slowest, time.perf_counter() - start)
         for case, program in programs.items():
-            rows.attempt(name_of(case), functools.partial(measure, size, case, program, counted))
+            if isinstance(program, Exception):
+                rows.add_failure(name_of(case), program)
+            else:
+                rows.attempt(name_of(case), functools.partial(measure, size, case, program, counted))
             gc.collect()
 
 
@@ -59,23 +60,18 @@ def name_of(case: StepCase) -> str:
     return f"{case.stage.adapter}, {case.crop}x{case.crop}, batch {case.batch_size}, {remat}"
 
 
-def build(programs: dict[StepCase, Program], size: str, group: list[StepCase]) -> dict[str, Any]:
-    """Compile a group of steps into `programs`; one that fails to compile is reported and left out."""
-    failures: dict[StepCase, Exception] = {}
+def build(programs: dict[StepCase, Program | Exception], size: str, group: list[StepCase]) -> dict[str, Any]:
+    """Compile a group of steps into `programs`; an error takes the place of a step that does not compile."""
 
     def one(case):
         try:
             return compile_step(size, case)
         except Exception as error:  # the others of the group are wanted
-            failures[case] = error
-            return None
+            return error
 
-    found = random_sd.compile_all({case: functools.partial(one, case) for case in group})
-    programs.update({case: program for case, program in found.items() if program})
-    if failures and not programs:
-        raise next(iter(failures.values()))
-    errors = {f"error, {name_of(case)}": str(error)[:100] for case, error in failures.items()}
-    return {f"compile_{index}_s": program.seconds for index, program in enumerate(programs.values())} | errors
+    programs.update(random_sd.compile_all({case: functools.partial(one, case) for case in group}))
+    compiled = [program for program in programs.values() if isinstance(program, Program)]
+    return {f"compile_{index}_s": program.seconds for index, program in enumerate(compiled)}
 
 
 def compile_step(size: str, case: StepCase) -> Program:
