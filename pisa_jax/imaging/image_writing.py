@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pisa_jax.imaging import metadata
 from pisa_jax.imaging.encode import encode
 from pisa_jax.imaging.image_data import ImageData, ImageError, file_samples
 from pisa_jax.runtime.atomic_write import atomic_write
@@ -51,7 +52,7 @@ def write_image(path: str | os.PathLike, image: ImageData, quality: int = 95) ->
         raise ImageError(f"cannot write {path}: the image holds values that are not finite")
     try:
         image, notes = _adapt(image, kind)
-        data = encode(file_samples(image, image.bits), kind, quality, image.exif, image.icc)
+        data = encode(file_samples(image, image.bits), image, kind, quality)
     except (ValueError, OSError, struct.error, cv2.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
     with atomic_write(path) as file:
@@ -61,10 +62,11 @@ def write_image(path: str | os.PathLike, image: ImageData, quality: int = 95) ->
 
 def _adapt(image: ImageData, kind: str) -> tuple[ImageData, tuple[str, ...]]:
     """Reduce an image to what the format `kind` can hold; also return notes on what was lost."""
-    notes, changes = [], {}
     largest, side = LARGEST_SIDE.get(kind), max(image.rgb.shape)
     if largest and side > largest:
         raise ImageError(f"{kind} allows at most {largest} pixels per side, not {side}; use png or tiff")
+    kept, lost = metadata.adapt(image.metadata, kind)
+    notes, changes = list(lost), {"metadata": kept}
     if kind == "jpeg" and image.alpha is not None:
         opacity = image.alpha[..., None]
         changes |= {"rgb": image.rgb * opacity + (1 - opacity), "alpha": None}
