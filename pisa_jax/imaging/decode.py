@@ -4,7 +4,7 @@ import contextlib
 import io
 from typing import NamedTuple
 
-import cv2
+import imagecodecs
 import numpy as np
 from PIL import Image
 from PIL.ExifTags import Base
@@ -48,7 +48,7 @@ def decode_file(data: bytes) -> Decoded:
 
 def decode_image(image: Image.Image, data: bytes = b"", png: Png | None = None) -> Decoded:
     """Decode the first frame of an opened image; `data` is the content of its file, and `png` its chunks."""
-    image.load()  # detects truncation, which OpenCV ignores
+    image.load()  # detects truncation, which libpng reports as a warning only
     if 0 in image.size:
         raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
     notes, frames, image_format = (), getattr(image, "n_frames", 1), image.format or ""
@@ -86,7 +86,7 @@ def _decode_png(image: Image.Image, png: Png) -> Pixels:
     if depth in (1, 2, 4) and color_type == 0 and b"tRNS" in png.header:
         channels = _keyed_gray(image, png.header[b"tRNS"], depth)
     elif depth == 16:
-        channels = _opencv_channels(image, png.data, gray=color_type in (0, 4))
+        channels = _png16_channels(png.data)
     else:
         channels = pillow_channels(image)
     profile, notes = png_chunks.color_profile(png.header, gray=channels.values.shape[-1] == 1)
@@ -100,20 +100,12 @@ def _keyed_gray(image: Image.Image, key: bytes, depth: int) -> Channels:
     return Channels(values, np.where(values[..., 0] == level, 0, 255).astype(np.uint8), 8)
 
 
-def _opencv_channels(image: Image.Image, data: bytes, gray: bool) -> Channels:
-    """Decode a PNG of 16 bits with OpenCV: Pillow reduces color to 8 bits."""
-    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if samples is None or samples.dtype != np.uint16 or samples.shape[:2] != image.size[::-1]:
-        raise ImageError("OpenCV cannot decode the 16-bit PNG; save it again, or with 8 bits per channel")
-    samples = samples.reshape(*samples.shape[:2], -1)
-    gray = samples.shape[-1] == 1 or gray
-    values = samples[..., :1] if gray else samples[..., 2::-1]
-    values, alpha = values.astype(np.float32) / 65535, None
-    if samples.shape[-1] == 1 and "transparency" in image.info:  # the one gray level that is transparent
-        alpha = (samples[..., 0] != image.info["transparency"]).astype(np.float32)
-    elif samples.shape[-1] == 4 and image.has_transparency_data:
-        alpha = samples[..., 3].astype(np.float32) / 65535
-    return Channels(values, alpha, 16)
+def _png16_channels(data: bytes) -> Channels:
+    """Decode a PNG of 16 bits with libpng: Pillow reduces color to 8 bits."""
+    samples = imagecodecs.png_decode(data)
+    values = samples.reshape(*samples.shape[:2], -1).astype(np.float32) / 65535
+    colors, has_alpha = (1 if values.shape[-1] < 3 else 3), values.shape[-1] in (2, 4)
+    return Channels(values[..., :colors], values[..., -1] if has_alpha else None, 16)
 
 
 def _is_lossless_webp(data: bytes) -> bool:

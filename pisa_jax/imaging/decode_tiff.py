@@ -14,8 +14,8 @@ from pisa_jax.imaging.pixels import Channels, Pixels, Values, inks_to_srgb, pill
 from pisa_jax.imaging.tiff_tags import Tags, Value
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-XMP, IPTC, PHOTOSHOP, ICC_PROFILE = 700, 33723, 34377, 34675
-_ORIENTATION, _OLD_SUBFILE, _INK_SET = 274, 255, 332
+_OLD_SUBFILE, _PHOTOMETRIC, _ORIENTATION, _INK_SET, _ICC_PROFILE = 255, 262, 274, 332, 34675
+_LARGEST_TILE = 1 << 24  # pixels, of tiles that exceed the image
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _WHITE_IS_0, _BLACK_IS_0, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6  # PhotometricInterpretation
 _RAW = {32803: "color filter array", 34892: "linear raw"}
@@ -50,9 +50,9 @@ def decode_tiff(data: bytes) -> Tiff:
         first, own = tiff_tags.parse(data, file.pages.first.offset), tiff_tags.parse(data, page.offset)
         tags = Tags(own.order, first.directory | own.directory, first.complete and own.complete)
         _check_size(page)
-        profile = _bytes_of(own, ICC_PROFILE)
+        profile = _bytes_of(own, _ICC_PROFILE)
         orientation = tiff_tags.number(own.directory.get(_ORIENTATION), own.order, 1)
-        if page.photometric in (_PALETTE, _YCBCR) and page.bitspersample <= 8:
+        if page.photometric == _YCBCR:
             pixels = to_srgb(_libtiff_channels(data, page), profile, notes)  # Pillow applies the orientation
         else:
             pixels = _decode_page(page, data, profile, notes)._replace(orientation=orientation)
@@ -76,8 +76,9 @@ def _main_page(file: tifffile.TiffFile) -> tuple[tifffile.TiffPage, tuple[str, .
     if not full:
         page = max(pages, key=_area)
         return page, (f"the file holds only previews; the largest, {_size(page)}, is used",)
-    # A first page without a mark is a thumbnail, too, if a larger page has the same shape.
-    page = max((other for other in full if _same_shape(other, full[0])), key=_area)
+    # A first page without a mark is a thumbnail, too, if a page of at least twice its sides has the same shape.
+    larger = [page for page in full if _area(page) >= 4 * _area(full[0]) and _same_shape(page, full[0])]
+    page = max(larger, key=_area, default=full[0])
     if page.photometric in _RAW:
         raise ImageError(
             f"holds raw data of a camera ({_RAW[page.photometric]}); convert it to TIFF or JPEG with a raw converter"
@@ -113,27 +114,34 @@ def _check_size(page: tifffile.TiffPage) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit and _area(page) > 2 * limit:
         raise Image.DecompressionBombError(f"Image size ({_area(page)} pixels) exceeds limit of {2 * limit} pixels.")
+    if page.is_tiled and page.tilewidth * page.tilelength > max(4 * _area(page), _LARGEST_TILE):
+        raise ImageError(f"is damaged: tiles of {page.tilewidth}x{page.tilelength} pixels for {_size(page)}")
 
 
 def _libtiff_channels(data: bytes, page: tifffile.TiffPage) -> Channels:
-    """Decode palettes and YCbCr with libtiff, which also upsamples chroma."""
-    if not isinstance(page.index, int):
-        raise ImageError("the main image is stored in a subdirectory with a palette or YCbCr colors; save it as RGB")
+    """Decode YCbCr with libtiff, which upsamples chroma."""
+    if page.bitspersample != 8 or not isinstance(page.index, int):
+        raise ImageError("holds YCbCr pixels in a subdirectory or of more than 8 bits; save it as RGB")
     with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         image.seek(page.index)
-        if image.size != (page.imagewidth, page.imagelength):
-            raise ImageError("the size of the image is ambiguous")
         image.load()
         return pillow_channels(image)
 
 
 def _decode_page(page: tifffile.TiffPage, data: bytes, profile: bytes | None, notes: tuple[str, ...]) -> Pixels:
-    """Decode samples of gray, RGB and CMYK."""
-    colors = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _RGB: 3, _CMYK: 4}.get(page.photometric)
+    """Decode samples of gray, RGB, CMYK and palettes."""
+    if isinstance(page.bitspersample, tuple) or _PHOTOMETRIC not in page.tags:
+        raise ImageError("holds channels of different depths, or of no defined color; save it as gray, RGB or CMYK")
+    colors = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _PALETTE: 1, _RGB: 3, _CMYK: 4}.get(page.photometric)
     if colors is None or page.samplesperpixel < colors or page.tags.valueof(_INK_SET, 1) not in (0, 1):
         name = getattr(page.photometric, "name", page.photometric)
         raise ImageError(f"holds {name} pixels; save it as gray, RGB or CMYK with 8 or 16 bits")
-    samples, bits, depth_notes = _unit_samples(_read_samples(page, data), page)
+    samples, bits, depth_notes = _read_samples(page, data), 8, ()
+    if page.photometric == _PALETTE:
+        samples = _look_up(samples, page)
+        colors = 3
+    else:
+        samples, bits, depth_notes = _unit_samples(samples, page)
     values, extra = samples[..., :colors], samples[..., colors:]
     if page.photometric == _WHITE_IS_0:
         values = 255 - values if values.dtype == np.uint8 else 1 - values
@@ -165,6 +173,13 @@ def _read_samples(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
     return np.moveaxis(samples, 0, -1) if separate else samples
 
 
+def _look_up(indices: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    """Replace palette indices by their colors, reduced to 8 bits; further channels are dropped."""
+    palette = np.asarray(page.colormap)
+    palette = palette if palette.max() < 256 else palette >> 8  # some writers store 8 bits
+    return palette.T.astype(np.uint8)[indices[..., 0]]
+
+
 def _unit_samples(samples: np.ndarray, page: tifffile.TiffPage) -> tuple[Values, int, tuple[str, ...]]:
     """Convert to (samples: uint8, or float32 in [0, 1]; bits, 8 or 16; notes)."""
     bits = page.bitspersample
@@ -179,10 +194,10 @@ def _unit_samples(samples: np.ndarray, page: tifffile.TiffPage) -> tuple[Values,
         low, high = samples.min(), samples.max()
         if not (low >= 0 and high <= 1):
             raise ImageError(f"holds floats in [{low}, {high}]; allowed are floats in [0, 1]")
-        note = "float samples were taken as non-linear values in [0, 1] and are written with 16 bits per channel"
+        note = "float samples are taken as values from 0 (black) to 1 (white) and are written with 16 bits per channel"
         return samples.astype(np.float32), 16, (note,)
-    kind = "signed " if samples.dtype.kind == "i" else ""
-    raise ImageError(f"holds {kind}{bits}-bit integers; save it with 8 or 16 bits per channel")
+    kind = {"i": "signed integers", "u": "integers"}.get(samples.dtype.kind, "complex numbers")
+    raise ImageError(f"holds {kind} of {bits} bits; save it with 8 or 16 bits per channel")
 
 
 def _separate_alpha(
