@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 from typing import NamedTuple
 
 import imagecodecs
@@ -54,6 +55,8 @@ def decode_image(image: Image.Image, data: bytes = b"", png: Png | None = None) 
     notes, frames, image_format = (), getattr(image, "n_frames", 1), image.format or ""
     if frames > 1 and image_format != "MPO":  # in which phones put previews behind the photograph
         notes = (f"the file has {frames} frames or pages; only the first is used",)
+    elif len(image.info.get("sizes", ())) > 1:
+        notes = (f"the icon has {len(image.info['sizes'])} sizes; only the largest is used",)
     pixels = _decode_png(image, png) if png else _decode_other(image, data)
     return Decoded(
         pixels._replace(orientation=_orientation(image)),
@@ -78,7 +81,21 @@ def _decode_other(image: Image.Image, data: bytes) -> Pixels:
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK":
         return inks_to_srgb(np.asarray(image), None, 8, profile)
-    return to_srgb(pillow_channels(image), profile, _depth_notes(image, data))
+    channels = pillow_channels(image)
+    profile = profile or _profile_of_format(image, data, gray=channels.values.shape[-1] == 1)
+    return to_srgb(channels, profile, _depth_notes(image, data))
+
+
+def _profile_of_format(image: Image.Image, data: bytes, gray: bool) -> bytes | None:
+    """Return the profile that a format states in its own way, which Pillow ignores."""
+    if image.format == "PNG":
+        return png_chunks.color_profile(png_chunks.header_of_pillow(image.info), gray)[0]
+    if image.format == "AVIF" and (place := data.find(b"colrnclx")) > 0:
+        return png_chunks.profile_of_code_points(*struct.unpack_from(">HH", data, place + 8), gray)
+    if image.format == "BMP" and data[70:74] == b"DEBM" and len(data) > 134:  # PROFILE_EMBEDDED, in BITMAPV5HEADER
+        offset, size = struct.unpack_from("<II", data, 126)
+        return data[14 + offset :][:size]
+    return None
 
 
 def _decode_png(image: Image.Image, png: Png) -> Pixels:

@@ -71,7 +71,7 @@ def _main_page(file: tifffile.TiffFile) -> tuple[tifffile.TiffPage, tuple[str, .
         page = file.pages[index].aspage()
         pages += [page, *(sub for sub in page.pages or ())]
     if not pages:
-        raise ImageError("the file has no pages")
+        raise ImageError("is damaged: it has no pages")
     full = [page for page in pages if not _is_reduced(page)]
     if not full:
         page = max(pages, key=_area)
@@ -177,7 +177,7 @@ def _look_up(indices: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
     """Replace palette indices by their colors, reduced to 8 bits; further channels are dropped."""
     palette = np.asarray(page.colormap)
     palette = palette if palette.max() < 256 else palette >> 8  # some writers store 8 bits
-    return palette.T.astype(np.uint8)[indices[..., 0]]
+    return palette.T.astype(np.uint8)[indices[..., 0].astype(np.intp)]
 
 
 def _unit_samples(samples: np.ndarray, page: tifffile.TiffPage) -> tuple[Values, int, tuple[str, ...]]:

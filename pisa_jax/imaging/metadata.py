@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pisa_jax.imaging import exif, tiff_tags
 from pisa_jax.imaging.image_data import NO_METADATA, Metadata
@@ -12,9 +12,17 @@ from pisa_jax.imaging.png_chunks import Png
 from pisa_jax.imaging.tiff_tags import Tags, Value
 
 XMP, IPTC = 700, 33723  # tags of TIFF
+_RESOLUTION, _RESOLUTION_UNIT = (282, 283), 296
 _PHOTOSHOP_IPTC = 0x0404  # image resource
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>))[1-8]")
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
+# XMP that describes further images or videos inside the source file: gain maps, motion photos.
+_CONTAINER_XMP = (b"hdrgm:Version", b"Container:Directory", b"GCamera:MicroVideo")
+# Tags of a TIFF that describe how its pixels and pages are stored, as ranges, and its profile.
+_LAYOUT_RANGES = ((254, 266), (273, 274), (277, 281), (284, 301), (317, 347), (512, 532), (559, 559), (34675, 34675))
+_LAYOUT = {tag for first, last in _LAYOUT_RANGES for tag in range(first, last + 1)}
+# Segments of a JPEG that are read, or that describe how its pixels are stored.
+_KNOWN_SEGMENTS = {"APP0", "APP1", "APP2", "APP13", "APP14", "COM"}
 _SEGMENT = 65533  # largest content of a JPEG segment
 _XMP_HEAD, _PHOTOSHOP_HEAD = 29, 30  # what precedes the data in its segment
 
@@ -39,22 +47,24 @@ class FileMetadata(NamedTuple):
 def of_tiff(tags: Tags) -> FileMetadata:
     """Metadata in the tags of a TIFF file, for an upright image."""
     xmp, iptc = (value.data if isinstance(value := tags.directory.get(tag), Value) else None for tag in (XMP, IPTC))
-    notes = () if tags.complete else (exif.DAMAGED,)
-    return FileMetadata(exif.upright_block(tags), Metadata(xmp=_upright_xmp(xmp), iptc=iptc), notes)
+    xmp, notes = _adapt_xmp(xmp)
+    if not tags.complete:
+        notes += (exif.DAMAGED,)
+    if lost := sorted(tags.directory.keys() - exif.KEPT - _LAYOUT - {XMP, IPTC}):
+        names = [f"{tag} ({ExifTags.TAGS[tag]})" if tag in ExifTags.TAGS else str(tag) for tag in lost]
+        notes += (f"dropped TIFF tags: {', '.join(names)}",)
+    return FileMetadata(exif.upright_block(tags), Metadata(xmp=xmp, iptc=iptc, dpi=_resolution_of_tags(tags)), notes)
 
 
 def of_image(image: Image.Image, data: bytes, png: Png | None) -> FileMetadata:
     """Metadata of a loaded Pillow image, for an upright image; `data` is the content of its file, or b""."""
-    block, notes = _exif(image)
-    info = image.info
-    xmp = _as_bytes(info.get("xmp") or info.get("XML:com.adobe.xmp"))
+    info, (block, notes) = image.info, _exif(image)
+    xmp, xmp_notes = _adapt_xmp(_as_bytes(info.get("xmp") or info.get("XML:com.adobe.xmp")))
     comment = _as_bytes(info.get("comment")) if image.format in ("JPEG", "MPO", "GIF", "JPEG2000") else None
     photoshop = info.get("photoshop")
     iptc = photoshop.get(_PHOTOSHOP_IPTC) if isinstance(photoshop, dict) else None
-    if _EXTENDED_XMP in data and image.format in ("JPEG", "MPO"):
-        notes += ("the extended part of the XMP was dropped",)
-    text = png.text if png else ()
-    return FileMetadata(block, Metadata(_upright_xmp(xmp), iptc, comment, _resolution(image), text), notes)
+    other = Metadata(xmp, iptc, comment, _resolution(image), png.text if png else ())
+    return FileMetadata(block, other, notes + xmp_notes + _unread(image, data))
 
 
 def _exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
@@ -66,8 +76,26 @@ def _exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
         return None, (exif.DAMAGED,)
 
 
-def _upright_xmp(xmp: bytes | None) -> bytes | None:
-    return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if xmp else None
+def _unread(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    """Notes on metadata of a file that Pillow does not decode."""
+    notes = []
+    if image.format in ("JPEG", "MPO"):
+        segments = getattr(image, "applist", ())
+        unknown = sorted({name for name, content in segments if not content.startswith(b"Ducky")} - _KNOWN_SEGMENTS)
+        notes += [f"dropped JPEG segments: {', '.join(unknown)}"] if unknown else []
+        notes += ["the extended part of the XMP was dropped"] if _EXTENDED_XMP in data else []
+    elif image.format == "JPEG2000" and b"uuid" in data[: data.find(b"jp2c")]:
+        notes.append("the metadata in boxes of JPEG 2000 was dropped")
+    return tuple(notes)
+
+
+def _adapt_xmp(xmp: bytes | None) -> tuple[bytes | None, tuple[str, ...]]:
+    """Set the orientation in XMP to 1; drop XMP that would be wrong in another file."""
+    if not xmp:
+        return None, ()
+    if any(name in xmp for name in _CONTAINER_XMP):
+        return None, ("the XMP was dropped: it describes a gain map or a video inside the source",)
+    return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp), ()
 
 
 def _as_bytes(value: str | bytes | None) -> bytes | None:
@@ -83,6 +111,15 @@ def _resolution(image: Image.Image) -> tuple[float, float] | None:
     except (TypeError, ValueError):
         return None
     return (x, y) if 0 < x < 1e6 and 0 < y < 1e6 else None
+
+
+def _resolution_of_tags(tags: Tags) -> tuple[float, float] | None:
+    """Pixels per inch in the tags XResolution and YResolution."""
+    per_inch = {2: 1.0, 3: 2.54}.get(tiff_tags.number(tags.directory.get(_RESOLUTION_UNIT), tags.order, 2))
+    sides = [tiff_tags.fraction(tags.directory.get(tag), tags.order) for tag in _RESOLUTION]
+    if not per_inch or not all(side and 0 < side < 1e6 for side in sides):
+        return None
+    return sides[0] * per_inch, sides[1] * per_inch
 
 
 def adapt(metadata: Metadata, kind: str) -> tuple[Metadata, tuple[str, ...]]:
@@ -114,7 +151,7 @@ def tiff_directory(metadata: Metadata) -> dict[int, Value]:
     values = {XMP: (tiff_tags.BYTE, metadata.xmp), IPTC: (tiff_tags.UNDEFINED, metadata.iptc)}
     directory = {tag: Value(kind, data) for tag, (kind, data) in values.items() if data}
     if metadata.dpi:
-        for tag, number in zip((282, 283), metadata.dpi, strict=True):
+        for tag, number in zip(_RESOLUTION, metadata.dpi, strict=True):
             directory[tag] = tiff_tags.rational(number)
-        directory[296] = tiff_tags.integers(tiff_tags.SHORT, 2)  # the unit of both is the inch
+        directory[_RESOLUTION_UNIT] = tiff_tags.integers(tiff_tags.SHORT, 2)  # the unit of both is the inch
     return directory

@@ -14,6 +14,8 @@ from pisa_jax.imaging.ranges import signed_to_unit, uint8_to_unit, unit_to_signe
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601, as Pillow's mode "L"
 # Largest difference between the channels of a gray image; profiles and their conversion are not exact.
 COLORLESS = 1e-3
+# Pixels of less opacity change no background by more than one level, and formats store their colors inaccurately.
+INVISIBLE = 1.5 / 255
 METHODS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -39,14 +41,14 @@ class ResizePlan:
 
 
 def visible_colors(image: ImageData) -> Float32[np.ndarray, "h w 3"]:
-    """Return the colors of an image, under alpha 0 those of the nearest visible pixel.
+    """Return the colors of an image, those of invisible pixels replaced by those of the nearest visible one.
 
     Cut-outs are often black where they are transparent. Resizing and the network would carry this color into the
     visible border.
     """
     if image.alpha is None:
         return image.rgb
-    hidden = image.alpha == 0
+    hidden = image.alpha < INVISIBLE
     if not hidden.any() or hidden.all():
         return image.rgb
     _, labels = cv2.distanceTransformWithLabels(

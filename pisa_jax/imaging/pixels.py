@@ -13,7 +13,7 @@ from pisa_jax.imaging.image_data import ImageError
 from pisa_jax.imaging.ranges import uint8_to_unit, unit_to_uint8
 
 # uint8 as stored, or float32 in [0, 1] where the file has 16 bits or a conversion took place.
-Values = UInt8[np.ndarray, "*shape"] | Float32[np.ndarray, "*shape"]
+Values = UInt8[np.ndarray, "..."] | Float32[np.ndarray, "..."]
 
 
 class Channels(NamedTuple):
@@ -38,12 +38,12 @@ class Pixels(NamedTuple):
     orientation: int = 1
 
 
-def to_unit(values: Values) -> Float32[np.ndarray, "*shape"]:
+def to_unit(values: Values) -> Float32[np.ndarray, "..."]:
     """Convert values to float32 in [0, 1]."""
     return uint8_to_unit(values) if values.dtype == np.uint8 else values
 
 
-def to_uint8(values: Values) -> UInt8[np.ndarray, "*shape"]:
+def to_uint8(values: Values) -> UInt8[np.ndarray, "..."]:
     """Round values to uint8."""
     return values if values.dtype == np.uint8 else unit_to_uint8(values)
 

@@ -2,8 +2,10 @@
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from pisa_jax.imaging import icc
 from pisa_jax.imaging.image_data import ImageError
@@ -110,7 +112,10 @@ def color_profile(header: dict[bytes, bytes], gray: bool) -> tuple[bytes | None,
         ImageError: HDR, or YCbCr colors.
     """
     if b"cICP" in header:
-        return _profile_of_cicp(header[b"cICP"], gray), ()
+        primaries, transfer, matrix, full_range = header[b"cICP"][:4].ljust(4, b"\0")
+        if matrix or full_range != 1:
+            raise ImageError(f"holds YCbCr colors or a limited range (cICP {list(header[b'cICP'])}); save it as RGB")
+        return profile_of_code_points(primaries, transfer, gray), ()
     if b"iCCP" in header:
         profile = _unpack(header[b"iCCP"].partition(b"\0")[2][1:], LARGEST_PROFILE)
         return profile, () if profile else ("the ICC profile is damaged and was dropped",)
@@ -119,17 +124,31 @@ def color_profile(header: dict[bytes, bytes], gray: bool) -> tuple[bytes | None,
     return _profile_of_gama(header.get(b"gAMA", b""), header.get(b"cHRM", b""), gray), ()
 
 
-def _profile_of_cicp(data: bytes, gray: bool) -> bytes | None:
-    """Make the profile of coding-independent code points (ITU-T H.273)."""
-    primaries, transfer, matrix, full = data[:4].ljust(4, b"\0")
-    if primaries not in icc.PRIMARIES or transfer not in icc.TRANSFERS or matrix or full != 1:
+def profile_of_code_points(primaries: int, transfer: int, gray: bool) -> bytes | None:
+    """Make the profile of coding-independent code points (ITU-T H.273); None for sRGB and unspecified ones.
+
+    Raises:
+        ImageError: HDR, or unknown code points.
+    """
+    primaries, transfer = (1 if primaries == 2 else primaries), (13 if transfer == 2 else transfer)  # unspecified
+    if primaries not in icc.PRIMARIES or transfer not in icc.TRANSFERS:
         raise ImageError(
-            f"its color space is {primaries}/{transfer}/{matrix}/{full} (cICP), such as HDR or YCbCr; convert it to a "
-            "standard dynamic range, such as sRGB or Display P3"
+            f"its color space has primaries {primaries} and transfer function {transfer} (ITU-T H.273), such as HDR; "
+            "convert it to a standard dynamic range, such as sRGB or Display P3"
         )
     if (primaries, transfer) == (1, 13):
         return None
     return icc.make_profile(icc.PRIMARIES[primaries], icc.TRANSFERS[transfer], gray)
+
+
+def header_of_pillow(info: Mapping) -> dict[bytes, bytes]:
+    """Rebuild the chunks on colors from the `info` of an image that Pillow opened."""
+    header = {b"sRGB": b"\0"} if "srgb" in info else {}
+    for key, kind in (("gamma", b"gAMA"), ("chromaticity", b"cHRM")):
+        numbers = np.atleast_1d(info.get(key, ()))
+        if numbers.size:
+            header[kind] = np.rint(numbers * 100000).astype(">u4").tobytes()
+    return header
 
 
 def _profile_of_gama(gamma: bytes, chromaticities: bytes, gray: bool) -> bytes | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 EXIF_DIRECTORY, GPS_DIRECTORY, INTEROP_DIRECTORY = 34665, 34853, 40965
 _SUBDIRECTORIES = (EXIF_DIRECTORY, GPS_DIRECTORY, INTEROP_DIRECTORY)
 _MAKER_NOTE = 37500
-BYTE, SHORT, LONG, UNDEFINED = 1, 3, 4, 7
+BYTE, SHORT, LONG, _RATIONAL, UNDEFINED = 1, 3, 4, 5, 7
 _FORMATS = {BYTE: "B", SHORT: "H", LONG: "I"}
 # type of TIFF 6.0 and BigTIFF: (bytes of a number, numbers of a value)
 _TYPES = {1: (1, 1), 2: (1, 1), 3: (2, 1), 4: (4, 1), 5: (4, 2), 6: (1, 1), 7: (1, 1), 8: (2, 1), 9: (4, 1)}
@@ -93,6 +93,14 @@ def number(value: "Value | Directory | None", order: str, default: int) -> int:
     return struct.unpack_from(order + form, value.data)[0] if form else default
 
 
+def fraction(value: "Value | Directory | None", order: str) -> float:
+    """Return the first number of a value of type RATIONAL, or 0 if it is missing, infinite or of another type."""
+    if not isinstance(value, Value) or value.kind != _RATIONAL:
+        return 0.0
+    above, below = struct.unpack_from(order + "II", value.data)
+    return above / below if below else 0.0
+
+
 def integers(kind: int, *numbers: int, order: str = "<") -> Value:
     """Make a value of type BYTE, SHORT or LONG."""
     return Value(kind, struct.pack(f"{order}{len(numbers)}{_FORMATS[kind]}", *numbers))
@@ -100,7 +108,7 @@ def integers(kind: int, *numbers: int, order: str = "<") -> Value:
 
 def rational(number: float) -> Value:
     """Make a little-endian value of type RATIONAL."""
-    return Value(5, struct.pack("<II", round(number * 1000), 1000))
+    return Value(_RATIONAL, struct.pack("<II", round(number * 1000), 1000))
 
 
 def little_endian(tags: Tags) -> Directory:
