@@ -27,7 +27,8 @@ class Value(NamedTuple):
     offset: int = 0
 
 
-Directory = dict[int, "Value | Directory"]
+# tag -> value or subdirectory
+Directory = dict[int, Value | dict]
 
 
 class Tags(NamedTuple):
@@ -73,27 +74,36 @@ def _read_directory(block: bytes, order: str, big: bool, start: int, depth: int)
         if length > inline:
             (offset,) = struct.unpack_from(order + ("Q" if big else "I"), block, offset)
         data = block[offset : offset + length]
-        if not length or len(data) < length:
-            complete = complete and not (width == 0 or length)
-        elif tag in _SUBDIRECTORIES and depth:
-            try:
-                (target,) = struct.unpack(order + {2: "H", 4: "I", 8: "Q"}[width], data)
-                directory[tag], whole = _read_directory(block, order, big, target, depth - 1)
-                complete = complete and whole
-            except (struct.error, KeyError):
-                complete = False
-        else:
+        if tag in _SUBDIRECTORIES:
+            details, whole = _read_subdirectory(block, order, big, data, depth - 1)
+            complete = complete and whole
+            if details:
+                directory[tag] = details
+        elif width and len(data) == length:
             directory[tag] = Value(kind, data, offset if length > inline else 0)
+        else:
+            complete = False
     return directory, complete
 
 
-def number(value: "Value | Directory | None", order: str, default: int) -> int:
+def _read_subdirectory(block: bytes, order: str, big: bool, pointer: bytes, depth: int) -> tuple[Directory, bool]:
+    """Read the directory at the offset in `pointer`; it is empty if it is damaged or deeper than EXIF allows."""
+    form = {4: "I", 8: "Q"}.get(len(pointer))
+    if form is None or depth < 0:
+        return {}, False
+    try:
+        return _read_directory(block, order, big, *struct.unpack(order + form, pointer), depth)
+    except struct.error:
+        return {}, False
+
+
+def number(value: Value | Directory | None, order: str, default: int) -> int:
     """Return the first number of an integer value, or `default` if it is missing or of another type."""
     form = _FORMATS.get(value.kind) if isinstance(value, Value) else None
     return struct.unpack_from(order + form, value.data)[0] if form else default
 
 
-def fraction(value: "Value | Directory | None", order: str) -> float:
+def fraction(value: Value | Directory | None, order: str) -> float:
     """Return the first number of a value of type RATIONAL, or 0 if it is missing, infinite or of another type."""
     if not isinstance(value, Value) or value.kind != _RATIONAL:
         return 0.0
@@ -128,7 +138,7 @@ def _swapped(directory: Directory) -> Directory:
     return result
 
 
-def serialize(directory: Mapping[int, "Value | Directory"], order: str = "<") -> bytes:
+def serialize(directory: Mapping[int, Value | Directory], order: str = "<") -> bytes:
     """Write a directory and its subdirectories as a TIFF without pixels, the content of an EXIF block.
 
     A maker note stays at its offset, because its own offsets usually count from the start of the block.
