@@ -16,7 +16,7 @@ from PIL import Image
 from pisa_jax.cli.infer_names import scale_marks
 from pisa_jax.config import Scales
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.image_files import READABLE
+from pisa_jax.imaging.image_files import readable_formats
 from pisa_jax.imaging.image_writing import LARGEST_SIDE, SUFFIXES, WRITABLE
 from pisa_jax.runtime.file_identity import NameProbe, file_id, probe_names
 from pisa_jax.runtime.messages import error_text
@@ -159,7 +159,7 @@ def _read_header(path: Path) -> tuple[str, tuple[int, int] | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=tuple(READABLE)) as image:
+            with Image.open(path, formats=readable_formats()) as image:
                 return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Use --max-megapixels to allow more.") from None

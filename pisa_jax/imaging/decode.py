@@ -5,15 +5,14 @@ import io
 import struct
 from typing import NamedTuple
 
-import imagecodecs
 import numpy as np
 from PIL import Image
 from PIL.ExifTags import Base
 
-from pisa_jax.imaging import metadata, png_chunks
+from pisa_jax.imaging import decode_deep, metadata, png_chunks
 from pisa_jax.imaging.decode_tiff import decode_tiff, is_tiff
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.image_files import READABLE
+from pisa_jax.imaging.image_files import readable_formats
 from pisa_jax.imaging.metadata import FileMetadata
 from pisa_jax.imaging.pixels import Channels, Pixels, inks_to_srgb, pillow_channels, to_srgb
 from pisa_jax.imaging.png_chunks import Png
@@ -43,7 +42,7 @@ def decode_file(data: bytes) -> Decoded:
         return Decoded(tiff.pixels, metadata.of_tiff(tiff.tags), "tiff")
     png = png_chunks.parse(data) if data.startswith(png_chunks.SIGNATURE) else None
     data = png.data if png else data
-    with Image.open(io.BytesIO(data), formats=tuple(READABLE)) as image:
+    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
         return decode_image(image, data, png)
 
 
@@ -81,9 +80,17 @@ def _decode_other(image: Image.Image, data: bytes) -> Pixels:
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK":
         return inks_to_srgb(np.asarray(image), None, 8, profile)
-    channels = pillow_channels(image)
+    bits, notes = _depth(image, data), ()
+    if bits > 8 and image.format == "AVIF":
+        channels = decode_deep.avif_channels(data, bits)
+    elif bits > 8 and image.format == "HEIF" and data:
+        channels = decode_deep.heif_channels(data)
+    else:
+        channels = pillow_channels(image)
+        if bits > channels.bits:
+            notes = (f"reduced from {bits} to 8 bits per channel: the decoder of {image.format} has no more",)
     profile = profile or _profile_of_format(image, data, gray=channels.values.shape[-1] == 1)
-    return to_srgb(channels, profile, _depth_notes(image, data))
+    return to_srgb(channels, profile, notes)
 
 
 def _profile_of_format(image: Image.Image, data: bytes, gray: bool) -> bytes | None:
@@ -92,6 +99,9 @@ def _profile_of_format(image: Image.Image, data: bytes, gray: bool) -> bytes | N
         return png_chunks.color_profile(png_chunks.header_of_pillow(image.info), gray)[0]
     if image.format == "AVIF" and (place := data.find(b"colrnclx")) > 0:
         return png_chunks.profile_of_code_points(*struct.unpack_from(">HH", data, place + 8), gray)
+    if image.format == "HEIF" and (nclx := image.info.get("nclx_profile")):
+        points = nclx["color_primaries"], nclx["transfer_characteristics"]
+        return png_chunks.profile_of_code_points(*points, gray)
     if image.format == "BMP" and data[70:74] == b"DEBM" and len(data) > 134:  # PROFILE_EMBEDDED, in BITMAPV5HEADER
         offset, size = struct.unpack_from("<II", data, 126)
         return data[14 + offset :][:size]
@@ -103,7 +113,7 @@ def _decode_png(image: Image.Image, png: Png) -> Pixels:
     if depth in (1, 2, 4) and color_type == 0 and b"tRNS" in png.header:
         channels = _keyed_gray(image, png.header[b"tRNS"], depth)
     elif depth == 16:
-        channels = _png16_channels(png.data)
+        channels = decode_deep.png_channels(png.data)
     else:
         channels = pillow_channels(image)
     profile, notes = png_chunks.color_profile(png.header, gray=channels.values.shape[-1] == 1)
@@ -117,14 +127,6 @@ def _keyed_gray(image: Image.Image, key: bytes, depth: int) -> Channels:
     return Channels(values, np.where(values[..., 0] == level, 0, 255).astype(np.uint8), 8)
 
 
-def _png16_channels(data: bytes) -> Channels:
-    """Decode a PNG of 16 bits with libpng: Pillow reduces color to 8 bits."""
-    samples = imagecodecs.png_decode(data)
-    values = samples.reshape(*samples.shape[:2], -1).astype(np.float32) / 65535
-    colors, has_alpha = (1 if values.shape[-1] < 3 else 3), values.shape[-1] in (2, 4)
-    return Channels(values[..., :colors], values[..., -1] if has_alpha else None, 16)
-
-
 def _is_lossless_webp(data: bytes) -> bool:
     """Return True if the first image of a WebP file is a VP8L chunk (RFC 9649)."""
     start = 12
@@ -136,18 +138,17 @@ def _is_lossless_webp(data: bytes) -> bool:
     return False
 
 
-def _depth_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
-    """Return a note if Pillow reduced the samples of a file to 8 bits."""
-    bits = 8
+def _depth(image: Image.Image, data: bytes) -> int:
+    """Return the bits per channel of formats of which Pillow decodes 8 bits."""
     if image.format == "AVIF" and (place := data.find(b"av1C")) > 0:
-        bits = {2: 10, 3: 12}.get(data[place + 6] >> 5 & 3, 8)  # high_bitdepth, twelve_bit
-    elif image.format == "JPEG2000" and (place := data.find(b"\xff\x4f\xff\x51")) >= 0:
-        bits = (data[place + 42] & 127) + 1  # Ssiz of the first component
-    elif image.format == "PPM" and data[:2] == b"P6":
-        bits = 16 if _ppm_maximum(data) > 255 else 8
-    if bits <= 8 or image.mode.startswith("I"):
-        return ()
-    return (f"reduced from {bits} to 8 bits per channel: the decoder of {image.format} has no more",)
+        return {2: 10, 3: 12}.get(data[place + 6] >> 5 & 3, 8)  # high_bitdepth, twelve_bit
+    if image.format == "HEIF":
+        return image.info.get("bit_depth", 8)
+    if image.format == "JPEG2000" and (place := data.find(b"\xff\x4f\xff\x51")) >= 0:
+        return (data[place + 42] & 127) + 1  # Ssiz of the first component
+    if image.format == "PPM" and data[:2] == b"P6":
+        return 16 if _ppm_maximum(data) > 255 else 8
+    return 8
 
 
 def _ppm_maximum(data: bytes) -> int:

@@ -11,9 +11,11 @@ from pisa_jax.imaging import decode
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.decode import Decoded
 from pisa_jax.imaging.image_data import ImageData, ImageError
-from pisa_jax.imaging.image_files import READABLE
+from pisa_jax.imaging.image_files import READABLE, readable_formats
 from pisa_jax.imaging.pixels import to_uint8, to_unit, upright
 from pisa_jax.runtime.messages import error_text
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def read_image(path: str | os.PathLike) -> ImageData:
@@ -60,6 +62,8 @@ def _decode_file(data: bytes, name: str) -> Decoded:
             warnings.simplefilter("ignore")  # Pillow warns of large images and unusual tags
             return decode.decode_file(data)
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and "HEIF" not in readable_formats():
+            raise ImageError(f"{name} is an HEIF image; to read it: pip install 'pisa_jax[heif]'") from None
         raise ImageError(f"{name} is not an image in a supported format ({', '.join(READABLE)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error} To allow more, set PIL.Image.MAX_IMAGE_PIXELS.") from None
