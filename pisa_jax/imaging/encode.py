@@ -6,7 +6,7 @@ Samples are uint8 or uint16 of shape (h, w, c): gray, gray + alpha, RGB or RGBA.
 import io
 import zlib
 
-import cv2
+import imagecodecs
 import numpy as np
 from jaxtyping import UInt8, UInt16
 from PIL import Image
@@ -28,7 +28,7 @@ def encode(
     `quality` is that of JPEG (with 4:4:4 chroma) and of WebP with loss.
 
     Raises:
-        ValueError, OSError, struct.error: the encoder failed.
+        ValueError, RuntimeError, OSError, struct.error: the encoder failed.
     """
     if kind == "tiff":
         return _tiff(samples, image)
@@ -60,12 +60,9 @@ def _webp_options(image: ImageData, quality: int) -> dict:
 
 
 def _png16(samples: UInt16[np.ndarray, "h w c"]) -> bytes:
-    """Encode 1, 3 or 4 channels with OpenCV, since Pillow writes 16 bits in gray only."""
-    bgr = samples[..., {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[samples.shape[-1]]]
-    done, data = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 6])
-    if not done:
-        raise ValueError("OpenCV could not encode the 16-bit PNG")
-    return data.tobytes()
+    """Encode with libpng, since Pillow writes 16 bits in gray only."""
+    planes = samples[..., 0] if samples.shape[-1] == 1 else samples
+    return imagecodecs.png_encode(np.ascontiguousarray(planes), level=6)
 
 
 def _profile_and_exif(image: ImageData) -> list[Chunk]:
@@ -88,7 +85,7 @@ def _png_metadata(image: ImageData) -> list[Chunk]:
 def _tiff(samples: np.ndarray, image: ImageData) -> bytes:
     """Encode a TIFF of one Deflate strip: the directory of the EXIF block, completed with the layout of the pixels.
 
-    tifffile writes no EXIF and GPS directories, Pillow no 16-bit color, and OpenCV no metadata.
+    tifffile writes no EXIF and GPS directories, Pillow no 16-bit color.
     """
     height, width, channels = samples.shape
     differences = np.diff(samples, axis=1, prepend=samples.dtype.type(0))

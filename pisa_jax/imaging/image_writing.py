@@ -5,7 +5,6 @@ import os
 import struct
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from pisa_jax.imaging import metadata
@@ -53,7 +52,7 @@ def write_image(path: str | os.PathLike, image: ImageData, quality: int = 95) ->
     try:
         image, notes = _adapt(image, kind)
         data = encode(file_samples(image, image.bits), image, kind, quality)
-    except (ValueError, OSError, struct.error, cv2.error) as error:
+    except (ValueError, RuntimeError, OSError, struct.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
     with atomic_write(path) as file:
         file.write_bytes(data)
@@ -77,6 +76,6 @@ def _adapt(image: ImageData, kind: str) -> tuple[ImageData, tuple[str, ...]]:
     if kind == "jpeg" and len(image.exif or b"") > LARGEST_JPEG_EXIF:
         changes |= {"exif": None}
         notes.append(f"the EXIF data was dropped: {len(image.exif)} bytes, JPEG allows {LARGEST_JPEG_EXIF}")
-    if image.gray and (kind == "webp" or (image.bits == 16 and image.alpha is not None and kind in FORMATS_OF_16_BITS)):
+    if image.gray and kind == "webp":
         changes |= {"gray": False, "icc": None}  # not supported by the format: three equal sRGB channels
     return dataclasses.replace(image, **changes), tuple(notes)
