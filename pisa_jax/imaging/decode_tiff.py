@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from pisa_jax.imaging.tiff_tags import Tags, Value
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _OLD_SUBFILE, _PHOTOMETRIC, _ORIENTATION, _INK_SET, _ICC_PROFILE = 255, 262, 274, 332, 34675
+_UNCOMPRESSED, _OLD_JPEG, _JPEG = 1, 6, 7  # Compression
 _LARGEST_TILE = 1 << 24  # pixels, of tiles that exceed the image
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _WHITE_IS_0, _BLACK_IS_0, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6  # PhotometricInterpretation
@@ -50,12 +52,13 @@ def decode_tiff(data: bytes) -> Tiff:
         first, own = tiff_tags.parse(data, file.pages.first.offset), tiff_tags.parse(data, page.offset)
         tags = Tags(own.order, first.directory | own.directory, first.complete and own.complete)
         _check_size(page)
+        _check_segments(page, len(data))
         profile = _bytes_of(own, _ICC_PROFILE)
         orientation = tiff_tags.number(own.directory.get(_ORIENTATION), own.order, 1)
-        if page.photometric == _YCBCR:
+        if page.photometric == _YCBCR and page.compression != _JPEG:
             pixels = to_srgb(_libtiff_channels(data, page), profile, notes)  # Pillow applies the orientation
         else:
-            pixels = _decode_page(page, data, profile, notes)._replace(orientation=orientation)
+            pixels = _decode_page(page, profile, notes)._replace(orientation=orientation)
     return Tiff(pixels, tags)
 
 
@@ -118,8 +121,20 @@ def _check_size(page: tifffile.TiffPage) -> None:
         raise ImageError(f"is damaged: tiles of {page.tilewidth}x{page.tilelength} pixels for {_size(page)}")
 
 
+def _check_segments(page: tifffile.TiffPage, size: int) -> None:
+    """Refuse truncated and sparse files, whose missing strips or tiles decoders fill with zeros."""
+    if page.compression == _OLD_JPEG:  # in a layout of its own
+        return
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    missing = len(segments) < math.prod(page.chunked)
+    if page.compression == _UNCOMPRESSED and page.photometric != _YCBCR and isinstance(page.bitspersample, int):
+        missing |= sum(page.databytecounts) * 8 < _area(page) * page.samplesperpixel * page.bitspersample
+    if missing or any(not count or start + count > size for start, count in segments):
+        raise ImageError("is damaged: strips or tiles of the image are truncated or missing")
+
+
 def _libtiff_channels(data: bytes, page: tifffile.TiffPage) -> Channels:
-    """Decode YCbCr with libtiff, which upsamples chroma."""
+    """Decode YCbCr that is not in JPEG streams with libtiff, which upsamples chroma."""
     if page.bitspersample != 8 or not isinstance(page.index, int):
         raise ImageError("holds YCbCr pixels in a subdirectory or of more than 8 bits; save it as RGB")
     with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
@@ -128,15 +143,15 @@ def _libtiff_channels(data: bytes, page: tifffile.TiffPage) -> Channels:
         return pillow_channels(image)
 
 
-def _decode_page(page: tifffile.TiffPage, data: bytes, profile: bytes | None, notes: tuple[str, ...]) -> Pixels:
+def _decode_page(page: tifffile.TiffPage, profile: bytes | None, notes: tuple[str, ...]) -> Pixels:
     """Decode samples of gray, RGB, CMYK and palettes."""
     if isinstance(page.bitspersample, tuple) or _PHOTOMETRIC not in page.tags:
         raise ImageError("holds channels of different depths, or of no defined color; save it as gray, RGB or CMYK")
-    colors = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _PALETTE: 1, _RGB: 3, _CMYK: 4}.get(page.photometric)
+    colors = {_WHITE_IS_0: 1, _BLACK_IS_0: 1, _PALETTE: 1, _RGB: 3, _YCBCR: 3, _CMYK: 4}.get(page.photometric)
     if colors is None or page.samplesperpixel < colors or page.tags.valueof(_INK_SET, 1) not in (0, 1):
         name = getattr(page.photometric, "name", page.photometric)
         raise ImageError(f"holds {name} pixels; save it as gray, RGB or CMYK with 8 or 16 bits")
-    samples, bits, depth_notes = _read_samples(page, data), 8, ()
+    samples, bits, depth_notes = _read_samples(page), 8, ()
     if page.photometric == _PALETTE:
         samples = _look_up(samples, page)
         colors = 3
@@ -153,11 +168,8 @@ def _decode_page(page: tifffile.TiffPage, data: bytes, profile: bytes | None, no
     return to_srgb(Channels(values, alpha, bits), profile, notes)
 
 
-def _read_samples(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
-    """Read samples of shape (h, w, c); truncated and sparse files are refused, which tifffile fills with zeros."""
-    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    if not segments or any(not size or start + size > len(data) for start, size in segments):
-        raise ImageError("is damaged: strips or tiles of the image are truncated or missing")
+def _read_samples(page: tifffile.TiffPage) -> np.ndarray:
+    """Read samples of shape (h, w, c); those of JPEG streams in YCbCr are RGB."""
     try:
         samples = page.asarray()
     except MemoryError:

@@ -61,12 +61,15 @@ def parse(block: bytes, start: int | None = None) -> Tags:
 
 
 def _read_directory(block: bytes, order: str, big: bool, start: int, depth: int) -> tuple[Directory, bool]:
-    """Read one directory; entries that reach beyond the block are left out, and the second result is then False."""
+    """Read one directory; damaged entries are left out, and the second result is then False.
+
+    Values that share their bytes are damaged, too: a small block could hold thousands of copies of a large value.
+    """
     head, entry, inline = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
     (count,) = struct.unpack_from(order + head, block, start)
     start += struct.calcsize(head)
     size = struct.calcsize(f"={entry}") + inline
-    directory, complete = {}, start + count * size <= len(block)
+    directory, complete, unread = {}, start + count * size <= len(block), len(block)
     for place in range(start, min(start + count * size, len(block) - size + 1), size):
         tag, kind, number = struct.unpack_from(order + entry, block, place)
         width, numbers = _TYPES.get(kind, (0, 0))
@@ -79,7 +82,8 @@ def _read_directory(block: bytes, order: str, big: bool, start: int, depth: int)
             complete = complete and whole
             if details:
                 directory[tag] = details
-        elif width and len(data) == length:
+        elif width and len(data) == length <= unread:
+            unread -= length
             directory[tag] = Value(kind, data, offset if length > inline else 0)
         else:
             complete = False
