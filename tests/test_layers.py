@@ -13,7 +13,7 @@ ROOMS = {
     "config": "",
     "runtime": "atomic_write compilation file_identity messages run_log torch_layout torch_pickle trees | "
     "tensor_files checkpoint | distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags | exif image_data | "
+    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",

@@ -1,12 +1,11 @@
 """Metadata of image files: reading it, and what each format can hold of it."""
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from pisa_jax.imaging import exif, tiff_tags
+from pisa_jax.imaging import exif, tiff_tags, xmp
 from pisa_jax.imaging.image_data import NO_METADATA, Metadata
 from pisa_jax.imaging.png_chunks import Png
 from pisa_jax.imaging.tiff_tags import Tags, Value
@@ -14,10 +13,7 @@ from pisa_jax.imaging.tiff_tags import Tags, Value
 XMP, IPTC = 700, 33723  # tags of TIFF
 _RESOLUTION, _RESOLUTION_UNIT = (282, 283), 296
 _PHOTOSHOP_IPTC = 0x0404  # image resource
-_XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>))[1-8]")
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
-# XMP that describes further images or videos inside the source file: gain maps, motion photos.
-_CONTAINER_XMP = (b"hdrgm:Version", b"Container:Directory", b"GCamera:MicroVideo")
 # Tags of a TIFF that describe how its pixels and pages are stored, as ranges, and its profile.
 _LAYOUT_RANGES = ((254, 266), (273, 274), (277, 281), (284, 301), (317, 347), (512, 532), (559, 559), (34675, 34675))
 _LAYOUT = {tag for first, last in _LAYOUT_RANGES for tag in range(first, last + 1)}
@@ -46,24 +42,24 @@ class FileMetadata(NamedTuple):
 
 def of_tiff(tags: Tags) -> FileMetadata:
     """Metadata in the tags of a TIFF file, for an upright image."""
-    xmp, iptc = (value.data if isinstance(value := tags.directory.get(tag), Value) else None for tag in (XMP, IPTC))
-    xmp, notes = _adapt_xmp(xmp)
+    packet, iptc = (value.data if isinstance(value := tags.directory.get(tag), Value) else None for tag in (XMP, IPTC))
+    packet, notes = _upright_xmp(packet)
     if not tags.complete:
         notes += (exif.DAMAGED,)
     if lost := sorted(tags.directory.keys() - exif.KEPT - _LAYOUT - {XMP, IPTC}):
         names = [f"{tag} ({ExifTags.TAGS[tag]})" if tag in ExifTags.TAGS else str(tag) for tag in lost]
         notes += (f"dropped TIFF tags: {', '.join(names)}",)
-    return FileMetadata(exif.upright_block(tags), Metadata(xmp=xmp, iptc=iptc, dpi=_resolution_of_tags(tags)), notes)
+    return FileMetadata(exif.upright_block(tags), Metadata(packet, iptc, dpi=_resolution_of_tags(tags)), notes)
 
 
 def of_image(image: Image.Image, data: bytes, png: Png | None) -> FileMetadata:
     """Metadata of a loaded Pillow image, for an upright image; `data` is the content of its file, or b""."""
     info, (block, notes) = image.info, _exif(image)
-    xmp, xmp_notes = _adapt_xmp(_as_bytes(info.get("xmp") or info.get("XML:com.adobe.xmp")))
+    packet, xmp_notes = _upright_xmp(_as_bytes(info.get("xmp") or info.get("XML:com.adobe.xmp")))
     comment = _as_bytes(info.get("comment")) if image.format in ("JPEG", "MPO", "GIF", "JPEG2000") else None
     photoshop = info.get("photoshop")
     iptc = photoshop.get(_PHOTOSHOP_IPTC) if isinstance(photoshop, dict) else None
-    other = Metadata(xmp, iptc, comment, _resolution(image), png.text if png else ())
+    other = Metadata(packet, iptc, comment, _resolution(image), png.text if png else ())
     return FileMetadata(block, other, notes + xmp_notes + _unread(image, data))
 
 
@@ -89,13 +85,10 @@ def _unread(image: Image.Image, data: bytes) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _adapt_xmp(xmp: bytes | None) -> tuple[bytes | None, tuple[str, ...]]:
-    """Set the orientation in XMP to 1; drop XMP that would be wrong in another file."""
-    if not xmp:
-        return None, ()
-    if any(name in xmp for name in _CONTAINER_XMP):
+def _upright_xmp(packet: bytes | None) -> tuple[bytes | None, tuple[str, ...]]:
+    if packet and xmp.describes_other_files(packet):
         return None, ("the XMP was dropped: it describes a gain map or a video inside the source",)
-    return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp), ()
+    return xmp.upright(packet) if packet else None, ()
 
 
 def _as_bytes(value: str | bytes | None) -> bytes | None:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from PIL import Image
 
-from pisa_jax.imaging import exif
+from pisa_jax.imaging import exif, xmp
 from pisa_jax.imaging.image_data import ImageData
 from pisa_jax.imaging.ranges import signed_to_unit, uint8_to_unit, unit_to_signed, unit_to_uint8
 
@@ -112,4 +112,6 @@ def finish_output(output: Float[np.ndarray, "h w 3"], plan: ResizePlan, image: I
         rgb = rgb + resize(beyond_srgb, plan.target)
     alpha = None if image.alpha is None else np.clip(resize(image.alpha, plan.target), 0, 1)
     block = exif.with_size(image.exif, *plan.target) if image.exif else None
-    return dataclasses.replace(image, rgb=rgb, alpha=alpha, exif=block)
+    packet = xmp.with_size(image.metadata.xmp, *plan.target) if image.metadata.xmp else None
+    metadata = image.metadata._replace(xmp=packet)
+    return dataclasses.replace(image, rgb=rgb, alpha=alpha, exif=block, metadata=metadata)

@@ -101,6 +101,14 @@ def test_contact_sheets_show_the_colors_of_the_profile():
     assert np.abs(sheet[row, columns] - expected).max() * 255 < 2
 
 
+def test_contact_sheets_show_transparent_parts_over_white():
+    image = read("cutout_black.png")
+    sheet = np.asarray(contact_sheet([("", to_pil(image))], 1))
+    cell = sheet[MARGIN + CAPTION :, MARGIN:][: len(image.alpha), : image.alpha.shape[1]]
+    np.testing.assert_array_equal(cell[image.alpha == 0], 255)
+    np.testing.assert_array_equal(cell[image.alpha == 1] / np.float32(255), image.rgb[image.alpha == 1])
+
+
 def test_webp_without_loss_is_written_without_loss(tmp_path):
     image = read("stripes_lossless.webp")
     assert output_suffix(image) == ".webp"

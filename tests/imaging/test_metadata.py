@@ -15,6 +15,7 @@ from pisa_jax.imaging import exif, metadata, tiff_tags
 from pisa_jax.imaging.image_data import ImageData, Metadata, from_array
 from pisa_jax.imaging.image_reading import read_image
 from pisa_jax.imaging.image_writing import write_image
+from pisa_jax.imaging.network_input import finish_output, prepare_input
 from pisa_jax.imaging.tiff_tags import EXIF_DIRECTORY, GPS_DIRECTORY, INTEROP_DIRECTORY, Value
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
@@ -203,6 +204,14 @@ def test_xmp_of_an_upright_result_has_orientation_1(tmp_path):
         assert read_image(tmp_path / "a.jpg").metadata.xmp == XMP.replace(
             b'tiff:Orientation="1"', text.replace(b"6", b"1")
         )
+
+
+def test_xmp_of_the_result_has_its_size():
+    packet = b"<a tiff:ImageWidth='7' exif:PixelYDimension = \"5\"><tiff:ImageLength>5</tiff:ImageLength></a>"
+    image = dataclasses.replace(from_array(PIXELS), metadata=Metadata(packet))
+    array, plan = prepare_input(image, 4, 0)
+    result = finish_output(array, plan, image)
+    assert result.metadata.xmp == packet.replace(b"7", b"28").replace(b"5", b"20")
 
 
 def test_metadata_too_long_for_a_jpeg_is_dropped_with_a_note():
