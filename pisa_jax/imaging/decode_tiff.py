@@ -23,9 +23,8 @@ _WHITE_IS_0, _BLACK_IS_0, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6  # Ph
 _RAW = {32803: "color filter array", 34892: "linear raw"}
 _UNSPECIFIED, _PREMULTIPLIED, _STRAIGHT = 0, 1, 2  # ExtraSamples
 
-# Problems of a file are exceptions or notes here, not lines of a log.
+# Problems of a file are exceptions or notes here, and lines of a log only where the program configures one.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
-logging.getLogger("tifffile").propagate = False
 
 
 class Tiff(NamedTuple):

@@ -11,7 +11,7 @@ from pisa_jax.imaging.png_chunks import Png
 from pisa_jax.imaging.tiff_tags import Tags, Value
 
 XMP, IPTC = 700, 33723  # tags of TIFF
-_RESOLUTION, _RESOLUTION_UNIT = (282, 283), 296
+_DESCRIPTION, _RESOLUTION, _RESOLUTION_UNIT = 270, (282, 283), 296
 _PHOTOSHOP_IPTC = 0x0404  # image resource
 _EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 # Tags of a TIFF that describe how its pixels and pages are stored, as ranges, and its profile.
@@ -46,10 +46,19 @@ def of_tiff(tags: Tags) -> FileMetadata:
     packet, notes = _upright_xmp(packet)
     if not tags.complete:
         notes += (exif.DAMAGED,)
+    description = tags.directory.get(_DESCRIPTION)
+    if isinstance(description, Value) and _describes_layout(description.data):
+        tags = tags._replace(directory={tag: value for tag, value in tags.directory.items() if tag != _DESCRIPTION})
+        notes += ("the description was dropped: a program wrote the layout of the old file there",)
     if lost := sorted(tags.directory.keys() - exif.KEPT - _LAYOUT - {XMP, IPTC}):
         names = [f"{tag} ({ExifTags.TAGS[tag]})" if tag in ExifTags.TAGS else str(tag) for tag in lost]
         notes += (f"dropped TIFF tags: {', '.join(names)}",)
     return FileMetadata(exif.upright_block(tags), Metadata(packet, iptc, dpi=_resolution_of_tags(tags)), notes)
+
+
+def _describes_layout(description: bytes) -> bool:
+    """Return True for descriptions of ImageJ, tifffile and OME, by which programs read further images of a file."""
+    return description.startswith((b"ImageJ=", b'{"shape"')) or b"<OME " in description[:4096]
 
 
 def of_image(image: Image.Image, data: bytes, png: Png | None) -> FileMetadata:

@@ -164,6 +164,19 @@ def test_tags_of_a_tiff_that_are_dropped_are_named(tmp_path):
     assert read_image(tmp_path / "a.tif").notes == ("dropped TIFF tags: 33550, 37724, 50706 (DNGVersion)",)
 
 
+@pytest.mark.parametrize("program", [{"imagej": True}, {"ome": True}, {}])
+def test_descriptions_of_the_layout_are_dropped(tmp_path, program):
+    """Otherwise readers would look for the old file's images in the new one."""
+    tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="rgb", **program)
+    image = read_image(tmp_path / "a.tif")
+    assert "the description was dropped" in " ".join(image.notes)
+    array, plan = prepare_input(image, 2, 0)
+    write_image(tmp_path / "b.tif", finish_output(array, plan, image))
+    assert tifffile.imread(tmp_path / "b.tif").shape == (10, 14, 3)
+    tifffile.imwrite(tmp_path / "c.tif", PIXELS, photometric="rgb", metadata=None, description="a description")
+    assert b"a description" in read_image(tmp_path / "c.tif").exif
+
+
 def jpeg(**options):
     file = io.BytesIO()
     Image.fromarray(PIXELS).save(file, "JPEG", **options)
