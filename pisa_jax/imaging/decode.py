@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from pisa_jax.imaging.decode_tiff import decode_tiff, is_tiff
 from pisa_jax.imaging.image_data import ImageError
 from pisa_jax.imaging.image_files import readable_formats
 from pisa_jax.imaging.metadata import FileMetadata
-from pisa_jax.imaging.pixels import Channels, Pixels, inks_to_srgb, pillow_channels, to_srgb
+from pisa_jax.imaging.pixels import Channels, Pixels, Values, inks_to_srgb, pillow_channels, to_srgb
 from pisa_jax.imaging.png_chunks import Png
 
 
@@ -48,7 +49,7 @@ def decode_file(data: bytes) -> Decoded:
 
 def decode_image(image: Image.Image, data: bytes = b"", png: Png | None = None) -> Decoded:
     """Decode the first frame of an opened image; `data` is the content of its file, and `png` its chunks."""
-    image.load()  # detects truncation, which libpng reports as a warning only
+    image.load()  # detects truncation
     if 0 in image.size:
         raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
     notes, frames, image_format = (), getattr(image, "n_frames", 1), image.format or ""
@@ -87,10 +88,19 @@ def _decode_other(image: Image.Image, data: bytes) -> Pixels:
         channels = decode_deep.heif_channels(data)
     else:
         channels = pillow_channels(image)
+        if channels.bits == 16 and image.format == "TIFF":
+            channels = channels._replace(values=_tiff_gray(channels.values, image.tag_v2))
         if bits > channels.bits:
             notes = (f"reduced from {bits} to 8 bits per channel: the decoder of {image.format} has no more",)
     profile = profile or _profile_of_format(image, data, gray=channels.values.shape[-1] == 1)
     return to_srgb(channels, profile, notes)
+
+
+def _tiff_gray(values: Values, tags: Mapping) -> Values:
+    """Apply depth and white of a TIFF that Pillow opened, which leaves more than 8 bits of gray as they are stored."""
+    (bits,) = tags.get(Base.BitsPerSample, (16,))
+    values = values * np.float32(65535 / (2**bits - 1))
+    return 1 - values if tags.get(Base.PhotometricInterpretation) == 0 else values
 
 
 def _profile_of_format(image: Image.Image, data: bytes, gray: bool) -> bytes | None:

@@ -89,6 +89,8 @@ def _unread(image: Image.Image, data: bytes) -> tuple[str, ...]:
         unknown = sorted({name for name, content in segments if not content.startswith(b"Ducky")} - _KNOWN_SEGMENTS)
         notes += [f"dropped JPEG segments: {', '.join(unknown)}"] if unknown else []
         notes += ["the extended part of the XMP was dropped"] if _EXTENDED_XMP in data else []
+    elif image.format == "HEIF" and any(image.info.get(name) for name in ("aux", "depth_images")):
+        notes.append("auxiliary images, such as a depth or gain map, were dropped")
     elif image.format == "JPEG2000" and b"uuid" in data[: data.find(b"jp2c")]:
         notes.append("the metadata in boxes of JPEG 2000 was dropped")
     return tuple(notes)

@@ -9,7 +9,7 @@ from pisa_jax.imaging import network_input
 from pisa_jax.imaging.any_image import to_image_data
 from pisa_jax.imaging.contact_sheet import CAPTION, MARGIN, contact_sheet
 from pisa_jax.imaging.image_data import from_array, to_pil
-from pisa_jax.imaging.image_reading import read_image
+from pisa_jax.imaging.image_reading import from_pil, read_image
 from pisa_jax.imaging.image_writing import output_suffix, write_image
 
 
@@ -119,6 +119,13 @@ def test_webp_without_loss_is_written_without_loss(tmp_path):
 def test_floats_reach_the_network_with_all_their_levels():
     ramp = np.linspace(100 / 255, 102 / 255, 64, dtype=np.float32)[None, :, None].repeat(48, 0).repeat(3, -1)
     assert len(np.unique(network_input.prepare_input(from_array(ramp), 2, 64)[0])) > 60
+
+
+@pytest.mark.parametrize("name", ["grey12.tif", "bigtiff.tif", "linear_gama.png", "p3_patches.png"])
+def test_images_that_pillow_opened_equal_their_files(name):
+    with Image.open(DATA / "field" / name) as opened:
+        # Pillow reduces linear_gama.png to 8 bits
+        np.testing.assert_allclose(from_pil(opened).rgb, read(name).rgb, atol=0.02)
 
 
 def test_types_of_results_of_the_library():

@@ -87,6 +87,12 @@ def test_heic(tmp_path, bits):
     assert len(np.unique(image.rgb)) > 300 or bits == 8
 
 
+def test_auxiliary_images_of_heic_are_reported():
+    image = Image.fromarray(LEVELS[..., :3])
+    image.format, image.info["aux"] = "HEIF", {"urn:com:apple:photo:2020:aux:hdrgainmap": [49]}
+    assert from_pil(image).notes == ("auxiliary images, such as a depth or gain map, were dropped",)
+
+
 def test_heic_without_its_decoder(monkeypatch):
     monkeypatch.setattr(image_files.importlib.util, "find_spec", lambda name: None)
     image_files.readable_formats.cache_clear()

@@ -12,7 +12,7 @@ from PIL import Image
 from raw_files import tiff16
 
 from pisa_jax.imaging.image_data import ImageError, to_array
-from pisa_jax.imaging.image_reading import read_image, read_rgb8
+from pisa_jax.imaging.image_reading import from_pil, read_image, read_rgb8
 
 HEIGHT, WIDTH = 20, 35
 LARGEST = {"u1": 255, "u2": 65535, "f4": 1}
@@ -157,6 +157,14 @@ def test_white_depends_on_the_depth(tmp_path, bits, channels, photometric):
     exact = bits in (1, 2, 4, 8)  # multiples of 1/255
     np.testing.assert_allclose(image.rgb, np.broadcast_to(values, image.rgb.shape), atol=1e-6)
     assert image.bits == (8 if exact or bits < 8 else 16)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_gray_that_pillow_opened_has_the_white_of_its_file(tmp_path, photometric):
+    data = tiff16(make_samples(1, "u2"), photometric)
+    image = decode(data, tmp_path)
+    with Image.open(io.BytesIO(data)) as opened:
+        np.testing.assert_allclose(from_pil(opened).rgb, image.rgb, atol=1e-6)
 
 
 def test_premultiplied_alpha_and_unspecified_channels(tmp_path):
