@@ -41,10 +41,21 @@ def decode_file(data: bytes) -> Decoded:
     if is_tiff(data):
         tiff = decode_tiff(data)
         return Decoded(tiff.pixels, metadata.of_tiff(tiff.tags), "tiff")
+    if (precision := decode_deep.find_jpeg_precision(data)) is not None:
+        return _decode_deep_jpeg(data, precision)
     png = png_chunks.parse(data) if data.startswith(png_chunks.SIGNATURE) else None
     data = png.data if png else data
     with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
         return decode_image(image, data, png)
+
+
+def _decode_deep_jpeg(data: bytes, precision: int) -> Decoded:
+    """Decode a JPEG of 12 bits, whose header Pillow reads only with 8 at the offset `precision`."""
+    header = data[:precision] + b"\x08" + data[precision + 1 :]
+    with Image.open(io.BytesIO(header), formats=("JPEG",)) as image:
+        pixels = to_srgb(decode_deep.jpeg_channels(data), image.info.get("icc_profile"))
+        pixels = pixels._replace(orientation=_orientation(image))
+        return Decoded(pixels, metadata.of_image(image, data, None), "jpeg")
 
 
 def decode_image(image: Image.Image, data: bytes = b"", png: Png | None = None) -> Decoded:

@@ -5,6 +5,7 @@ import io
 import imagecodecs
 import numpy as np
 
+from pisa_jax.imaging.image_data import ImageError
 from pisa_jax.imaging.pixels import Channels
 
 
@@ -24,6 +25,31 @@ def heif_channels(data: bytes) -> Channels:
 
     file = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
     return _channels(np.asarray(file), 65535)  # libheif scales samples to 16 bits
+
+
+def find_jpeg_precision(data: bytes) -> int | None:
+    """Return the offset of the bits per sample in a JPEG that has more than 8, else None (ITU-T T.81, B.2.2)."""
+    place = 2
+    while data.startswith(b"\xff\xd8") and data[place : place + 1] == b"\xff" and place + 4 < len(data):
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return place + 4 if data[place + 4] > 8 else None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def jpeg_channels(data: bytes) -> Channels:
+    """Decode a JPEG of 12 bits with libjpeg-turbo.
+
+    Raises:
+        ImageError: the file is truncated, which libjpeg-turbo does not report, or holds CMYK.
+    """
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # end of image, start of scan
+        raise ImageError("is damaged: the image is truncated")
+    samples = imagecodecs.jpeg_decode(data)
+    if samples.ndim == 3 and samples.shape[-1] != 3:
+        raise ImageError("holds CMYK with 12 bits; save it as RGB")
+    return _channels(samples, 4095)
 
 
 def _channels(samples: np.ndarray, largest: int) -> Channels:

@@ -104,6 +104,7 @@ INPUTS = {
             tiff(DEEP),
             *(imagecodecs.avif_encode(DEEP >> (16 - bits), bitspersample=bits) for bits in (10, 12)),
             tiff16(DEEP),
+            imagecodecs.jpeg_encode(DEEP >> 4, bitspersample=12),
         ],
         lambda image: image.bits == 16,
     ),

@@ -42,6 +42,25 @@ def test_deep_avif(tmp_path, bits, channels):
     assert output_suffix(image) == ".png"
 
 
+@pytest.mark.parametrize("gray", [False, True])
+def test_deep_jpeg(tmp_path, gray):
+    samples = np.rint(SMOOTH[..., :3] * 4095).astype(np.uint16)
+    data = imagecodecs.jpeg_encode(
+        np.ascontiguousarray(samples[..., 0]) if gray else samples, bitspersample=12, level=98
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIHH", 1, 274, 3, 1, 6, 0) + bytes(4)
+    data = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]
+    image = decode(data, tmp_path)
+    assert (image.bits, image.gray, image.format, image.notes) == (16, gray, "jpeg", ())
+    expected = np.rot90(SMOOTH[..., :1] if gray else SMOOTH[..., :3], -1)
+    np.testing.assert_allclose(image.rgb, np.broadcast_to(expected, image.rgb.shape), atol=0.02)
+    assert output_suffix(image) == ".png"
+    with pytest.raises(ImageError, match="is damaged: the image is truncated"):
+        decode(data[:-40], tmp_path)
+    with pytest.raises(ImageError, match=r"is (damaged|not an image)"):
+        decode(data[:200], tmp_path)
+
+
 def test_code_points_of_avif(tmp_path):
     data = encode("AVIF", quality=100, subsampling="4:4:4")
     srgb = decode(data, tmp_path)
