@@ -159,6 +159,25 @@ def test_white_depends_on_the_depth(tmp_path, bits, channels, photometric):
     assert image.bits == (8 if exact or bits < 8 else 16)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_order_of_bits(tmp_path, order):
+    samples = np.random.default_rng(0).integers(0, 16, (HEIGHT, WIDTH, 1))
+    data = packed(samples, 4)
+    if order == 2:
+        data = bytes(int(f"{byte:08b}"[::-1], 2) for byte in data)
+    head = tiff16(samples[:0], 1, t257=HEIGHT, t258=4, t266=order, t278=HEIGHT, t279=len(data))
+    np.testing.assert_array_equal(to_array(decode(head + data, tmp_path)), samples[..., 0] * 17)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["jpeg", None])
+def test_orientations(tmp_path, orientation, compression):
+    """JPEG streams in YCbCr and uncompressed YCbCr take other ways than RGB."""
+    source = Image.fromarray((np.mgrid[:16, :32].sum(0)[..., None] * [5, 3, 1]).astype(np.uint8)).convert("YCbCr")
+    source.save(tmp_path / "a.tif", compression=compression, tiffinfo={274: orientation})
+    np.testing.assert_array_equal(read_rgb8(tmp_path / "a.tif"), pillow_rgb8(tmp_path / "a.tif"))
+
+
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_gray_that_pillow_opened_has_the_white_of_its_file(tmp_path, photometric):
     data = tiff16(make_samples(1, "u2"), photometric)
