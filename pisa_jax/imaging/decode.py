@@ -101,6 +101,8 @@ def _decode_other(image: Image.Image, data: bytes) -> Pixels:
         channels = pillow_channels(image)
         if channels.bits == 16 and image.format == "TIFF":
             channels = channels._replace(values=_tiff_gray(channels.values, image.tag_v2))
+        if bits > 8 and image.format == "JPEG2000":
+            channels = decode_deep.jpeg2000_channels(data, bits, channels)
         if bits > channels.bits:
             notes = (f"reduced from {bits} to 8 bits per channel: the decoder of {image.format} has no more",)
     profile = profile or _profile_of_format(image, data, gray=channels.values.shape[-1] == 1)

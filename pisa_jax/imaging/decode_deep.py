@@ -6,7 +6,7 @@ import imagecodecs
 import numpy as np
 
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.pixels import Channels
+from pisa_jax.imaging.pixels import Channels, to_unit
 
 
 def png_channels(data: bytes) -> Channels:
@@ -25,6 +25,20 @@ def heif_channels(data: bytes) -> Channels:
 
     file = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
     return _channels(np.asarray(file), 65535)  # libheif scales samples to 16 bits
+
+
+def jpeg2000_channels(data: bytes, bits: int, reduced: Channels) -> Channels:
+    """Decode a JPEG 2000 with OpenJPEG; `reduced` is what Pillow decodes, in which white can wrap around to black.
+
+    Raises:
+        ImageError: other pixels than `reduced`: Pillow has converted a color space that OpenJPEG only decodes.
+    """
+    channels = _channels(imagecodecs.jpeg2k_decode(data), 2**bits - 1)
+    if channels.values.shape == reduced.values.shape and (channels.alpha is None) == (reduced.alpha is None):
+        levels = 255 * np.abs(channels.values - to_unit(reduced.values))
+        if np.minimum(levels, 256 - levels).max() <= 2:
+            return channels
+    raise ImageError(f"holds {bits} bits per channel in an unusual color space; save it as RGB, or with 8 bits")
 
 
 def find_jpeg_precision(data: bytes) -> int | None:

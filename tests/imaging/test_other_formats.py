@@ -42,6 +42,25 @@ def test_deep_avif(tmp_path, bits, channels):
     assert output_suffix(image) == ".png"
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_deep_jpeg_2000(tmp_path, bits, channels):
+    samples = np.rint(SMOOTH[..., :channels] * (2**bits - 1)).astype(np.uint16)
+    samples[:9, :9] = 2**bits - 1  # white, of which Pillow makes black
+    data = imagecodecs.jpeg2k_encode(samples if channels > 1 else samples[..., 0].copy(), bitspersample=bits, level=0)
+    image = decode(data, tmp_path)
+    assert (image.bits, image.gray, image.format, image.notes) == (16, channels == 1, "jpeg2000", ())
+    expected = samples[..., :3] / (2**bits - 1)
+    np.testing.assert_allclose(image.rgb, np.broadcast_to(expected, image.rgb.shape), atol=1e-6)
+    assert (image.alpha is not None) == (channels == 4)
+
+
+def test_jpeg_2000_that_only_pillow_converts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagecodecs, "jpeg2k_decode", lambda data: np.zeros((40, 60, 3), np.uint16))
+    with pytest.raises(ImageError, match="holds 12 bits per channel in an unusual color space"):
+        decode(jpeg2000(12), tmp_path)
+
+
 @pytest.mark.parametrize("gray", [False, True])
 def test_deep_jpeg(tmp_path, gray):
     samples = np.rint(SMOOTH[..., :3] * 4095).astype(np.uint16)
@@ -149,7 +168,6 @@ def ppm(largest):
     ("data", "note"),
     [
         (jpeg2000(8), None),
-        (jpeg2000(12), "reduced from 12 to 8 bits per channel: the decoder of JPEG2000 has no more"),
         (ppm(255), None),
         (ppm(65535), "reduced from 16 to 8 bits per channel: the decoder of PPM has no more"),
         (encode("ICO", LEVELS, sizes=[(16, 16), (32, 32)]), "the icon has 2 sizes; only the largest is used"),
