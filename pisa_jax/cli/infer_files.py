@@ -169,7 +169,7 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
 
 def _contact_sheet(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
     size = results[0].rgb.shape[1::-1]
-    bicubic = to_pil(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    bicubic = to_pil(source).resize(size, Image.Resampling.BICUBIC)
     labels = [f"pix {number_text(pix)}  sem {number_text(sem)}" for pix, sem in pairs]
     cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]
     return contact_sheet(cells, columns=min(len(cells), 4))
