@@ -23,8 +23,6 @@ from unittest import mock
 import fuzz_bytes
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
 from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
 from pisa_jax.adapters.pisa_sr_file import unet_part

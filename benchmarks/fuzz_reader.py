@@ -19,8 +19,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
 from pisa_jax.adapters.checks import check_adapters
 from pisa_jax.adapters.files import load_adapters
 from pisa_jax.adapters.registry import get_decomposition
@@ -119,6 +117,7 @@ def serve(readers: Mapping[str, Reader] = READERS) -> None:
         path, sound = Path(request["path"]), Path(request["sound"])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Python does
             answer = _answer(readers[request["kind"]], DOCUMENTED[request["kind"]], path, sound)
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -17,7 +17,8 @@ def check_factors(source: str, tree: AdapterTree, spec: AdapterSpec) -> None:
     """
     expected, wrong = [], []
     for path, factors in tree.items():
-        suffixes = [""] if spec.decomposition == "lora" else sorted({name[1:] for name in factors if name[0] in "ab"})
+        others = sorted({name[1:] for name in factors if name[0] in "ab"})
+        suffixes = {"lora": [""], "loha": ["1", "2"]}.get(spec.decomposition, others)
         expected += [f"{path}/{side}{suffix}" for suffix in suffixes for side in "ab"]
         if {_rank_of(name, value.shape) for name, value in factors.items()} != {spec.rank}:
             wrong.append(f"{path} with {', '.join(f'{name} {value.shape}' for name, value in factors.items())}")
