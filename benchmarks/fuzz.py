@@ -15,11 +15,12 @@ or refused with one sentence that names it. Everything else is a fault:
     code         code in the file was executed
 
 File number N of seed S is the same on every machine with the same versions of the encoders. --keep stores the files
-with faults, and faults.json, which describes them. Exit code 1 if there are faults.
+with faults, and faults.json, which describes them. Exit code 1 if there are faults. Linux only.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -81,7 +82,7 @@ class Reader:
     """The child process, in a folder of its own; it is started again after it died."""
 
     def __init__(self, command: Sequence[str], folder: Path):
-        self.command, self.folder, self.process = command, folder, None
+        self.command, self.folder, self.process, self.code = command, folder, None, None
         self.log = folder / "stderr.txt"
         self.clean = folder / "child"
 
@@ -89,8 +90,9 @@ class Reader:
         """Return the answer to a request; outcome "crash" or "hang" if there is none."""
         if self.process is None:
             self._start()
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died: the answer is empty
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         line = self._line(HANG, SLEEP)
         if line:
             return json.loads(line)
@@ -111,7 +113,8 @@ class Reader:
         if self.process:
             self.process.kill()
             self.code = self.process.wait()
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
 
@@ -178,16 +181,16 @@ class Campaign:
             fault = "code" if SENTINEL in left else "left"
             faults[fault] = ", ".join(left)
             counts[fault] += 1
-        for fault, text in faults.items():
-            self._add(job, fault, text)
-
-    def _add(self, job: Job, fault: str, text: str) -> None:
-        name = f"{fault}-{job.kind}-{job.index}{job.suffix}"
-        self.findings.append(Finding(fault, job.kind, job.index, name, job.mutations, text))
-        if self.keep:
-            (self.keep / name).write_bytes(job.data)
+        self.findings += [self._keep(job, fault, text) for fault, text in faults.items()]
+        if self.keep and faults:
             described = [dataclasses.asdict(finding) for finding in self.findings]
             (self.keep / "faults.json").write_text(json.dumps(described, indent=1))
+
+    def _keep(self, job: Job, fault: str, text: str) -> Finding:
+        name = f"{fault}-{job.kind}-{job.index}{job.suffix}"
+        if self.keep:
+            (self.keep / name).write_bytes(job.data)
+        return Finding(fault, job.kind, job.index, name, job.mutations, text)
 
 
 def image_job(seeds: Sequence[tuple[str, bytes]], seed: int, index: int) -> Job:

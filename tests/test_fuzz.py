@@ -1,7 +1,8 @@
-"""benchmarks/fuzz.py: it sees every kind of fault, its files depend on the seed alone, the readers have no fault."""
+"""benchmarks/fuzz.py and soak.py: they see every kind of fault, and the readers and the program have none."""
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +61,12 @@ def fuzz(monkeypatch):
     return importlib.import_module("fuzz")
 
 
-def run(*arguments, code=0):
-    """Run the program; returns the figures that it writes."""
-    command = [sys.executable, BENCHMARKS / "fuzz.py", *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def run(name, *arguments, code=0):
+    """Run a benchmark; returns what it prints."""
+    command = [sys.executable, BENCHMARKS / name, *arguments]
+    # conftest.py's flags make programs that compile quickly and run slowly.
+    named = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([str(part) for part in command], env=named, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
@@ -114,13 +117,33 @@ def test_the_sound_files_are_read(fuzz, tmp_path):
 
 
 def test_a_few_mutated_files():
-    assert "\n0 faults" in run("--images", 100, "--adapters", 100, "--seed", 1)
+    assert "\n0 faults" in run("fuzz.py", "--images", 100, "--adapters", 100, "--seed", 1)
 
 
 @pytest.mark.slow
 def test_mutated_files_for_a_minute(tmp_path):
     arguments = ("--seed", 2, "--minutes", 1, "--keep", tmp_path / "keep", "--json", tmp_path / "figures.json")
-    run(*arguments)
+    run("fuzz.py", *arguments)
     figures = json.loads(Path(tmp_path / "figures.json").read_text())
     assert figures["faults"] == []
     assert sum(counts["tried"] for counts in figures["counts"].values()) > 100
+
+
+def test_growth_after_the_warm_up_is_seen(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    soak = importlib.import_module("soak")
+    watch = soak.Watch()
+    watch.records = [(10.0 * index, 9, 4) for index in range(50)] + [(500.0, 9, 4)] * 350
+    assert [passed for *_, passed in watch.checks("x")] == [True, True, True]
+    watch.records[390] = (533.0, 10, 5)
+    assert [passed for *_, passed in watch.checks("x")] == [False, False, False]
+    watch()
+    memory, files, threads = watch.records[-1]
+    assert memory > 50
+    assert files >= 3
+    assert threads >= 1
+
+
+@pytest.mark.slow
+def test_endurance_and_difficult_surroundings():
+    assert "\n0 checks failed" in run("soak.py", "--files", 120, "--calls", 120)
