@@ -50,12 +50,14 @@ def read_image_file(path: Path, sound: Path) -> Callable[[], object]:
         prepared, plan = prepare_input(image, 1, 64, 8)
         result = finish_output(prepared, plan, image)
         target = Path(f"written{output_suffix(image)}")
-        write_image(target, result)
-        with Image.open(target) as written:
-            written.load()
-            if written.size != result.rgb.shape[1::-1]:
-                raise AssertionError(f"{path} was written as {written.size}, not {result.rgb.shape[1::-1]}")
-        target.unlink()  # what a failure leaves is reported
+        write_image(target, result)  # what a failure leaves is reported
+        try:
+            with Image.open(target) as written:
+                written.load()
+                if written.size != result.rgb.shape[1::-1]:
+                    raise AssertionError(f"{path} was written as {written.size}, not {result.rgb.shape[1::-1]}")
+        finally:
+            target.unlink()
 
     return write
 
