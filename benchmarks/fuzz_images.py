@@ -1,5 +1,6 @@
 """Sound image files of every readable format: those of the tests, and small ones in every mode of each encoder."""
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ OPENCV = {
     ".pfm": ((np.float32, 1), (np.float32, 3)),
     ".bmp": ((np.uint8, 3), (np.uint8, 4)),
     ".webp": ((np.uint8, 3),),
+    ".avif": ((np.uint16, 3), (np.uint16, 4)),
 }
 TEXT = {
     ".pbm": b"P1\n# text\n4 2\n0 1 0 1\n1 0 1 0\n",
@@ -70,7 +72,8 @@ TEXT = {
 def image_seeds() -> list[tuple[str, bytes]]:
     """Return (suffix, content) of every sound image file, the same list on every call."""
     assets = [(path.suffix, path.read_bytes()) for path in sorted(ASSETS.iterdir()) if path.stat().st_size < 50_000]
-    return [*assets, *_by_pillow(), *_by_tifffile(), *_by_opencv(), *TEXT.items()]
+    heif = _by_libheif() if importlib.util.find_spec("pillow_heif") else ()
+    return [*assets, *_by_pillow(), *_by_tifffile(), *_by_opencv(), *TEXT.items(), *heif]
 
 
 def _by_pillow() -> Iterator[tuple[str, bytes]]:
@@ -107,9 +110,21 @@ def _by_tifffile() -> Iterator[tuple[str, bytes]]:
 def _by_opencv() -> Iterator[tuple[str, bytes]]:
     for suffix, kinds in OPENCV.items():
         for dtype, channels in kinds:
-            done, data = cv2.imencode(suffix, _samples(dtype, channels))
+            samples, options = _samples(dtype, channels), []
+            if suffix == ".avif":
+                samples, options = samples >> 6, [cv2.IMWRITE_AVIF_DEPTH, 10]
+            done, data = cv2.imencode(suffix, samples, options)
             assert done, (suffix, dtype, channels)
             yield suffix, data.tobytes()
+
+
+def _by_libheif() -> Iterator[tuple[str, bytes]]:
+    import pillow_heif  # optional
+
+    for mode, dtype in (("L", np.uint8), ("RGB", np.uint8), ("RGBA", np.uint8), ("RGB;16", np.uint16)):
+        file, samples = io.BytesIO(), _samples(dtype, len(mode.partition(";")[0]))
+        pillow_heif.encode(mode, (WIDTH, HEIGHT), samples.tobytes(), file, exif=_metadata("HEIF")["exif"])
+        yield ".heic", file.getvalue()
 
 
 def _samples(dtype: type, channels: int, seed: int = 0) -> np.ndarray:

@@ -157,7 +157,7 @@ def _pixels(path: Path) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=tuple(READABLE)) as image:
+            with Image.open(path, formats=[name for name in READABLE if name in Image.OPEN]) as image:
                 return min(image.width * image.height, round(MEGAPIXELS * 1e6))
     except Exception:  # a damaged file
         return 0
