@@ -198,8 +198,8 @@ def image_job(seeds: Sequence[tuple[str, bytes]], seed: int, index: int) -> Job:
     rng = random.Random(f"image {seed} {index}")
     suffixes = sorted({suffix for suffix, _ in seeds})
     suffix = suffixes[index % len(suffixes)]
-    sound = rng.choice([data for each, data in seeds if each == suffix])
     same = [data for each, data in seeds if each == suffix]
+    sound = rng.choice(same)
     others = same if rng.random() < 0.5 else [data for _, data in seeds]
     data, mutations = mutate(sound, others, rng)
     return Job("image", index, suffix, sound, mutations, data)
@@ -216,10 +216,9 @@ def adapter_job(seeds: Sequence[tuple[str, str, bytes]], seed: int, index: int) 
 def jobs(images: int, adapters: int, seed: int) -> Iterator[Job]:
     """Make the files of both campaigns, mixed evenly."""
     image_files, adapter_files = image_seeds(), adapter_seeds()
-    order = [((n + 0.5) / images, 0, n) for n in range(images)] + [
-        ((n + 0.5) / adapters, 1, n) for n in range(adapters)
-    ]
-    for _, is_adapter, index in sorted(order):
+    counts = (images, adapters)
+    order = sorted(((n + 0.5) / count, kind, n) for kind, count in enumerate(counts) for n in range(count))
+    for _, is_adapter, index in order:
         yield adapter_job(adapter_files, seed, index) if is_adapter else image_job(image_files, seed, index)
 
 
