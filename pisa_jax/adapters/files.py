@@ -51,11 +51,8 @@ def load_adapters(path: str | Path) -> Adapters:
         else:
             name, module, factor = pisa_sr_file.parse_key(path, key, tensors)
             value = pisa_sr_file.factor_from_tensor(path, key, tensor)
-        with np.errstate(over="ignore"):
-            array = np.asarray(value, np.float32, order="C")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {excerpt(key)} has values that are not finite in float32")
-        trees.setdefault(name, {}).setdefault(module, {})[factor] = array
+        with np.errstate(over="ignore"):  # values of float64 files
+            trees.setdefault(name, {}).setdefault(module, {})[factor] = np.asarray(value, np.float32, order="C")
     if specs is None:
         specs = {name: AdapterSpec(rank=_most_frequent_rank(tree), alpha=PISA_SR_ALPHA) for name, tree in trees.items()}
     if set(specs) != set(trees):
