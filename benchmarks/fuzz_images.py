@@ -27,7 +27,7 @@ PILLOW: dict[str, tuple[str, tuple[str, ...], tuple[dict[str, Any], ...]]] = {
     ".dib": ("DIB", ("L", "RGB"), ({},)),
     ".gif": ("GIF", ("L", "P", "RGB", "RGBA"), ({}, {"frames": 3})),
     ".ppm": ("PPM", ("1", "L", "RGB", "I;16", "F"), ({},)),
-    ".avif": ("AVIF", ("RGB", "RGBA"), ({}, {"metadata": True}, {"frames": 2})),
+    ".avif": ("AVIF", ("RGB", "RGBA"), ({}, {"metadata": True})),  # several frames would hold the time
     ".jp2": ("JPEG2000", ("L", "LA", "RGB", "RGBA", "I;16"), ({}, {"irreversible": True, "num_resolutions": 3})),
     ".j2k": ("JPEG2000", ("L", "RGB"), ({"no_jp2": True}, {"no_jp2": True, "tile_size": (16, 16)})),
     ".tga": ("TGA", ("L", "LA", "P", "RGB", "RGBA"), ({}, {"compression": "tga_rle"})),
@@ -141,9 +141,10 @@ def _image(mode: str, seed: int = 0) -> Image.Image:
         return Image.fromarray(_samples(np.uint16, 1, seed))
     image = Image.fromarray(_samples(np.uint8, 4, seed), "RGBA")
     if mode == "LAB":
-        return ImageCms.profileToProfile(
-            image.convert("RGB"), *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode=mode
-        )
+        profiles = map(ImageCms.createProfile, ("sRGB", "LAB"))
+        image = ImageCms.profileToProfile(image.convert("RGB"), *profiles, outputMode=mode)
+        image.info.clear()  # the profile holds the time
+        return image
     return image.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr", "P", "F") else image.convert(mode)
 
 
