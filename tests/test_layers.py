@@ -11,7 +11,7 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation file_identity messages run_log torch_layout torch_pickle trees | "
+    "runtime": "atomic_write compilation file_identity messages run_log torch_layout trees | torch_pickle | "
     "tensor_files checkpoint | distributed",
     "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "

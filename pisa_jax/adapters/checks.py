@@ -5,6 +5,7 @@ from typing import Any
 
 from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.trees import suggest
 
 
@@ -16,7 +17,8 @@ def check_factors(source: str, tree: AdapterTree, spec: AdapterSpec) -> None:
     """
     expected, wrong = [], []
     for path, factors in tree.items():
-        suffixes = [""] if spec.decomposition == "lora" else sorted({name[1:] for name in factors if name[0] in "ab"})
+        others = sorted({name[1:] for name in factors if name[0] in "ab"})
+        suffixes = {"lora": [""], "loha": ["1", "2"]}.get(spec.decomposition, others)
         expected += [f"{path}/{side}{suffix}" for suffix in suffixes for side in "ab"]
         if {_rank_of(name, value.shape) for name, value in factors.items()} != {spec.rank}:
             wrong.append(f"{path} with {', '.join(f'{name} {value.shape}' for name, value in factors.items())}")
@@ -60,23 +62,26 @@ def check_keys(header: str, expected: Collection[str], found: Collection[str]) -
     problems = [f"missing {shorten(missing)}"] if missing else []
     if unexpected:
         problems.append(f"unexpected {shorten(unexpected)}{suggest(unexpected[0], missing or expected)}")
-    check_empty(f"{header}: expected {len(expected)}, found {len(found)}", problems)
+    if problems:
+        raise ValueError(f"{header}: expected {len(expected)}, found {len(found)}: {'; '.join(problems)}")
 
 
 def check_empty(header: str, problems: Sequence[str]) -> None:
     """Raise ValueError with `header` and the first problems, if there are any."""
     if problems:
-        raise ValueError(f"{header}: {shorten(problems, '; ')}")
+        raise ValueError(f"{header}: {shorten(problems, '; ', length=200)}")
 
 
-def shorten(names: Iterable[Any], separator: str = ", ", limit: int = 4) -> str:
-    """Join the first `limit` names, and count the rest.
+def shorten(names: Iterable[Any], separator: str = ", ", limit: int = 4, length: int = 120) -> str:
+    """Join the first `limit` names, cut to `length` since they may come from a damaged file, and count the rest.
 
     >>> shorten("abcdef")
     'a, b, c, d and 2 more'
     """
-    names = [str(name) for name in names]
-    return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    names = list(names)
+    return separator.join(excerpt(name, length) for name in names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def _rank_of(factor: str, shape: tuple[int, ...]) -> int | None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from pisa_jax.adapters import pisa_sr_file
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
-from pisa_jax.adapters.checks import check_factors
+from pisa_jax.adapters.checks import check_factors, shorten
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_pickle import read_torch
 
@@ -50,13 +51,14 @@ def load_adapters(path: str | Path) -> Adapters:
         else:
             name, module, factor = pisa_sr_file.parse_key(path, key, tensors)
             value = pisa_sr_file.factor_from_tensor(path, key, tensor)
-        trees.setdefault(name, {}).setdefault(module, {})[factor] = np.asarray(value, np.float32, order="C")
+        with np.errstate(over="ignore"):  # values of float64 files
+            trees.setdefault(name, {}).setdefault(module, {})[factor] = np.asarray(value, np.float32, order="C")
     if specs is None:
         specs = {name: AdapterSpec(rank=_most_frequent_rank(tree), alpha=PISA_SR_ALPHA) for name, tree in trees.items()}
     if set(specs) != set(trees):
-        raise ValueError(f"{path}: the metadata lists the adapters {', '.join(specs)}, the keys {', '.join(trees)}")
+        raise ValueError(f"{path}: the metadata lists the adapters {shorten(specs)}, the keys {shorten(trees)}")
     for name, tree in trees.items():
-        check_factors(f"{path}: adapter {name!r}", tree, specs[name])
+        check_factors(f"{path}: adapter '{excerpt(name)}'", tree, specs[name])
     return Adapters(trees, specs, base_model)
 
 
@@ -93,16 +95,20 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         if content["version"] > VERSION:
             raise ValueError(f"it has version {content['version']}, this release reads {VERSION}: upgrade pisa_jax")
-        return {name: _parse_spec(fields) for name, fields in content["adapters"].items()}, content["base_model"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: its metadata is not that of an adapter file ({type(error).__name__}: {error})"
-        ) from error
+        base_model = content["base_model"]
+        if not isinstance(base_model, str | None):
+            raise ValueError(f"base_model {excerpt(base_model)} is no name")
+        return {name: _parse_spec(fields) for name, fields in content["adapters"].items()}, base_model
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {excerpt(error, 300)}"
+        raise ValueError(f"{path}: its metadata is not that of an adapter file ({reason})") from error
 
 
 def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
     if type(fields["rank"]) is not int or type(fields["alpha"]) not in (int, float):
         raise ValueError(f"rank {fields['rank']!r} and alpha {fields['alpha']!r} are not numbers")
+    if type(fields.get("decomposition", "")) is not str:
+        raise ValueError(f"decomposition {fields['decomposition']!r} is no name")
     return AdapterSpec(**{**fields, "alpha": float(fields["alpha"])})
 
 
