@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file
 from pisa_jax import training
 from pisa_jax.cli import train
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.train_step import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
@@ -122,8 +124,13 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
         training.train(config(tmp_path / "crop", "--data.crop", 34))
     with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
         training.train(config(tmp_path / "window", "--stages.0.latent-window", 9))
+    with pytest.raises(ValueError, match="stage sem: targets: the pattern 'nosuchlayer' matches none of"):
+        training.train(config(tmp_path / "targets", "--stages.1.spec.targets", "nosuchlayer"))
+    with pytest.raises(ValueError, match=r"data\.crop 4 is too small for the perceptual loss"):
+        training.train(config(tmp_path / "small", "--data.crop", 4))
     with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 8 devices"):
         training.train(config(tmp_path / "batch", "--mesh-data", -1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
@@ -140,7 +147,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config(run))))
     (run / "old").touch()
     training.claim_run_directory(config(run), resume=False, overwrite=True)
-    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
     killed = tmp_path / "killed"  # while it wrote its first file
     killed.mkdir()
     (killed / ".0f.json").touch()
@@ -160,6 +167,16 @@ def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(training, "place_batch", broken)
     with pytest.raises(FloatingPointError, match="2 steps in a row, up to step 2"):
         training.train(config(tmp_path / "run", "--max-bad-steps", 2))
+
+
+def test_adapters_that_are_not_finite_are_not_exported(tmp_path):
+    run = types.SimpleNamespace(config=config(tmp_path), folder=tmp_path)
+    factors = {"conv_in": {"a": np.zeros((3, 3, 4, 4), np.float32), "b": np.full((1, 1, 4, 32), np.nan, np.float32)}}
+    with pytest.raises(
+        FloatingPointError, match="adapter pix has values that are not finite in 1 of 1 layers, such as"
+    ):
+        training.export(run, {"pix": factors})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -247,15 +264,25 @@ def test_killed_at_any_point_it_still_ends_with_the_same_adapters(whole, tmp_pat
     assert (out / training.ADAPTERS_FILE).read_bytes() == whole.read_bytes()
 
 
-def test_sigterm_saves_and_exits(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(whole, tmp_path, number):
     out = tmp_path / "run"
     process = Training(out, "--stages.0.steps", 500, "--save-every", 500)
     process.wait_for("step 2/502")
-    process.send_signal(signal.SIGTERM)
-    errors = ended(process, 143)
+    process.send_signal(number)
+    errors = ended(process, 128 + number)
     (latest,) = complete(out)
     assert 2 <= latest < 500
     assert f"stopped and saved at step {latest} of 502; continue with --resume" in errors
+
+
+def test_a_signal_before_the_first_step_ends_the_run(tmp_path):
+    stop = StopSignals()
+    stop.received = signal.SIGINT  # while the model was loaded
+    with pytest.raises(training.Stop, match="stopped at step 0 of 4; continue with --resume"):
+        training.train(config(tmp_path / "run"), stop=stop)
+    with pytest.raises(training.Stop, match="stopped at step 0 of 4; continue with --resume"):
+        training.train(config(tmp_path / "run"), resume=True, stop=stop)
 
 
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):

@@ -110,7 +110,7 @@ class Checkpoints:
         folder = self._folder / str(step)
         if (folder / CHECKSUMS_FILE).exists():
             return find_damage(folder)
-        # Version 0.1.0 wrote no checksums: read everything once, as host arrays.
+        # From a program that wrote no checksums yet: read everything once, as host arrays.
         try:
             Progress(**json.loads((folder / "progress" / "metadata").read_text()))
             for item in ARRAYS:

@@ -115,10 +115,12 @@ def _claim(config: Config, resume: bool, overwrite: bool, lifetime: contextlib.E
         folder.mkdir(parents=True, exist_ok=True)
     lifetime.enter_context(_locked(folder))
     _check_content(folder, config, resume, overwrite)  # another program may have been faster
+    if resume and (changes := check_same_config(_read_config(folder), config)):
+        logger.warning("the resumed run continues with another config: %s", "; ".join(changes))
     with _write_errors():
-        if not resume and _content(folder):  # an older run
+        if not resume and _content(folder):  # an older run; its config is replaced at the end
             for path in folder.iterdir():
-                if path.name != LOCK_FILE:
+                if path.name not in (LOCK_FILE, CONFIG_FILE):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if not resume or _read_config(folder) != content:
             with atomic_write(folder / CONFIG_FILE) as file:
@@ -191,11 +193,11 @@ def _as_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def check_same_config(saved: Mapping[str, Any], config: Config) -> None:
-    """Compare a saved config with the one of a resumed run; fields that a later version added have their defaults.
+def check_same_config(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """Compare a saved config with the one of a resumed run; returns the accepted changes that are worth a report.
 
-    `CHANGEABLE_FIELDS` may differ. Changes of `MOVABLE_FIELDS`, more steps of the last stage, a lower learning rate and
-    a change to float32 are accepted and reported.
+    Fields that a later version added have their defaults. `CHANGEABLE_FIELDS` may differ without a report. Changes of
+    `MOVABLE_FIELDS`, more steps of the last stage, a lower learning rate and a change to float32 are accepted.
 
     Raises:
         ValueError: other fields differ; the message lists them.
@@ -214,8 +216,7 @@ def check_same_config(saved: Mapping[str, Any], config: Config) -> None:
         raise ValueError(
             f"the config differs from the saved run's: {'; '.join(refused)}; restore these values or start a new run"
         )
-    if accepted:
-        logger.warning("the resumed run continues with another config: %s", "; ".join(accepted))
+    return accepted
 
 
 def _is_in(name: str, fields: tuple[str, ...]) -> bool:
@@ -224,10 +225,11 @@ def _is_in(name: str, fields: tuple[str, ...]) -> bool:
 
 def _may_change(name: str, old: Any, new: Any, last_steps: str) -> bool:
     """Accept what the messages of a stopped run recommend, and more steps."""
+    both_numbers = isinstance(old, int | float) and isinstance(new, int | float)
     if name == last_steps:
-        return isinstance(old, int) and new > old
+        return both_numbers and new > old
     if re.fullmatch(r"stages/\d+/learning_rate", name):
-        return isinstance(old, int | float) and new < old
+        return both_numbers and new < old
     return name in MOVABLE_FIELDS or (name in ("dtype", "vae_dtype") and new == "float32")
 
 

@@ -118,7 +118,7 @@ def test_without_a_sound_checkpoint_nothing_is_renamed(saved):
 
 @pytest.mark.parametrize("damage", [None, "truncated data", "missing state", "empty progress"])
 def test_checkpoints_without_checksums_are_read_before_they_are_used(saved, damage):
-    """Version 0.1.0 wrote none."""
+    """Older programs wrote none."""
     for step in ("2", "4"):
         (saved / "checkpoints" / step / CHECKSUMS_FILE).unlink()
     if damage:

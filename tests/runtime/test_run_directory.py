@@ -96,8 +96,10 @@ def test_changes_without_effect_are_accepted(run, fields, caplog):
 )
 def test_other_places_and_what_messages_recommend_are_accepted_and_reported(run, fields, caplog):
     with caplog.at_level(logging.WARNING):
+        check_run_directory(config(run, **fields), True, False)
         resume(run, **fields)
-    assert "the resumed run continues with another config: " in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the resumed run continues with another config: ")
     assert json.loads((run / CONFIG_FILE).read_text()) == json.loads(
         json.dumps(dataclasses.asdict(config(run, **fields)))
     )
