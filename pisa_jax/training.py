@@ -109,7 +109,9 @@ def train(
         for position in range(index, len(config.stages)):
             state = train_stage(run, position, trained, state if position == index else None)
             trained[config.stages[position].adapter] = jax.device_get(exported(state))
-            export(run, trained)
+            require_finite(trained)
+            if jax.process_index() == 0:
+                export(run, trained)
     return folder / ADAPTERS_FILE
 
 
@@ -245,12 +247,8 @@ def exported(state: State) -> AdapterTree:
     return state.adapter if state.ema is None else state.ema
 
 
-def export(run: Run, trained: dict[str, AdapterTree]) -> None:
-    """Write the trained adapters for inference, from process 0.
-
-    Raises:
-        FloatingPointError: an adapter has values that are not finite; nothing is written.
-    """
+def require_finite(trained: dict[str, AdapterTree]) -> None:
+    """Raise FloatingPointError if an adapter that would be exported has values that are not finite."""
     for name, tree in trained.items():
         broken = [path for path, factors in tree.items() if not all(map(_is_finite, jax.tree.leaves(factors)))]
         if broken:
@@ -258,13 +256,16 @@ def export(run: Run, trained: dict[str, AdapterTree]) -> None:
                 f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
                 f"{broken[0]}, and is not exported; lower the learning rate, or use float32"
             )
-    if jax.process_index() == 0:
-        specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
-        files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
 
 
 def _is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
+
+
+def export(run: Run, trained: dict[str, AdapterTree]) -> None:
+    """Write the trained adapters for inference."""
+    specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
+    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
 
 
 def new_state(run: Run, index: int) -> State:
