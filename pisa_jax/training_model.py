@@ -1,6 +1,7 @@
 """The base model and the perceptual loss of a training run: loading, and checks of the config against them."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pisa_jax.config import Config
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.console import say
 from pisa_jax.sd import backbone, pretrained, random_model
 
 # Size of the model that `model="random"` makes.
@@ -57,7 +59,7 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
     except ValueError as error:
         raise ValueError(f"data.crop {config.data.crop} is too small for the perceptual loss: {error}") from error
     if jax.process_index() == 0:
-        print(f"perceptual loss: {lpips.distance_name(weights)}")
+        say(f"perceptual loss: {lpips.distance_name(weights)}", sys.stdout)
     return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
 
 
