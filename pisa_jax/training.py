@@ -103,13 +103,16 @@ def train(
         log = RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
         if log:
             closing.callback(log.close)
+            if resume:
+                log.print_line(f"continuing after step {first} of {total}")
         closing.enter_context(jax.set_mesh(mesh))
         run = Run(config, folder, mesh, model, perceptual, batches, checkpoints, images, log, stop)
         index, trained, state = restore_run(run) if first else (0, {}, None)
         for position in range(index, len(config.stages)):
             state = train_stage(run, position, trained, state if position == index else None)
-            trained[config.stages[position].adapter] = jax.device_get(exported(state))
-            require_finite(trained)
+            adapter = config.stages[position].adapter
+            trained[adapter] = jax.device_get(exported(state))
+            require_finite(run, adapter, trained[adapter])
             if jax.process_index() == 0:
                 export(run, trained)
     return folder / ADAPTERS_FILE
@@ -162,8 +165,7 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
             validate(before + step)
         stop = asked_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
-            adapters = {**trained, stage.adapter: exported(state)}
-            run.checkpoints.save(before + step, adapters, state, Progress(index, run.loader.get_state()))
+            save(run, index, trained, state)
         if stop and before + step < run.total:
             raise Stop(f"stopped and saved at step {before + step} of {run.total}; continue with --resume")
     return state
@@ -214,11 +216,9 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
     if run.log:
         run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
     if values["bad_streak"] >= run.config.max_bad_steps:
-        latest = run.checkpoints.latest
-        intact = "No checkpoint was written yet" if latest is None else f"Checkpoint {latest} is intact"
         raise FloatingPointError(
-            f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite. "
-            f"{intact}; lower the learning rate, or use float32"
+            f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+            f"{how_to_continue(run)}"
         )
 
 
@@ -247,19 +247,36 @@ def exported(state: State) -> AdapterTree:
     return state.adapter if state.ema is None else state.ema
 
 
-def require_finite(trained: dict[str, AdapterTree]) -> None:
-    """Raise FloatingPointError if an adapter that would be exported has values that are not finite."""
-    for name, tree in trained.items():
-        broken = [path for path, factors in tree.items() if not all(map(_is_finite, jax.tree.leaves(factors)))]
-        if broken:
-            raise FloatingPointError(
-                f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
-                f"{broken[0]}, and is not exported; lower the learning rate, or use float32"
-            )
+def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) -> None:
+    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages.
+
+    Raises:
+        FloatingPointError: the adapter is not finite: a run that continues from it could not recover.
+        OSError: the checkpoint cannot be written.
+    """
+    adapter = run.config.stages[index].adapter
+    require_finite(run, adapter, jax.device_get(state.adapter))
+    require_finite(run, adapter, jax.device_get(exported(state)))
+    progress = Progress(index, run.loader.get_state())
+    step = run.before(index) + int(state.step)
+    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
 
 
-def _is_finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array).all())
+def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
+    """Raise FloatingPointError if an adapter that would be saved or exported has values that are not finite."""
+    broken = [path for path, factors in tree.items() if not all(np.isfinite(f).all() for f in jax.tree.leaves(factors))]
+    if broken:
+        raise FloatingPointError(
+            f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
+            f"{broken[0]}, and is neither saved nor exported; {how_to_continue(run)}"
+        )
+
+
+def how_to_continue(run: Run) -> str:
+    """Describe for an error message how to continue after values that are not finite."""
+    latest = run.checkpoints.latest
+    intact = "no checkpoint was written yet" if latest is None else f"checkpoint {latest} is intact"
+    return f"{intact}; continue with --resume and a lower learning rate, or with float32"
 
 
 def export(run: Run, trained: dict[str, AdapterTree]) -> None:

@@ -106,7 +106,13 @@ class Checkpoints:
         return None
 
     def _find_damage(self, step: int) -> str | None:
-        """Describe the damage of a checkpoint; None if it is sound."""
+        """Describe the damage of a checkpoint, on which all processes agree; None if it is sound."""
+        damage = self._find_damage_in_this_process(step)
+        if multihost_utils.process_allgather(np.bool_(damage is not None)).any():
+            return damage or "another process cannot read it"
+        return None
+
+    def _find_damage_in_this_process(self, step: int) -> str | None:
         folder = self._folder / str(step)
         if (folder / CHECKSUMS_FILE).exists():
             return find_damage(folder)
