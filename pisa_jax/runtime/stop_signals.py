@@ -12,7 +12,8 @@ class StopSignals:
 
     A thread reads the signals from a pipe. Python calls signal handlers only between two bytecodes of the main thread,
     which is minutes later while it compiles, and a KeyboardInterrupt that is raised inside a callback of JAX is lost.
-    Use it in the main thread.
+    A signal that the parent process told this one to ignore, as shell scripts do with SIGINT for programs in the
+    background, remains ignored. Use it in the main thread.
     """
 
     def __init__(self) -> None:
@@ -23,8 +24,10 @@ class StopSignals:
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True, name="stop_signals").start()
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers_before = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
+        for number in self._handlers_before:
+            signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(

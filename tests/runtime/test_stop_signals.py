@@ -19,6 +19,8 @@ with StopSignals() as stop:
     hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 10**9)
 """
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_recorded(number):
@@ -31,6 +33,18 @@ def test_the_first_signal_is_recorded(number):
         assert stop.received == number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_ignored_signal_remains_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 10
+        while stop.received is None and time.monotonic() < end:
+            time.sleep(0.01)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
