@@ -45,6 +45,7 @@ class Checkpoints:
             max_to_keep=keep,
             create=True,
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # of a run that was killed; the run directory is locked
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)

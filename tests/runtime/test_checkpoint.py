@@ -95,6 +95,13 @@ def test_the_newest_sound_checkpoint_is_used(saved, damage, caplog):
     assert (saved / "checkpoints" / f"damaged_{broken}").is_dir()
 
 
+def test_what_a_killed_run_left_unfinished_is_deleted(saved):
+    unfinished = saved / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints" / "4", unfinished)
+    assert restored(saved) == 4
+    assert not unfinished.exists()
+
+
 def test_damaged_twice_at_the_same_step(saved):
     for _ in range(2):
         DAMAGES["empty progress"](saved / "checkpoints" / "4")
