@@ -79,7 +79,7 @@ def test_the_steps_after_a_damaged_checkpoint_are_repeated(finished, whole, tmp_
     data.write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="pisa_jax"):
         assert train(config(copy), resume=True).read_bytes() == whole
-    named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax"))
+    named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax.runtime"))
     assert f"{data.relative_to(copy / 'checkpoints/7')} has other content than was written" in named
     assert repeated == "continuing from checkpoint 6; 1 steps are repeated"
 

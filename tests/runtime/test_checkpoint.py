@@ -87,7 +87,7 @@ def test_the_newest_sound_checkpoint_is_used(saved, damage, caplog):
     expected, broken = (4, 6) if damage == "empty newer folder" else (2, 4)
     with caplog.at_level(logging.WARNING, logger="pisa_jax"):
         assert restored(saved) == expected
-    named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax"))
+    named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax.runtime"))
     assert f"{saved / 'checkpoints' / str(broken)} is damaged" in named
     assert repeated == f"continuing from checkpoint {expected}; 2 steps are repeated"
     save(saved, broken)  # the step of the damaged one is free again
