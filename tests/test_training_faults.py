@@ -81,7 +81,7 @@ def test_the_steps_after_a_damaged_checkpoint_are_repeated(finished, whole, tmp_
         assert train(config(copy), resume=True).read_bytes() == whole
     named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax.runtime"))
     assert f"{data.relative_to(copy / 'checkpoints/7')} has other content than was written" in named
-    assert repeated == "continuing from checkpoint 6; 1 steps are repeated"
+    assert repeated == "continuing from checkpoint 6; repeated steps: 1"
 
 
 def broken_from(monkeypatch, first, change):

@@ -142,7 +142,7 @@ class Checkpoints:
                 folder.rename(renamed)
                 logger.warning("checkpoint %s is damaged (%s); it was renamed to %s", folder, reason, renamed.name)
             repeated = max(damaged) - sound
-            logger.warning("continuing from checkpoint %d; %d steps are repeated", sound, repeated)
+            logger.warning("continuing from checkpoint %d; repeated steps: %d", sound, repeated)
         multihost_utils.sync_global_devices("damaged checkpoints renamed")
         self._manager.reload()
 

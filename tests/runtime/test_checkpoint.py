@@ -89,7 +89,7 @@ def test_the_newest_sound_checkpoint_is_used(saved, damage, caplog):
         assert restored(saved) == expected
     named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax.runtime"))
     assert f"{saved / 'checkpoints' / str(broken)} is damaged" in named
-    assert repeated == f"continuing from checkpoint {expected}; 2 steps are repeated"
+    assert repeated == f"continuing from checkpoint {expected}; repeated steps: 2"
     save(saved, broken)  # the step of the damaged one is free again
     assert restored(saved) == broken
     assert (saved / "checkpoints" / f"damaged_{broken}").is_dir()
