@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pisa_jax.adapters.adapter_tree import summary
 from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
+from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.messages import error_text
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
     """Run the command line; returns the exit code."""
+    show_any_name()
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Convert adapters between this project's format and the original PiSA-SR's key names.",
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> in
         adapters = load_adapters(args.source)
         (save_adapters if args.to == "adapters" else export_pisa_sr)(args.target, adapters)
     except (ValueError, OSError) as error:
-        print(f"{prog}: {error_text(error)}", file=sys.stderr)
+        say(f"{prog}: {error_text(error)}", sys.stderr)
         return 1
-    print(f"{args.target}: {os.path.getsize(args.target):,} bytes, {args.to}\n{summary(adapters)}")
+    say(f"{args.target}: {os.path.getsize(args.target):,} bytes, {args.to}\n{summary(adapters)}", sys.stdout)
     return 0

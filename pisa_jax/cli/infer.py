@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, prompt, scales, seed, upscale_factor
-from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.cli.output_files import check_output_files
+from pisa_jax.runtime.console import progress_bar, say, show_any_name
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
 if TYPE_CHECKING:
