@@ -105,10 +105,11 @@ def make_weights(
     `notice` is called with a line if the prompt is too long for the text encoder.
 
     Raises:
-        ValueError: the adapters do not fit the model, or `pix` is missing.
+        ValueError: the adapters do not fit the model or are not finite, or `pix` is missing.
     """
     base = loaded.base
     checks.check_adapters(adapters.trees, injection.target_shapes(loaded.params["unet"], "."))
+    checks.check_finite(adapters.trees)
     if "pix" not in adapters.trees:
         raise ValueError(f"no adapter 'pix'; the adapters are {', '.join(adapters.trees)}")
     # The text encoder is placed first because it is dropped again; then one weight after the other.

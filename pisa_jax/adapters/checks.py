@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.messages import excerpt
@@ -53,6 +55,22 @@ def check_adapters(trees: Mapping[str, AdapterTree], kernel_shapes: Mapping[str,
                     wrong.append(f"{name}: {path}/{factor} {shape}, expected ({', '.join(map(str, fitting))})")
     if wrong:
         raise ValueError(f"{len(wrong)} factors do not fit the base model: {shorten(wrong, '; ')}")
+
+
+def check_finite(trees: Mapping[str, AdapterTree]) -> None:
+    """Raise ValueError with the factors that hold NaN or infinite values, of which no image could be made."""
+    wrong = [
+        f"{name}: {path}/{factor}"
+        for name, tree in trees.items()
+        for path, factors in tree.items()
+        for factor, value in factors.items()
+        if not np.isfinite(np.asarray(value, np.float32)).all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} factors of the adapters hold values that are not finite: {shorten(wrong)}; the training "
+            "that wrote them has diverged, use an earlier file"
+        )
 
 
 def check_keys(header: str, expected: Collection[str], found: Collection[str]) -> None:

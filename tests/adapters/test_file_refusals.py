@@ -10,7 +10,7 @@ from conftest import golden
 from small_adapters import CONV, DENSE, KERNELS, original_state, random_adapters
 
 from pisa_jax.adapters import files, pisa_sr_file
-from pisa_jax.adapters.checks import check_adapters
+from pisa_jax.adapters.checks import check_adapters, check_finite
 from pisa_jax.adapters.files import load_adapters, save_adapters
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, write_safetensors
@@ -52,6 +52,15 @@ def test_a_mistyped_factor(tmp_path):
     tensors[f"pix/{DENSE}/A"] = tensors.pop(f"pix/{DENSE}/a")
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
     refused(path, f"missing {DENSE}/a", f"unexpected {DENSE}/A", f"did you mean '{DENSE}/a'")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(value):
+    adapters = random_adapters()
+    check_finite(adapters.trees)
+    adapters.trees["sem"][CONV]["b"].flat[-1] = value
+    with pytest.raises(ValueError, match=f"1 factors of the adapters hold values that are not finite: sem: {CONV}/b;"):
+        check_finite(adapters.trees)
 
 
 def test_keys_of_other_formats(tmp_path):
