@@ -20,7 +20,8 @@ from PIL import Image
 
 from pisa_jax.data import sources
 from pisa_jax.data.degradation import degrade
-from pisa_jax.data.loader import crop_pair, make_loader
+from pisa_jax.data.loader import make_loader
+from pisa_jax.data.samples import crop_pair
 from pisa_jax.imaging.ranges import uint8_to_signed, uint8_to_unit, unit_to_uint8
 
 

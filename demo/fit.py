@@ -1,9 +1,10 @@
-"""A resumable training loop for whole networks; adapters have `pisa_jax.training`."""
+"""A resumable training loop for whole networks with a time budget; adapters are trained by `pisa_jax.training`."""
 
 import json
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,29 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
-from pisa_jax.data.degradation import degrade
-from pisa_jax.data.loader import make_loader
-from pisa_jax.data.sources import FileSource, SourceImage
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.compilation import compiler_options
 
-# A half-life of 350 steps smooths the last part of a short training.
-AVERAGE_DECAY = 0.998
-LOG_EVERY, SAVE_EVERY = 20, 100
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps at one size: `pairs` crops of `crop` x `crop` pixels, each clean and degraded."""
-
-    steps: int
-    crop: int
-    pairs: int
+# A half-life of 700 steps smooths the last part of a short training.
+AVERAGE_DECAY = 0.999
+WARMUP = 100
+# Root mean square of Muon's update at a learning rate of 1 (Liu et al. 2025, eq. 4).
+UPDATE_SIZE = 0.2
+LOG_EVERY, SAVE_SECONDS = 50, 30
+# Batches that are prepared in the background.
+AHEAD = 2
 
 
 class State(NamedTuple):
-    """What a step changes; `average` is the moving average of the parameters, and what ships."""
+    """The training state; `average` is the moving average of the parameters, which is the result."""
 
     step: jax.Array
     params: Any
@@ -41,37 +36,40 @@ class State(NamedTuple):
     average: Any
 
 
-class Remembered:
-    """A source that decodes every picture once."""
-
-    def __init__(self, source: FileSource):
-        self.names, self.paired, self.identity = source.names, source.paired, source.identity
-        self._source, self._records = source, {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> SourceImage:
-        if index not in self._records:
-            self._records[index] = self._source[index]
-        return self._records[index]
+def cpu_clock() -> float:
+    """Processor time of this process divided by the number of cores, in seconds."""
+    return time.process_time() / (os.cpu_count() or 1)
 
 
-def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Adam behind a clipped norm; the rate rises over the first 100 steps and falls to 0 along a cosine."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 2), steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, 0.9, 0.99))
+def learning_rate(peak: float, step: int, progress: float) -> float:
+    """Compute a linear rise over WARMUP steps times a cosine that falls to 0 at progress 1."""
+    return float(peak * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + jnp.cos(jnp.pi * min(progress, 1.0))))
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for matrices and convolutions, Adam for the rest, at a learning rate of 1."""
+
+    def dimensions(params):
+        def of_leaf(x):
+            return contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None
+
+        return jax.tree.map(of_leaf, params)
+
+    muon = contrib.muon(
+        1.0, consistent_rms=UPDATE_SIZE, muon_weight_dimension_numbers=dimensions, adam_b2=0.99, adam_learning_rate=0.3
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
-    """The compiled step (state, batch, key) -> (state, measured)."""
+    """Compile the step (state, batch, key, learning rate) -> (state, measurements)."""
 
-    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: Any, key: jax.Array, rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (total, parts), grads = value_and_grad(state.params, batch, jax.random.fold_in(key, state.step))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # At first the average follows closely, or it would remember the random start.
+        params = jax.tree.map(lambda x, update: x + rate * update, state.params, updates)
+        # The average follows closely at first; otherwise it would keep the random initialization for long.
         decay = jnp.minimum(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
         return State(state.step + 1, params, optimizer_state, average), {"total": total, **parts}
@@ -79,54 +77,64 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callab
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
+def prepared(batch_of: Callable[[int], Any], first: int) -> Iterator[Any]:
+    """Yield batch_of(first), batch_of(first + 1), ..., computed ahead in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(batch_of, first + index) for index in range(AHEAD)]
+        while True:
+            first += 1
+            waiting.append(pool.submit(batch_of, first + AHEAD - 1))
+            yield waiting.pop(0).result()
+
+
 def fit(
     out: Path,
-    phases: tuple[Phase, ...],
-    source: FileSource,
-    prompts: dict[str, str] | None,
+    minutes: float,
     params: Any,
     loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
-    prepare: Callable[[dict[str, np.ndarray], int], Any],
-    learning_rate: float,
+    batch_of: Callable[[int], Any],
+    peak: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Any:
-    """Minimise `loss(params, prepare(batch, step), key)` over all phases; the averaged parameters.
+    """Minimize `loss(params, batch_of(step), key)` for `minutes` of training; return the averaged parameters.
 
-    Batches are those of `data.make_loader`. A run that was killed goes on from its newest checkpoint when started
-    again. Measurements are appended to log.jsonl.
+    Batches depend only on the step. A run that was interrupted continues from its newest checkpoint when it is started
+    again, also with another number of minutes: the learning rate depends on the share of the time that has passed.
+    `clock` measures the time in seconds; `cpu_clock` is for cores that other programs use as well. Mean measurements
+    are appended to log.jsonl.
     """
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = make_optimizer(learning_rate, sum(phase.steps for phase in phases))
+    optimizer = make_optimizer()
     state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
-    checkpoints, first, loader_state = Checkpoints(out), 0, None
+    checkpoints, spent = Checkpoints(out), 0.0
     if checkpoints.latest:
         _, state = checkpoints.restore(params, state)
-        first, loader_state = checkpoints.progress()
-    step, key, remembered, end = make_step(loss, optimizer), jax.random.key(0), Remembered(source), 0
-    for index, phase in enumerate(phases):
-        end += phase.steps
-        if index < first:
-            continue
-        options = {"batch_size": phase.pairs, "crop": phase.crop, "seed": index, "degrade": degrade}
-        loader = make_loader(remembered, prompts=prompts, **options)
-        if loader_state and index == first:
-            loader.set_state(loader_state)
-        start = time.perf_counter()
-        while (now := int(state.step)) < end:
-            state, measured = step(state, prepare(next(loader), now), key)
-            now += 1
-            if now % LOG_EVERY == 0:
-                seconds, start = (time.perf_counter() - start) / LOG_EVERY, time.perf_counter()
-                log(out, now, seconds, measured)
-            if now % SAVE_EVERY == 0 or now == end:
-                checkpoints.save(now, state.average, state, Progress(index, loader.get_state()))
-        loader.close()
+        spent = checkpoints.progress().loader["seconds"]
+    step, key, now = make_step(loss, optimizer), jax.random.key(0), int(state.step)
+    batches = prepared(batch_of, now)
+    start = saved = clock()
+    before, recent = spent, []
+    while spent < 60 * minutes:
+        rate = learning_rate(peak, now, spent / (60 * minutes))
+        state, measured = step(state, next(batches), key, rate)
+        now += 1
+        recent.append(jax.device_get(measured))
+        if now % LOG_EVERY == 0:
+            log(out, now, spent, {"rate": rate, **{name: np.mean([m[name] for m in recent]) for name in measured}})
+            recent = []
+        spent = before + clock() - start
+        if clock() - saved > SAVE_SECONDS or spent >= 60 * minutes:
+            checkpoints.save(now, state.average, state, Progress(0, {"seconds": spent}))
+            saved = clock()
+    batches.close()
     checkpoints.close()
     return state.average
 
 
-def log(out: Path, step: int, seconds: float, measured: dict[str, jax.Array]) -> None:
-    """A line on the terminal and in the run's log."""
-    line = {"step": step, "seconds": round(seconds, 3), **{name: float(value) for name, value in measured.items()}}
-    print(json.dumps(line), flush=True)
+def log(out: Path, step: int, seconds: float, measured: dict[str, float]) -> None:
+    """Write a line to the terminal and to the run's log."""
+    values = {name: float(f"{float(value):.5g}") for name, value in measured.items()}
+    line = json.dumps({"step": step, "seconds": round(seconds), **values})
+    print(line, flush=True)
     with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(line + "\n")

@@ -36,23 +36,28 @@ def prompt(path: str, original: str) -> str:
     return ", ".join(filter(None, [content(original), *quality]))
 
 
+def choose(data: Path, out: Path) -> None:
+    """Link the training images and write their prompts."""
+    with (data / "manifest.csv").open(newline="") as file:
+        rows = {row["file"].removeprefix(f"{data.name}/"): row["original_file"] for row in csv.DictReader(file)}
+    chosen = {path: prompt(path, name) for path, name in rows.items() if not Path(path).name.startswith(HELD_OUT)}
+    for path in chosen:
+        link = out / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to((data / path).resolve())
+    lines = [json.dumps({"path": path, "prompt": text}) for path, text in chosen.items()]
+    (out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{len(chosen)} of {len(rows)} images in {out}")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    with (args.data / "manifest.csv").open(newline="") as file:
-        rows = {row["file"].removeprefix(f"{args.data.name}/"): row["original_file"] for row in csv.DictReader(file)}
-    chosen = {path: prompt(path, name) for path, name in rows.items() if not Path(path).name.startswith(HELD_OUT)}
-    for path in chosen:
-        link = args.out / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to((args.data / path).resolve())
-    lines = [json.dumps({"path": path, "prompt": text}) for path, text in chosen.items()]
-    (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(chosen)} of {len(rows)} images in {args.out}")
+    choose(args.data, args.out)
 
 
 if __name__ == "__main__":

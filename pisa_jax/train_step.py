@@ -39,6 +39,8 @@ class Objective:
     # Squared error of the latents, averaged over windows of this side first.
     latent: float = 0.0
     latent_window: int = 1
+    # Batches hold encoded images: z_L = encode(x_L) and encode(x_GT).
+    latents: bool = False
     # CSD: guidance scale, and the range of t ~ U{first..last}.
     guidance: float = 7.5
     csd_timesteps: tuple[int, int] = (20, 499)
@@ -69,10 +71,13 @@ class Frozen(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """LQ/GT pairs in [-1, 1], their prompts as token ids, and the samples whose prompt the trained UNet receives."""
+    """LQ/GT pairs, their prompts as token ids, and the samples whose prompt the trained UNet receives.
 
-    lq: Float[Array, "b h w 3"]
-    gt: Float[Array, "b h w 3"]
+    Pairs are images (c = 3) in [-1, 1], or scaled latents with `Objective.latents`.
+    """
+
+    lq: Float[Array, "b h w c"]
+    gt: Float[Array, "b h w c"]
     token_ids: Int[Array, "b n"]
     use_prompt: Bool[Array, " b"]
 
@@ -145,11 +150,14 @@ def make_frozen(
     )
 
 
-def draw(key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tuple[int, ...]) -> Draws:
-    """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images of shape (b, h, w, 3)."""
+def draw(
+    key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tuple[int, ...], latents: bool = False
+) -> Draws:
+    """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images, or of latents, of shape (b, h, w, c)."""
     posterior, noise, timesteps = jax.random.split(key, 3)
     batch, height, width, _ = images
-    shape = (batch, height // base.vae_scale_factor, width // base.vae_scale_factor, base.latent_channels)
+    factor = 1 if latents else base.vae_scale_factor
+    shape = (batch, height // factor, width // factor, base.latent_channels)
     first, last = csd_timesteps
     return Draws(
         jax.random.normal(posterior, shape),
@@ -166,10 +174,14 @@ def loss(
     z_L = encode(x_L), sampled; z_H = z_L - eps(z_L, 1, c; W + dW); x_H = clip(decode(z_H), -1, 1);
     L = w_l2 l2(x_H, x_GT) + w_p perceptual(x_H, x_GT) + w_csd CSD(z_H) (PiSA-SR, eq. 4-7)
     + w_latent smooth_l2(z_H, encode(x_GT)), which the paper does not have.
+    For a batch of latents, which holds z_L and encode(x_GT), x_GT is clip(decode(encode(x_GT)), -1, 1).
     """
     prompt = frozen.null_prompt if frozen.text is None else base.encode_text(frozen.text, batch.token_ids)
     seen = jnp.where(batch.use_prompt[:, None, None], prompt, frozen.null_prompt)
-    latents = base.encode(frozen.vae, batch.lq, draws.posterior)
+    if objective.latents:
+        latents, gt = batch.lq, jnp.clip(base.decode(frozen.vae, batch.gt), -1, 1)
+    else:
+        latents, gt = base.encode(frozen.vae, batch.lq, draws.posterior), batch.gt
 
     def upscale(adapter):
         z_h = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
@@ -187,14 +199,15 @@ def loss(
 
     terms = {}
     if objective.l2:
-        terms["l2"] = losses.l2(images, batch.gt)
+        terms["l2"] = losses.l2(images, gt)
     if objective.perceptual:
-        terms["perceptual"] = lpips.distance(frozen.perceptual, images, batch.gt).mean()
+        terms["perceptual"] = lpips.distance(frozen.perceptual, images, gt).mean()
     if objective.csd:
         alphas, guidance = frozen.alphas_cumprod, objective.guidance
         terms["csd"] = losses.csd(teacher, z_h, draws.csd_noise, draws.csd_timesteps, alphas, guidance)
     if objective.latent:
-        terms["latent"] = losses.smooth_l2(z_h, base.encode(frozen.vae, batch.gt, None), objective.latent_window)
+        target = batch.gt if objective.latents else base.encode(frozen.vae, batch.gt, None)
+        terms["latent"] = losses.smooth_l2(z_h, target, objective.latent_window)
     return sum(getattr(objective, name) * value for name, value in terms.items()), terms
 
 
@@ -235,7 +248,7 @@ def train_step(
 
     A step whose loss or gradient is not finite changes the counters only.
     """
-    draws = draw(jax.random.fold_in(key, state.step), base, objective.csd_timesteps, batch.lq.shape)
+    draws = draw(jax.random.fold_in(key, state.step), base, objective.csd_timesteps, batch.lq.shape, objective.latents)
     measured, grads = gradient(state.adapter, frozen, batch, draws, base, objective)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(measured["total"])

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pisa_jax.adapters import files, injection
+from pisa_jax.adapters import checks, files, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
+from pisa_jax.adapters.start import load_start
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
+from pisa_jax.data.latents import LatentSource, latent_source
 from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import validation
@@ -27,7 +29,14 @@ from pisa_jax.runtime.run_directory import check_run_directory, claim_run_direct
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.train_step import Batch, Objective, State, init_state, jit_train_step, make_frozen
-from pisa_jax.training_model import check, load_model, load_perceptual, make_random_model, random_shapes
+from pisa_jax.training_model import (
+    check,
+    crop_in_latents,
+    load_model,
+    load_perceptual,
+    make_random_model,
+    random_shapes,
+)
 
 ADAPTERS_FILE = "adapters.safetensors"
 
@@ -43,6 +52,8 @@ class Run(NamedTuple):
     folder: Path
     mesh: jax.sharding.Mesh
     model: LoadedModel
+    # Adapters that the run starts from; none without `config.start`.
+    start: Adapters
     # Weights of the perceptual loss on the devices; None if no stage uses it.
     perceptual: Any
     loader: loader.Loader
@@ -84,12 +95,15 @@ def train(
     # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
     check_run_directory(config, resume, overwrite)
     mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
-    batches = training_loader(config)
+    batches, given = training_loader(config, model), load_start(config)
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     if model is None and config.model != "random":
         model = load_model(config, config.model)
-    check(config, *((model.base, model.params["unet"]) if model else random_shapes()), mesh)
+    base, unet = (model.base, model.params["unet"]) if model else random_shapes()
+    check(config, base, unet, mesh)
+    if given.trees:
+        checks.check_adapters(given.trees, injection.target_shapes(unet, "."))
     with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
         closing.callback(batches.close)
         folder = claim_run_directory(config, resume, overwrite, closing)
@@ -106,8 +120,8 @@ def train(
             if resume:
                 log.print_line(f"continuing after step {first} of {total}")
         closing.enter_context(jax.set_mesh(mesh))
-        run = Run(config, folder, mesh, model, perceptual, batches, checkpoints, images, log, stop)
-        index, trained, state = restore_run(run) if first else (0, {}, None)
+        run = Run(config, folder, mesh, model, given, perceptual, batches, checkpoints, images, log, stop)
+        index, trained, state = restore_run(run) if first else (0, dict(given.trees), None)
         for position in range(index, len(config.stages)):
             state = train_stage(run, position, trained, state if position == index else None)
             adapter = config.stages[position].adapter
@@ -127,7 +141,7 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
         run.model,
         run.mesh,
         {name: trained[name] for name in stage.frozen},
-        {earlier.adapter: earlier.spec for earlier in config.stages},
+        run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
         negative_prompt=config.negative_prompt,
         perceptual=run.perceptual if stage.perceptual else None,
         teacher=bool(stage.csd),
@@ -180,6 +194,7 @@ def make_objective(config: Config, stage: Stage) -> Objective:
         csd=stage.csd,
         latent=stage.latent,
         latent_window=stage.latent_window,
+        latents=config.data.source == "latents",
         guidance=config.guidance,
         csd_timesteps=config.csd_timesteps,
         accumulate=config.accumulate,
@@ -281,7 +296,7 @@ def how_to_continue(run: Run) -> str:
 
 def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     """Write the trained adapters for inference."""
-    specs = {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
+    specs = run.start.specs | {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
     files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
 
 
@@ -298,8 +313,13 @@ def _state_maker(run: Run, index: int) -> Any:
     config, stage = run.config, run.config.stages[index]
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), run.model.params["unet"])
-    optimizer = make_optimizer(config, stage)
-    return lambda: init_state(injection.init_adapter(key, shapes, stage.spec), optimizer, ema=bool(config.ema))
+    optimizer, given = make_optimizer(config, stage), run.start.trees.get(stage.adapter)
+
+    def make():
+        adapter = injection.init_adapter(key, shapes, stage.spec) if given is None else jax.tree.map(jnp.array, given)
+        return init_state(adapter, optimizer, ema=bool(config.ema))
+
+    return make
 
 
 def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
@@ -322,9 +342,12 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]
-    shapes = {name: exported(abstract(index)) for index, name in enumerate(names)}
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), run.start.trees
+    )
+    shapes |= {name: exported(abstract(index)) for index, name in enumerate(names)}
     adapters, state = run.checkpoints.restore(shapes, abstract(progress.stage))
-    return progress.stage, jax.device_get({name: adapters[name] for name in names[:-1]}), state
+    return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
 
 
 def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
@@ -344,15 +367,17 @@ def training_source(config: Data) -> sources.Source:
         return sources.list_source(config.path, config.hq_path, config.hq_probability)
     if config.source == "tfds":
         return tfds_source(config.path, config.split)
-    return {"folder": sources.folder_source, "pairs": sources.pair_source}[config.source](config.path)
+    kinds = {"folder": sources.folder_source, "pairs": sources.pair_source, "latents": latent_source}
+    return kinds[config.source](config.path)
 
 
-def training_loader(config: Config) -> loader.Loader:
+def training_loader(config: Config, model: LoadedModel | None = None) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
+    source = training_source(config.data)
     batches = loader.make_loader(
-        training_source(config.data),
+        source,
         batch_size=config.batch_size // jax.process_count(),
-        crop=config.data.crop,
+        crop=crop_in_latents(config, source, model) if isinstance(source, LatentSource) else config.data.crop,
         seed=config.seed,
         degrade=degrade,
         process_index=jax.process_index(),

@@ -11,11 +11,13 @@ from jax.experimental import multihost_utils
 
 from pisa_jax.adapters import injection, registry
 from pisa_jax.config import Config
+from pisa_jax.data.latents import LatentSource
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.console import say
 from pisa_jax.sd import backbone, pretrained, random_model
+from pisa_jax.sd.base_model import make_base_model
 
 # Size of the model that `model="random"` makes.
 RANDOM_SIZE = "nano"
@@ -61,6 +63,26 @@ def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
     if jax.process_index() == 0:
         say(f"perceptual loss: {lpips.distance_name(weights)}", sys.stdout)
     return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
+
+
+def crop_in_latents(config: Config, latents: LatentSource, model: LoadedModel | None) -> int:
+    """Return the side of the crops in latents; reads the config files of the VAE unless there is a `model`.
+
+    Raises:
+        ValueError: the VAE has another number of latent channels than `latents`.
+    """
+    if model:
+        base = model.base
+    elif config.model == "random":
+        base, _ = random_shapes()
+    else:
+        base = make_base_model(pretrained.load_backbone(pretrained.locate_model(config.model)))
+    if latents.shape[-1] != base.latent_channels:
+        raise ValueError(
+            f"the latents in {latents.root} have {latents.shape[-1]} channels, and those of the VAE of {config.model} "
+            f"{base.latent_channels}; encode the images with this VAE"
+        )
+    return config.data.crop // base.vae_scale_factor
 
 
 def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -> None:

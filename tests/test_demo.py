@@ -65,7 +65,10 @@ def test_the_prior_uses_its_prompts():
     """Noise is predicted better with a positive prompt on clean images and with the negative one on degraded images."""
     prior = pretrained.load_pretrained("demo")
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), prior.params)
-    prompts = ["photograph, sharp focus, high quality, highly detailed", read(["configs/demo.py"])[0].negative_prompt]
+    prompts = [
+        "photograph, sharp focus, high quality, highly detailed",
+        read(["configs/demo_v1.py"])[0].negative_prompt,
+    ]
     words = prior.base.encode_text(params["text"], jnp.asarray(prior.tokenize(prompts)))
     alphas, middle = losses.ddpm_schedule().alphas_cumprod, np.s_[128:384, 128:384]
     sets = {

@@ -18,9 +18,10 @@ ROOMS = {
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
     "tiling": "host_memory vae_tiles windows | memory",
-    "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
+    "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection start",
     "model": "",
-    "data": "blur_kernels contents folders text_files | prompts sources | degradation tfds unusable_files | loader",
+    "data": "blur_kernels contents folders text_files | prompts sources | "
+    "degradation latents tfds unusable_files | samples | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",

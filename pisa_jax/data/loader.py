@@ -13,144 +13,31 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
-from PIL import Image
 
+from pisa_jax.data.latents import LatentSource
 from pisa_jax.data.prompts import check_prompts, digest_prompts
 from pisa_jax.data.prompts import read_prompts as read_prompts
-from pisa_jax.data.sources import MixedSource, Source, SourceImage, StoredSource
+from pisa_jax.data.samples import DegradeFunction, TrainingSample, make_latent_sample, make_training_sample
+from pisa_jax.data.sources import Source, StoredSource
 from pisa_jax.data.text_files import normalize_path
-from pisa_jax.data.unusable_files import Unusable, UnusableFiles, file_name, parts
-from pisa_jax.imaging.ranges import uint8_to_signed, uint8_to_unit, unit_to_uint8
+from pisa_jax.data.unusable_files import UnusableFiles
+from pisa_jax.imaging.ranges import uint8_to_signed
 
 logger = logging.getLogger(__name__)
 
-DegradeFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
-# Consecutive unreadable images that stop a worker: with 10 % unreadable images, 1 in 1e10 samples stops by chance.
-MAX_FAILURES = 10
-# Consecutive images that are too small and stop a worker: with 95 % of them, 1 in 1e22 samples stops by chance.
-MAX_SMALL = 1000
-# Images are upscaled as a whole up to this multiple of the area of a crop; of longer ones only the window is upscaled.
-MAX_UPSCALED = 16
 # Number of samples of the sequence, more than any run needs: grain's endless `repeat()` overflows at batch size 1.
 ENDLESS = 2**40
 # Records of a packed set that are read at the start for the share of images with a prompt.
 MAX_NAMES_READ = 1000
 # Part of grain's message about a worker that was killed.
 WORKER_ENDED = "Worker process was terminated unexpectedly"
-
-
-class TrainingSample(NamedTuple):
-    """A training pair as sent between processes: 8 bits per channel, a quarter of the size of float32."""
-
-    gt: UInt8[np.ndarray, "c c 3"]
-    lq: UInt8[np.ndarray, "c c 3"]
-    path: str
-    use_prompt: bool
-    unusable: tuple[Unusable, ...]
-
-
-def read_source_image(
-    source: Source, index: int, rng: np.random.Generator, least: float = 0
-) -> tuple[SourceImage, tuple[Unusable, ...]]:
-    """Read image `index`, or random others until one is readable and its shorter side has at least `least` pixels.
-
-    Returns it and the files that it replaces. Raises OSError with all reasons after `MAX_FAILURES` unreadable or
-    `MAX_SMALL` small images in a row.
-    """
-    replaced: list[Unusable] = []
-    while True:
-        part, position = source.choose(index, rng) if isinstance(source, MixedSource) else (0, index)
-        chosen = parts(source)[part]
-        try:
-            source_image = chosen[position]
-            height, width = source_image.image.shape[:2]
-            if min(height, width) >= least:
-                return source_image, tuple(replaced)
-            kind, reason = "small", f"{source_image.path} is {width} x {height}; {least:g} pixels are needed"
-        except OSError as error:
-            kind, reason = "unreadable", str(error)
-        replaced.append(Unusable(kind, part, file_name(chosen, position), reason))
-        reasons = [report.reason for report in replaced if report.kind == kind]
-        if kind == "unreadable" and len(reasons) == MAX_FAILURES:
-            raise OSError(f"{MAX_FAILURES} images in a row cannot be read:\n" + "\n".join(reasons))
-        if kind == "small" and len(reasons) == MAX_SMALL:
-            raise OSError(
-                f"{MAX_SMALL} images in a row are smaller than {least:g} pixels, e.g. {reasons[0]}; lower data.crop or "
-                "data.min_size_share"
-            )
-        index = int(rng.integers(len(source)))
-
-
-def crop_pair(
-    source_image: SourceImage, crop: int, flip: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Crop the same random crop x crop window of GT and LQ, mirrored left-right with probability 1/2 if `flip`.
-
-    Images smaller than the crop are first upscaled (bicubic) until their shorter side equals it. LQ is None for a
-    source without LQ images.
-    """
-    images = [source_image.image] if source_image.lq is None else [source_image.image, source_image.lq]
-    height, width = source_image.image.shape[:2]
-    scale = max(1.0, crop / min(height, width))
-    if scale > 1:
-        height, width = max(crop, round(height * scale)), max(crop, round(width * scale))
-    whole = scale > 1 and height * width <= MAX_UPSCALED * crop**2
-    if whole:
-        bicubic = Image.Resampling.BICUBIC
-        images = [np.asarray(Image.fromarray(image).resize((width, height), bicubic)) for image in images]
-    top, left = int(rng.integers(height - crop + 1)), int(rng.integers(width - crop + 1))
-    if scale > 1 and not whole:
-        images = [_upscale_window(image, (height, width), top, left, crop) for image in images]
-        top = left = 0
-    step = -1 if flip and rng.random() < 0.5 else 1
-    crops = [np.ascontiguousarray(image[top : top + crop, left : left + crop][:, ::step]) for image in images]
-    return crops[0], crops[1] if len(crops) > 1 else None
-
-
-def _upscale_window(image: np.ndarray, size: tuple[int, int], top: int, left: int, crop: int) -> np.ndarray:
-    """Upscale only a window of a long, thin image; equal to the window of the upscaled image up to rounding."""
-    rows, columns = image.shape[0] / size[0], image.shape[1] / size[1]
-    right, bottom = min((left + crop) * columns, image.shape[1]), min((top + crop) * rows, image.shape[0])
-    box = (left * columns, top * rows, right, bottom)
-    return np.asarray(Image.fromarray(image).resize((crop, crop), Image.Resampling.BICUBIC, box=box))
-
-
-def make_training_sample(
-    index: int,
-    rng: np.random.Generator,
-    *,
-    source: Source,
-    crop: int,
-    flip: bool,
-    null_prompt_probability: float,
-    min_size_share: float,
-    degrade: DegradeFunction | None,
-) -> TrainingSample:
-    """Read, crop, flip and degrade image `index`; pairs are not degraded. `rng` draws all random numbers."""
-    source_image, unusable = read_source_image(source, index, rng, min_size_share * crop)
-    height, width = source_image.image.shape[:2]
-    if min(height, width) < crop:
-        reason = f"{source_image.path} is {width} x {height}"
-        unusable = (*unusable, Unusable("upscaled", 0, normalize_path(source_image.path), reason))
-    gt, lq = crop_pair(source_image, crop, flip, rng)
-    use_prompt = bool(rng.random() >= null_prompt_probability)
-    if lq is None:
-        degraded = degrade(uint8_to_unit(gt), rng)
-        if degraded.shape != gt.shape:
-            raise ValueError(
-                f"degrade returned shape {degraded.shape} for a crop of shape {gt.shape}; shapes must match"
-            )
-        lq = unit_to_uint8(degraded)
-    return TrainingSample(gt, lq, source_image.path, use_prompt, unusable)
 
 
 def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
@@ -162,6 +49,11 @@ def _stack_samples(samples: Sequence[TrainingSample]) -> dict[str, Any]:
         "use_prompt": [sample.use_prompt for sample in samples],
         "unusable": [report for sample in samples for report in sample.unusable],
     }
+
+
+def _to_float32(values: np.ndarray) -> np.ndarray:
+    """Convert 8-bit images to [-1, 1]; latents keep their values."""
+    return uint8_to_signed(values) if values.dtype == np.uint8 else values.astype(np.float32)
 
 
 def _exit_with_parent() -> None:
@@ -230,8 +122,8 @@ class Loader:
         self._unusable.add(batch["unusable"])
         self.check_files()
         return {
-            "lq": uint8_to_signed(batch["lq"]),
-            "gt": uint8_to_signed(batch["gt"]),
+            "lq": _to_float32(batch["lq"]),
+            "gt": _to_float32(batch["gt"]),
             "prompt": np.array([self.prompts.get(normalize_path(path), "") for path in batch["path"]], np.str_),
             "use_prompt": np.array(batch["use_prompt"]),
             "path": np.array(batch["path"], dtype=np.str_),
@@ -308,6 +200,11 @@ def _check_arguments(source: Source, degrade: DegradeFunction | None, **numbers:
         )
     if degrade is None and not source.paired:
         raise ValueError("degrade is None, but the source has no LQ images; pass a degradation or a paired source")
+    if isinstance(source, LatentSource) and (smallest := min(source.shape[1:3])) < numbers["crop"]:
+        raise ValueError(
+            f"crop is {numbers['crop']} latents, and those in {source.root} are {source.shape[2]} x {source.shape[1]}; "
+            f"use a crop of at most {smallest} latents"
+        )
 
 
 def _check_prompts(source: Source, prompts: Mapping[str, str]) -> None:
@@ -336,6 +233,7 @@ def make_loader(
     """Make a loader of endless batches of training pairs.
 
     A batch is {"lq", "gt": float32 (b, crop, crop, 3) in [-1, 1]; "prompt", "path": str (b,); "use_prompt": bool (b,)}.
+    Of a `LatentSource`, lq and gt are scaled latents (b, crop, crop, c), and `crop` is the side in latents.
 
     Args:
         batch_size: samples per process and batch.
@@ -361,7 +259,12 @@ def make_loader(
         flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only absl.app parses
     options = {"crop": crop, "flip": flip, "null_prompt_probability": null_prompt_probability}
     options |= {"min_size_share": min_size_share}
-    sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
+    if isinstance(source, LatentSource):
+        sample = functools.partial(
+            make_latent_sample, source=source, crop=crop, null_prompt_probability=null_prompt_probability
+        )
+    else:
+        sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
     # random_map comes after repeat and before the partition over processes: its rng then depends only on the seed and
     # the global position, and no two samples share one.
     epochs = -(-ENDLESS // len(source))

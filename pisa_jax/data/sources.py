@@ -1,4 +1,6 @@
-"""Sources of training images: folders, text lists, LQ/GT pairs and generated images; tfds.py has data sets of tfds.
+"""Sources of training images: folders, text lists, LQ/GT pairs and generated images.
+
+tfds.py has data sets of tfds, latents.py pairs of latents.
 
 A source has a length, returns a `SourceImage` per index and raises OSError naming an image that cannot be read.
 """
@@ -19,7 +21,7 @@ from PIL import Image
 from pisa_jax.data.contents import digest_files, file_sizes
 from pisa_jax.data.folders import image_names
 from pisa_jax.data.text_files import listed_name, normalize_path, read_lines
-from pisa_jax.imaging.arrays import RGB8
+from pisa_jax.imaging.arrays import RGB8, Latents
 from pisa_jax.imaging.image_data import ImageError
 from pisa_jax.imaging.image_reading import decode_rgb8
 
@@ -27,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class SourceImage(NamedTuple):
-    """An image of a source: 8-bit RGB, its path (the key of the prompts), and its LQ image if the source is paired."""
+    """An image of a source, its path (the key of the prompts), and its LQ image if the source is paired.
 
-    image: RGB8
+    Images are 8-bit RGB; a `latents.LatentSource` has latents instead.
+    """
+
+    image: RGB8 | Latents
     path: str
-    lq: RGB8 | None = None
+    lq: RGB8 | Latents | None = None
 
 
 @runtime_checkable
@@ -81,7 +86,8 @@ def read_rgb(path: Path) -> RGB8:
     return decode_rgb(path.read_bytes(), str(path))
 
 
-def _digest(parts: Iterable[str]) -> str:
+def digest_parts(parts: Iterable[str]) -> str:
+    """Digest of texts and their order."""
     return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -113,7 +119,7 @@ class FileSource:
 
     @functools.cached_property
     def identity(self) -> str:
-        return _digest([*self.names, *self.lq_names])
+        return digest_parts([*self.names, *self.lq_names])
 
     @functools.cached_property
     def distinct(self) -> int:
@@ -172,10 +178,10 @@ class MixedSource:
 
     @property
     def identity(self) -> str:
-        return _digest([self.general.identity, self.hq.identity, str(self.hq_probability)])
+        return digest_parts([self.general.identity, self.hq.identity, str(self.hq_probability)])
 
     def contents(self) -> str:
-        return _digest([self.general.contents(), self.hq.contents()])
+        return digest_parts([self.general.contents(), self.hq.contents()])
 
     def paths(self) -> Iterator[str]:
         return iter(self.names)

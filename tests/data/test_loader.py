@@ -14,7 +14,8 @@ from conftest import DATA, ROOT
 from PIL import Image
 
 from pisa_jax.data.degradation import degrade
-from pisa_jax.data.loader import MAX_FAILURES, crop_pair, make_loader, read_prompts
+from pisa_jax.data.loader import make_loader, read_prompts
+from pisa_jax.data.samples import MAX_FAILURES, crop_pair
 from pisa_jax.data.sources import SourceImage, fake_source, folder_source
 from pisa_jax.imaging.ranges import uint8_to_signed
 

