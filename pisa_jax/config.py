@@ -68,7 +68,7 @@ def check_seed(seed: int | None) -> None:
 class AdapterSpec:
     """Specification of one adapter: its decomposition, rank, alpha and the layers that it adapts."""
 
-    # Name in `adapters.registry.DECOMPOSITIONS`.
+    # Name in `adapters.registry.DECOMPOSITIONS`, or "module:function" of a file of your own.
     decomposition: str = "lora"
     # Inner dimension r of the factors.
     rank: int = 4
@@ -76,14 +76,24 @@ class AdapterSpec:
     alpha: float = 8.0
     # Regular expression over module paths such as "down_blocks_0/resnets_0/conv1".
     targets: str = UNET_TARGETS
+    # Keyword arguments of the decomposition, as pairs such as ("factor", 8).
+    options: tuple[tuple[str, bool | int | float | str], ...] = ()
+    # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
+    rank_by_target: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
-        _require(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
+        for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
+            _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"targets {self.targets!r} is not a regular expression: {error}") from error
+        for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}") from error
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the layer with this module path."""
+        return next((rank for pattern, rank in self.rank_by_target if re.search(pattern, path)), self.rank)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pisa_jax import model
-from pisa_jax.adapters import checks, files, injection
+from pisa_jax.adapters import files, fit, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.config import AdapterSpec, Scales, check_scales, check_seed
 from pisa_jax.imaging import network_input
@@ -108,7 +108,7 @@ def make_weights(
         ValueError: the adapters do not fit the model, or `pix` is missing.
     """
     base = loaded.base
-    checks.check_adapters(adapters.trees, injection.target_shapes(loaded.params["unet"], "."))
+    fit.check_adapters(adapters.trees, adapters.specs, injection.target_shapes(loaded.params["unet"]))
     if "pix" not in adapters.trees:
         raise ValueError(f"no adapter 'pix'; the adapters are {', '.join(adapters.trees)}")
     # The text encoder is placed first because it is dropped again; then one weight after the other.

@@ -17,7 +17,8 @@ ROOMS = {
     "decode image_writing network_input | image_reading | any_image",
     "losses": "",
     "tiling": "host_memory vae_tiles windows | memory",
-    "adapters": "adapter_tree | checks decomposition | lora loha pisa_sr_file | registry files | injection",
+    "adapters": "adapter_tree | checks decomposition | full hra layer_maps loha lokr lora oft pisa_sr_file pissa "
+    "vera | dora files hira tucker | registry | fit | injection",
     "model": "",
     "data": "blur_kernels contents folders text_files | prompts sources | degradation tfds unusable_files | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",

@@ -1,7 +1,8 @@
 """Adapter files: this project's format, and reading and writing that of the original PiSA-SR (`pisa-sr convert`).
 
 This project's format is a safetensors file with keys such as "pix/down_blocks_0/resnets_0/conv1/a" and one metadata
-entry, "pisa_jax": a JSON text with format, version, base model and the `AdapterSpec` of each adapter.
+entry, "pisa_jax": a JSON text with format, version, base model, the `AdapterSpec` of each adapter, and the order of the
+adapters where it is not the alphabetical one. Nothing that a file names is imported or run.
 """
 
 import json
@@ -15,14 +16,15 @@ import numpy as np
 
 from pisa_jax.adapters import pisa_sr_file
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
-from pisa_jax.adapters.checks import check_factors
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_pickle import read_torch
 
 FORMAT = "pisa_jax.adapters"
-VERSION = 1
+VERSION = 2
+# The fields of `AdapterSpec` in version 1; version 2 adds the others.
+FIRST_FIELDS = ("decomposition", "rank", "alpha", "targets")
 
 _KEY = re.compile(r"(?P<name>[^/]+)/(?P<path>.+)/(?P<factor>[^/]+)")
 
@@ -30,11 +32,12 @@ _KEY = re.compile(r"(?P<name>[^/]+)/(?P<path>.+)/(?P<factor>[^/]+)")
 def load_adapters(path: str | Path) -> Adapters:
     """Load an adapter file of this project or of the original PiSA-SR, recognized by its content.
 
-    Factors are float32 numpy arrays in Flax layout.
+    Factors are numpy arrays in Flax layout: float32, or the integers of the file. Those of this project's format are
+    checked by `fit.check_adapters`, for which the layers of the base model must be known.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has neither format, or wrong keys, factors or ranks.
+        ValueError: it has neither format, or wrong keys or metadata.
         UnsafePickleError: a pickle refers to anything but tensors and plain containers (a ValueError).
     """
     if is_safetensors(path):
@@ -44,26 +47,29 @@ def load_adapters(path: str | Path) -> Adapters:
         tensors, specs = pisa_sr_file.unpack_pickle(path, read_torch(path))
         base_model = None
     trees: dict[str, AdapterTree] = {name: {} for name in specs or ()}
+    original = set()  # adapters with keys of the original
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
             (name, module, factor), value = match.groups(), tensor
         else:
             name, module, factor = pisa_sr_file.parse_key(path, key, tensors)
             value = pisa_sr_file.factor_from_tensor(path, key, tensor)
-        trees.setdefault(name, {}).setdefault(module, {})[factor] = np.asarray(value, np.float32, order="C")
+            original.add(name)
+        trees.setdefault(name, {}).setdefault(module, {})[factor] = _as_factor(value)
     if specs is None:
+        original |= set(trees)
         specs = {name: AdapterSpec(rank=_most_frequent_rank(tree), alpha=PISA_SR_ALPHA) for name, tree in trees.items()}
     if set(specs) != set(trees):
         raise ValueError(f"{path}: the metadata lists the adapters {', '.join(specs)}, the keys {', '.join(trees)}")
-    for name, tree in trees.items():
-        check_factors(f"{path}: adapter {name!r}", tree, specs[name])
+    for name in sorted(original):
+        pisa_sr_file.check_pairs(f"{path}: adapter {name!r}", trees[name], specs[name].rank)
     return Adapters(trees, specs, base_model)
 
 
 def save_adapters(path: str | Path, adapters: Adapters, dtype: str = "float32") -> None:
     """Write this project's format. With float32, loading restores the same bits; equal adapters give equal files."""
     tensors = {
-        f"{name}/{module}/{factor}": np.asarray(value, dtype)
+        f"{name}/{module}/{factor}": _as_factor(value, dtype)
         for name, tree in adapters.trees.items()
         for module, factors in tree.items()
         for factor, value in factors.items()
@@ -93,7 +99,8 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         if content["version"] > VERSION:
             raise ValueError(f"it has version {content['version']}, this release reads {VERSION}: upgrade pisa_jax")
-        return {name: _parse_spec(fields) for name, fields in content["adapters"].items()}, content["base_model"]
+        specs = {name: _parse_spec(fields) for name, fields in content["adapters"].items()}
+        return {name: specs[name] for name in content.get("order", specs)}, content["base_model"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its metadata is not that of an adapter file ({type(error).__name__}: {error})"
@@ -103,13 +110,27 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
 def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
     if type(fields["rank"]) is not int or type(fields["alpha"]) not in (int, float):
         raise ValueError(f"rank {fields['rank']!r} and alpha {fields['alpha']!r} are not numbers")
-    return AdapterSpec(**{**fields, "alpha": float(fields["alpha"])})
+    pairs = {name: tuple(map(tuple, fields.get(name, ()))) for name in ("options", "rank_by_target")}
+    return AdapterSpec(**{**fields, **pairs, "alpha": float(fields["alpha"])})
 
 
 def _format_metadata(specs: Mapping[str, AdapterSpec], base_model: str | None) -> dict[str, str]:
-    adapters = {name: asdict(spec) for name, spec in specs.items()}
-    content = {"format": FORMAT, "version": VERSION, "base_model": base_model, "adapters": adapters}
+    # Fields of later versions are written where they are used, so that earlier releases read all other files.
+    adapters = {
+        name: {field: value for field, value in asdict(spec).items() if value or field in FIRST_FIELDS}
+        for name, spec in specs.items()
+    }
+    later = any(len(fields) > len(FIRST_FIELDS) for fields in adapters.values())
+    content = {"format": FORMAT, "version": VERSION if later else 1, "base_model": base_model, "adapters": adapters}
+    if list(specs) != sorted(specs):
+        content["order"] = list(specs)
     return {"pisa_jax": json.dumps(content, sort_keys=True)}
+
+
+def _as_factor(value: Any, dtype: str = "float32") -> np.ndarray:
+    """Return a contiguous array; `dtype` is for floating-point factors, others (indices) keep theirs."""
+    array = np.asarray(value)
+    return np.asarray(array, array.dtype if array.dtype.kind in "iub" else dtype, order="C")
 
 
 def _most_frequent_rank(tree: AdapterTree) -> int:
