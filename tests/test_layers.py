@@ -24,6 +24,7 @@ ROOMS = {
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",
+    "weights": "",
     "inference": "",
     "training": "",
     "cli": "arguments console infer_names output_files | infer_plan | "

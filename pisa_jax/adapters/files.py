@@ -7,7 +7,7 @@ adapters where it is not the alphabetical one. Nothing that a file names is impo
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pisa_jax.adapters import pisa_sr_file
-from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, join_adapters
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_tensors, write_safetensors
@@ -42,12 +42,27 @@ def load_adapters(path: str | Path) -> Adapters:
     """
     if is_safetensors(path):
         tensors = read_tensors(path)
-        specs, base_model = _parse_metadata(path, read_metadata(path))
+        stated = _parse_metadata(path, read_metadata(path))
     else:
         tensors, specs = pisa_sr_file.unpack_pickle(path, read_torch(path))
-        base_model = None
-    trees: dict[str, AdapterTree] = {name: {} for name in specs or ()}
-    original = set()  # adapters with keys of the original
+        stated = Adapters({}, specs)
+    trees, original = _parse_keys(path, tensors)
+    if stated is None:
+        stated, original = Adapters({}, {name: _guess_spec(tree) for name, tree in trees.items()}), set(trees)
+    trees = {name: {} for name in stated.specs} | trees
+    if set(stated.specs) != set(trees):
+        raise ValueError(
+            f"{path}: the metadata lists the adapters {', '.join(stated.specs)}, the keys {', '.join(trees)}"
+        )
+    for name in sorted(original):
+        pisa_sr_file.check_pairs(f"{path}: adapter {name!r}", trees[name], stated.specs[name].rank)
+    return stated._replace(trees=trees)
+
+
+def _parse_keys(path: str | Path, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, AdapterTree], set[str]]:
+    """Return the factors by adapter, and the names of the adapters with keys of the original."""
+    trees: dict[str, AdapterTree] = {}
+    original = set()
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
             (name, module, factor), value = match.groups(), tensor
@@ -56,14 +71,17 @@ def load_adapters(path: str | Path) -> Adapters:
             value = pisa_sr_file.factor_from_tensor(path, key, tensor)
             original.add(name)
         trees.setdefault(name, {}).setdefault(module, {})[factor] = _as_factor(value)
-    if specs is None:
-        original |= set(trees)
-        specs = {name: AdapterSpec(rank=_most_frequent_rank(tree), alpha=PISA_SR_ALPHA) for name, tree in trees.items()}
-    if set(specs) != set(trees):
-        raise ValueError(f"{path}: the metadata lists the adapters {', '.join(specs)}, the keys {', '.join(trees)}")
-    for name in sorted(original):
-        pisa_sr_file.check_pairs(f"{path}: adapter {name!r}", trees[name], specs[name].rank)
-    return Adapters(trees, specs, base_model)
+    return trees, original
+
+
+def load_all_adapters(paths: str | Path | Sequence[str | Path]) -> Adapters:
+    """Load the adapters of one or several files, which follow each other in the order of the files.
+
+    Raises:
+        ValueError: as `load_adapters` does; also an adapter name in two files, or files for different base models.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    return join_adapters({str(path): load_adapters(path) for path in paths})
 
 
 def save_adapters(path: str | Path, adapters: Adapters, dtype: str = "float32") -> None:
@@ -74,7 +92,7 @@ def save_adapters(path: str | Path, adapters: Adapters, dtype: str = "float32") 
         for module, factors in tree.items()
         for factor, value in factors.items()
     }
-    write_safetensors(path, tensors, _format_metadata(adapters.specs, adapters.base_model))
+    write_safetensors(path, tensors, _format_metadata(adapters))
 
 
 def export_pisa_sr(path: str | Path, adapters: Adapters) -> None:
@@ -86,13 +104,14 @@ def export_pisa_sr(path: str | Path, adapters: Adapters) -> None:
         ValueError: an adapter of another decomposition than "lora".
     """
     specs = {name: replace(spec, alpha=PISA_SR_ALPHA) for name, spec in adapters.specs.items()}
-    write_safetensors(path, pisa_sr_file.to_state_dict(adapters), _format_metadata(specs, adapters.base_model))
+    stated = adapters._replace(specs=specs)
+    write_safetensors(path, pisa_sr_file.to_state_dict(adapters), _format_metadata(stated))
 
 
-def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict[str, AdapterSpec] | None, str | None]:
-    """Return the specifications and the base model; (None, None) if the file has no metadata of this project."""
+def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> Adapters | None:
+    """Return adapters without trees; None if the file has no metadata of this project."""
     if "pisa_jax" not in metadata:
-        return None, None
+        return None
     try:
         content = json.loads(metadata["pisa_jax"])
         if content["format"] != FORMAT:
@@ -100,7 +119,9 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
         if content["version"] > VERSION:
             raise ValueError(f"it has version {content['version']}, this release reads {VERSION}: upgrade pisa_jax")
         specs = {name: _parse_spec(fields) for name, fields in content["adapters"].items()}
-        return {name: specs[name] for name in content.get("order", specs)}, content["base_model"]
+        ordered = {name: specs[name] for name in content.get("order", specs)}
+        trained_on = {name: tuple(below) for name, below in content.get("trained_on", {}).items()}
+        return Adapters({}, ordered, content["base_model"], trained_on)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: its metadata is not that of an adapter file ({type(error).__name__}: {error})"
@@ -114,16 +135,18 @@ def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
     return AdapterSpec(**{**fields, **pairs, "alpha": float(fields["alpha"])})
 
 
-def _format_metadata(specs: Mapping[str, AdapterSpec], base_model: str | None) -> dict[str, str]:
+def _format_metadata(adapters: Adapters) -> dict[str, str]:
     # Fields of later versions are written where they are used, so that earlier releases read all other files.
-    adapters = {
+    specs = {
         name: {field: value for field, value in asdict(spec).items() if value or field in FIRST_FIELDS}
-        for name, spec in specs.items()
+        for name, spec in adapters.specs.items()
     }
-    later = any(len(fields) > len(FIRST_FIELDS) for fields in adapters.values())
-    content = {"format": FORMAT, "version": VERSION if later else 1, "base_model": base_model, "adapters": adapters}
+    version = VERSION if any(len(fields) > len(FIRST_FIELDS) for fields in specs.values()) else 1
+    content = {"format": FORMAT, "version": version, "base_model": adapters.base_model, "adapters": specs}
     if list(specs) != sorted(specs):
         content["order"] = list(specs)
+    if adapters.trained_on:
+        content["trained_on"] = dict(adapters.trained_on)
     return {"pisa_jax": json.dumps(content, sort_keys=True)}
 
 
@@ -133,7 +156,7 @@ def _as_factor(value: Any, dtype: str = "float32") -> np.ndarray:
     return np.asarray(array, array.dtype if array.dtype.kind in "iub" else dtype, order="C")
 
 
-def _most_frequent_rank(tree: AdapterTree) -> int:
-    """Return the rank of most layers, for files without metadata."""
+def _guess_spec(tree: AdapterTree) -> AdapterSpec:
+    """Return the specification for a file without metadata: the rank of most layers, and the original's alpha."""
     ranks = [factors["a"].shape[-1] for factors in tree.values() if "a" in factors]
-    return max(ranks, key=ranks.count, default=1)
+    return AdapterSpec(rank=max(ranks, key=ranks.count, default=1), alpha=PISA_SR_ALPHA)

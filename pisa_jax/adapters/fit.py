@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.adapters.checks import check_keys, shorten
 from pisa_jax.adapters.decomposition import Decomposition, kind_of
 from pisa_jax.adapters.registry import get_decomposition
@@ -79,6 +79,28 @@ def check_adapters(
         ]
     if wrong:
         raise ValueError(f"{len(wrong)} factors do not fit the base model: {shorten(wrong, '; ')}")
+
+
+def check_order(adapters: Adapters) -> None:
+    """Check that each adapter comes after those that it was trained on top of.
+
+    Raises:
+        ValueError: one of them is missing or comes later; for decompositions that depend on the weights, also if others
+            come before it.
+    """
+    names = list(adapters.specs)
+    for index, name in enumerate(names):
+        before = names[:index]
+        needed = adapters.trained_on.get(name, ("pix",) if name == "sem" else ())
+        in_order = f"the adapters are {', '.join(names)}, in this order"
+        if missing := [other for other in needed if other not in before]:
+            raise ValueError(f"adapter {name!r} was trained on top of {', '.join(missing)}; {in_order}")
+        by_weights = get_decomposition(adapters.specs[name]).needs_kernel == "delta"
+        if by_weights and name in adapters.trained_on and set(needed) != set(before):
+            raise ValueError(
+                f"adapter {name!r} ({adapters.specs[name].decomposition}) depends on the weights that it was trained "
+                f"with, those with {', '.join(needed) or 'no adapter'}; {in_order}"
+            )
 
 
 def check_names(names: Sequence[str], scales: Mapping[str, object]) -> None:

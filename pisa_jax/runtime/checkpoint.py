@@ -111,8 +111,6 @@ def check_same_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    if value == []:  # equal to a field that an earlier release does not have
-        return {}
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and value and isinstance(value[0], dict):

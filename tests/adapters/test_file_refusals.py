@@ -35,7 +35,7 @@ def unfit(path, *parts):
 
 
 def rewrite(path, tensors, adapters):
-    metadata = files._format_metadata(adapters.specs, adapters.base_model) if adapters else {}
+    metadata = files._format_metadata(adapters) if adapters else {}
     write_safetensors(path, tensors, metadata)
     return path
 
@@ -204,7 +204,7 @@ def test_hostile_and_truncated_checkpoints(tmp_path):
 
 
 def test_adapters_are_checked_against_the_base_model():
-    trees, specs, _ = random_adapters()
+    trees, specs, *_ = random_adapters()
     check_adapters(trees, specs, KERNELS)
     check_adapters(trees, specs, {**KERNELS, "conv_in": (3, 3, 4, 5)})
     with pytest.raises(
