@@ -293,7 +293,7 @@ def test_only_the_adapted_kernels_are_donated():
     assert deleted == {f"{name}/kernel" for name in NAMES}
 
 
-# Trainable and constant parameters of the 258 layers of Stable Diffusion 2.1 (192 linear ones for vera) at rank 4.
+# Trainable and constant parameters of the 258 layers of Stable Diffusion 2.1 at rank 4, as in docs/decompositions.md.
 COUNTS = {
     "lora": (4_055_712, 0),
     "rslora": (4_055_712, 0),
@@ -303,6 +303,8 @@ COUNTS = {
     "dora": (4_351_396, 0),
     "loha": (8_111_424, 0),
     "lokr": (325_152, 0),
+    "vera": (296_716, 4_055_712),
+    "oft": (1_182_736, 0),
     "hra": (2_872_976, 0),
     "hira": (4_055_712, 0),
     "full": (837_614_080, 0),
@@ -315,6 +317,10 @@ def sd21_kernels():
 
     shapes = backbone.param_shapes(backbone.build_modules(*random_model.model_configs("sd21")))["unet"]
     return injection.target_shapes(shapes, AdapterSpec().targets)
+
+
+def test_every_decomposition_is_counted():
+    assert set(COUNTS) == set(registry.DECOMPOSITIONS)
 
 
 @pytest.mark.parametrize("name", COUNTS)
