@@ -121,9 +121,10 @@ def predict_rows(
     if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
         return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
     count, batch, names = len(rows), latents.shape[0], [str(index) for index in range(len(adapters))]
-    scales = jnp.repeat(jnp.array(rows, jnp.float32), batch, axis=0)
+    columns = {
+        name: jnp.repeat(jnp.array(row), batch) for name, row in zip(names, zip(*rows, strict=True), strict=True)
+    }
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
-    columns = {name: scales[:, index] for index, name in enumerate(names)}
     trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
     with nn.intercept_methods(injection.interceptor(trees, by_name, columns)):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)

@@ -56,10 +56,10 @@ def kind_of(kernel_shape: tuple[int, ...]) -> LayerKind:
     return "dense" if len(kernel_shape) == 2 else "conv"
 
 
-def low_rank_output(call: LayerCall, a: Array, b: Array) -> Array:
-    """Return linear(x, A B) through r channels, for A (*window, in, r) and B (r, out) or (1, 1, r, out)."""
+def low_rank_output(call: LayerCall, a: Array, b: Array, scale: float = 1.0) -> Array:
+    """Return linear(x, scale A B) through r channels, for A (*window, in, r) and B (r, out) or (1, 1, r, out)."""
     inner = call.linear(call.x, a)  # in the layer's dtype, which may differ from that of x
-    return inner @ b.reshape(b.shape[-2:]).astype(inner.dtype)
+    return inner @ (scale * b.reshape(b.shape[-2:])).astype(inner.dtype)
 
 
 def to_matrix(kernel: Array) -> Float[Array, "n c_out"]:

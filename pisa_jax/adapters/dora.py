@@ -39,7 +39,7 @@ def dora(alpha: float, *, rank_stabilized: bool = False) -> Decomposition:
         adapted = kernel + low_rank.delta(jax.lax.stop_gradient(factors), kernel)
         factor = gain(factors, _norm(kernel), _norm(adapted))
         scale = scaling(alpha, factors, rank_stabilized)
-        dy = (factor - 1) * call.y0 + factor * low_rank_output(call, factors["a"], scale * factors["b"])
+        dy = (factor - 1) * call.y0 + factor * low_rank_output(call, factors["a"], factors["b"], scale)
         return dy.astype(call.y0.dtype)
 
     return Decomposition(init, delta, apply, needs_kernel="delta", no_decay=("m",))

@@ -33,7 +33,7 @@ def lora(alpha: float, *, rank_stabilized: bool = False) -> Decomposition:
         return scaling(alpha, factors, rank_stabilized) * (factors["a"] @ b.reshape(b.shape[-2:]))
 
     def apply(factors, call):
-        return low_rank_output(call, factors["a"], scaling(alpha, factors, rank_stabilized) * factors["b"])
+        return low_rank_output(call, factors["a"], factors["b"], scaling(alpha, factors, rank_stabilized))
 
     return Decomposition(init, delta, apply)
 

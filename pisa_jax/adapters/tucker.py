@@ -37,10 +37,10 @@ def tucker(alpha: float) -> Decomposition:
         return scaling(alpha, factors) * (factors["a"] @ factors["t"] @ factors["b"])
 
     def apply(factors, call):
-        b = scaling(alpha, factors) * factors["b"]
+        scale = scaling(alpha, factors)
         if "t" not in factors:
-            return low_rank_output(call, factors["a"], b)
+            return low_rank_output(call, factors["a"], factors["b"], scale)
         inner = call.x @ factors["a"][0, 0].astype(call.x.dtype)
-        return low_rank_output(call._replace(x=inner), factors["t"], b)
+        return low_rank_output(call._replace(x=inner), factors["t"], factors["b"], scale)
 
     return Decomposition(init, delta, apply)

@@ -135,8 +135,7 @@ def test_keys_and_shapes_are_those_of_the_programs(tmp_path):
     for name, form in (("peft_lora", "peft"), ("peft_dora", "peft"), ("peft_loha", "peft"), ("peft_lokr", "peft"),
                        ("peft_hra", "peft"), ("lycoris_locon.safetensors", "kohya"),
                        ("lycoris_dora.safetensors", "kohya"), ("lycoris_loha.safetensors", "kohya"),
-                       ("lycoris_lokr.safetensors", "kohya"), ("lycoris_oft.safetensors", "kohya"),
-                       ("diffusers/pytorch_lora_weights.safetensors", "diffusers")):  # fmt: skip
+                       ("lycoris_lokr.safetensors", "kohya"), ("lycoris_oft.safetensors", "kohya")):  # fmt: skip
         target = tmp_path / name.replace("/", "_")
         save_foreign(target, load_foreign(RECORDED / name, kernels(), "pix"), "pix", kernels(), form)
         inner = "adapter_model.safetensors" if form == "peft" else ""

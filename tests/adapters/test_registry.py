@@ -69,7 +69,7 @@ def test_layers_that_a_method_cannot_adapt_are_listed():
         injection.check_spec(params, AdapterSpec("oft", rank=3))
     with pytest.raises(ValueError, match=r"'hra' cannot adapt 2 of 2 layers; .*rank 3 is odd"):
         injection.check_spec(params, AdapterSpec("hra", rank=3))
-    with pytest.raises(ValueError, match=r"'pissa' cannot adapt 1 of 2 layers; .*to_q .*rank 7 is more than the 6 comp"):
+    with pytest.raises(ValueError, match=r"'pissa' cannot adapt 1 of 2 layers; .*to_q .*rank 7 is more than"):
         injection.init_adapter(jax.random.key(0), params, AdapterSpec("pissa", rank=7))
     with pytest.raises(ValueError, match="rank_by_target: the pattern 'attn' matches none of 2 paths"):
         injection.check_spec(params, AdapterSpec(rank_by_target=(("attn", 2),)))
