@@ -8,7 +8,6 @@ import importlib
 import inspect
 import os
 import sys
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +119,7 @@ def _find_factory(name: str) -> Factory:
 
 def _is_factory(found: Any) -> bool:
     """Return True for a function annotated to return a Decomposition: a name in a file must not call anything else."""
-    return inspect.isfunction(found) and typing.get_type_hints(found).get("return") is Decomposition
+    return inspect.isfunction(found) and found.__annotations__.get("return") in (Decomposition, "Decomposition")
 
 
 @functools.cache

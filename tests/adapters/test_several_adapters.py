@@ -108,7 +108,7 @@ def test_several_files_are_joined_in_order(tmp_path):
     assert list(joined.specs) == ["pix", "sem"]
     assert joined.base_model == "owner/base"
     assert infer.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
-    with pytest.raises(ValueError, match=r"pix and .*pix both have an adapter 'pix'|both have an adapter 'pix'"):
+    with pytest.raises(ValueError, match="a and b both have an adapter 'pix'"):
         join_adapters({"a": joined, "b": joined})
     with pytest.raises(ValueError, match="b is for the base model other, the others for owner/base"):
         join_adapters({"a": joined, "b": Adapters({"x": {}}, {"x": AdapterSpec()}, "other")})
