@@ -2,7 +2,8 @@
 
     python train.py configs/dora.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
 
-Parameters: 4 351 396 per adapter, 7 % more than LoRA (docs/decompositions.md). Measured: not yet run.
+Parameters: 4 351 396 per adapter, 7 % more than LoRA (docs/decompositions.md). Hardware: as for `sd21.py`.
+Expected: not stated in the literature for this task. Measured: not yet run.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
