@@ -3,8 +3,8 @@
     python train.py configs/three_adapters.py --data.source folder --data.path DIR --data.prompts DIR/prompts.jsonl
     python infer.py -i photo.jpg --model MODEL --adapters runs/three_adapters/adapters.safetensors --scales 1,1,0.5
 
-Inference takes three scales, in the order of the stages. Hardware: as for `sd21.py`. Expected: with the scales 1,1,0 the
-result of `sd21.py`. Measured: not yet run.
+Inference takes three scales, in the order of the stages. Hardware: as for `sd21.py`. Expected: with the scales 1,1,0
+the result of `sd21.py`. Measured: not yet run.
 """
 
 from pisa_jax.config import Config, Data, Stage
