@@ -26,7 +26,7 @@ def kernels_of(params: Mapping[str, Any]) -> dict[str, Any]:
     return {path.removesuffix("/kernel"): leaf for path, leaf in flatten(params).items() if path.endswith("/kernel")}
 
 
-def target_shapes(params: Mapping[str, Any], targets: str = ".") -> dict[str, tuple[int, ...]]:
+def target_shapes(params: Mapping[str, Any], targets: str = "") -> dict[str, tuple[int, ...]]:
     """Return module path -> kernel shape of the Dense and Conv layers whose path matches the pattern `targets`."""
     kernels = kernels_of(params)
     return {path: tuple(kernels[path].shape) for path in select(kernels, targets)}
