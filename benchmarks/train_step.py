@@ -21,24 +21,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from step_case import STAGES, StepCase, argument_shapes, random_arguments
 from timing import alternate, seconds
 
-from pisa_jax import losses, train_step, training
+from pisa_jax import train_step
 from pisa_jax.adapters import injection
-from pisa_jax.config import Config, Data, Stage
-from pisa_jax.metrics import lpips
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
 from pisa_jax.sd.base_model import make_base_model
 
-STAGES = {
-    "pix": Stage("pix", steps=4000),
-    "sem": Stage("sem", steps=8500, frozen=("pix",), perceptual=2.0, csd=1.0),
-}
-PROMPT_TOKENS = 77
 ADDITIVE = train_step.loss
 
 
@@ -51,86 +44,16 @@ def merged_loss(adapter, frozen, batch, draws, base, objective):
 PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
 
 
-def vgg_shapes() -> dict[str, Any]:
-    """Shapes of the weights of LPIPS (VGG16)."""
-    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    kernels = lpips.FEATURE_NETWORKS["vgg"].kernels
-    layers = {name: {"kernel": of(shape), "bias": of(shape[-1:])} for name, shape in kernels.items()}
-    heads = {f"lin{index}": of((width,)) for index, width in enumerate((64, 128, 256, 512, 512))}
-    return {"vgg": {"layers": layers, "heads": heads}}
-
-
-def arguments(modules: bb.Backbone, config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Shapes of the arguments of `train_step.train_step`: frozen weights, state, batch, key."""
-    of, shapes = jax.ShapeDtypeStruct, bb.param_shapes(modules)
-
-    def cast(tree, dtype):
-        return jax.tree.map(lambda leaf: of(leaf.shape, jnp.dtype(dtype)), tree)
-
-    prompt = of((1, PROMPT_TOKENS, modules.unet.cross_attention_dim), jnp.float32)
-    unet = cast(shapes["unet"], config.dtype)
-    frozen = train_step.Frozen(
-        unet=unet,
-        teacher=unet if stage.csd else None,
-        vae=cast(shapes["vae"], config.vae_dtype),
-        text=cast(shapes["text"], jnp.float32) if stage.csd else None,
-        null_prompt=prompt,
-        negative_prompt=prompt,
-        perceptual=vgg_shapes() if stage.perceptual else None,
-        alphas_cumprod=of((1000,), jnp.float32),
-    )
-    key, optimizer = jax.eval_shape(lambda: jax.random.key(0)), training.make_optimizer(config, stage)
-    float_unet = cast(shapes["unet"], jnp.float32)
-    state = jax.eval_shape(
-        lambda key: train_step.init_state(injection.init_adapter(key, float_unet, stage.spec), optimizer, False), key
-    )
-    images = of((config.batch_size, config.data.crop, config.data.crop, 3), jnp.float32)
-    ids = of((config.batch_size, PROMPT_TOKENS), jnp.int32)
-    batch = train_step.Batch(images, images, ids, of((config.batch_size,), jnp.bool_))
-    return frozen, state, batch, key
-
-
-def filled(shapes: tuple[Any, ...], config: Config, stage: Stage) -> tuple[Any, ...]:
-    """Random arrays of the shapes of `arguments`."""
-    frozen, _, batch, _ = shapes
-    rng, key = np.random.default_rng(0), jax.random.key(0)
-
-    def weights(tree):
-        dtype = jax.tree.leaves(tree)[0].dtype
-        return jax.tree.map(jnp.asarray, random_model.random_params(tree, rng, dtype))
-
-    def normal(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32))
-
-    unet = weights(frozen.unet)
-    frozen = frozen._replace(
-        unet=unet,
-        teacher=unet if stage.csd else None,
-        vae=weights(frozen.vae),
-        text=weights(frozen.text) if stage.csd else None,
-        null_prompt=normal(frozen.null_prompt),
-        negative_prompt=normal(frozen.negative_prompt),
-        perceptual=weights(frozen.perceptual) if stage.perceptual else None,
-        alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
-    )
-    state = train_step.init_state(
-        injection.init_adapter(key, frozen.unet, stage.spec), training.make_optimizer(config, stage), ema=False
-    )
-    images = [jnp.tanh(normal(leaf)) for leaf in (batch.lq, batch.gt)]
-    ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
-    return frozen, state, train_step.Batch(*images, ids, seen), key
-
-
-def compile_step(path: str, modules: bb.Backbone, config: Config, stage: Stage, shapes: Any, device: Any) -> Any:
+def compile_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, device: Any) -> Any:
     """Compile the step; returns it and the compile time in seconds."""
     step = functools.partial(
         train_step.train_step,
         base=make_base_model(modules),
-        objective=training.make_objective(config, stage),
-        optimizer=training.make_optimizer(config, stage),
+        objective=case.objective,
+        optimizer=case.optimizer,
     )
     on_cpu = device.platform == "cpu"
-    options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not config.remat}
+    options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not case.remat}
     start = time.perf_counter()
     # The implementation of attention is chosen by the default backend, which is not the one that runs the program.
     backend = (
@@ -188,30 +111,22 @@ def main() -> None:
     print(f"{device.device_kind}, jax {jax.__version__}, {args.size}, crops of {args.crop}, {args.dtype}")
     runs = args.topology is None and not (args.size == "sd21" and device.platform == "cpu")
     modules = bb.build_modules(*random_model.model_configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
+    param_shapes = bb.param_shapes(modules)
     remats = {"no": [False], "yes": [True], "both": [False, True]}[args.remat]
     for name, batch_size, remat in itertools.product(args.stages, args.batch_sizes, remats):
-        stage = STAGES[name]
-        config = Config(
-            out="",
-            stages=(STAGES["pix"], stage) if stage.frozen else (stage,),
-            data=Data(source="fake", crop=args.crop),
-            batch_size=batch_size,
-            dtype=args.dtype,
-            vae_dtype=args.dtype,
-            remat=remat,
-        )
-        shapes, programs = arguments(modules, config, stage), {}
+        case = StepCase(STAGES[name], args.crop, batch_size, remat, args.dtype, args.dtype)
+        shapes, programs = argument_shapes(modules, param_shapes, case), {}
         for path in args.paths:
             what = f"{name}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
             try:
-                programs[path], compiling = compile_step(path, modules, config, stage, shapes, device)
+                programs[path], compiling = compile_step(path, modules, case, shapes, device)
             except jax.errors.JaxRuntimeError as error:
                 print(f"{what}: {error_text(error)[:200]}", flush=True)
                 continue
             print(f"{what}: compiled in {compiling:5.1f} s, {summarize(programs[path])}", flush=True)
         if not runs:
             continue
-        arrays = filled(shapes, config, stage)
+        arrays = random_arguments(shapes, case)
         timed = {path: functools.partial(step_seconds, program, arrays) for path, program in programs.items()}
         for path, taken in alternate(timed, args.repeats).items():
             middle = statistics.median(taken)

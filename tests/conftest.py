@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from asset_paths import DATA, ROOT, SHARED, golden
 
 # Set once, by the process that starts the workers; they and the programs that tests start inherit it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -21,21 +22,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "tests" / "assets"
-SHARED = Path(os.environ.get("PISA_JAX_SHARED", ROOT.parent / "shared"))
+# Tests import the paths from here.
+__all__ = ["DATA", "ROOT", "SHARED", "golden", "shared_data"]
 
 # In CI, a skip whose reason begins otherwise is a failure: the default suite leaves nothing unproven.
 ALLOWED_SKIPS = ("needs pip install", "needs an accelerator", "needs mount namespaces")
 # The files that take longest, longest first: started last, one would keep a worker busy while the others are idle.
 LONGEST = ("test_training.py",)
 MOST_WORKERS = 4  # each needs about 3 GB
-
-
-def golden(relative: str) -> Path:
-    """Path of a file recorded from the original program; tests/assets/README.md lists those of the repository."""
-    committed = DATA / "fixtures" / relative
-    return committed if committed.exists() else SHARED / "fixtures" / relative
 
 
 def shared_data(relative: str) -> Path:

@@ -11,10 +11,11 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation file_identity messages run_log torch_layout torch_pickle trees | "
+    "runtime": "atomic_write compilation file_identity messages run_log torch_layout trees | torch_pickle | "
     "tensor_files checkpoint | distributed",
-    "imaging": "arrays color contact_sheet encode icc image_files matlab_resize ranges | image_data | "
-    "decode image_writing network_input | image_reading | any_image",
+    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
+    "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
+    "image_reading image_writing | any_image contact_sheet",
     "losses": "",
     "tiling": "host_memory vae_tiles windows | memory",
     "adapters": "adapter_tree | checks decomposition | full hra layer_maps loha lokr lora oft pisa_sr_file pissa "
@@ -47,6 +48,7 @@ DOORS = {
     "grain": {"data.loader"},
     "tensorflow_datasets": {"data.tfds"},
     "tensorboardX": {"runtime.run_log"},
+    "tifffile": {"imaging.decode_tiff"},
     "torch": set(),
     "tensorflow": set(),
 }

@@ -16,8 +16,10 @@ import numpy as np
 
 from pisa_jax.adapters import pisa_sr_file
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, join_adapters
+from pisa_jax.adapters.checks import shorten
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_pickle import read_torch
 
@@ -51,11 +53,9 @@ def load_adapters(path: str | Path) -> Adapters:
         stated, original = Adapters({}, {name: _guess_spec(tree) for name, tree in trees.items()}), set(trees)
     trees = {name: {} for name in stated.specs} | trees
     if set(stated.specs) != set(trees):
-        raise ValueError(
-            f"{path}: the metadata lists the adapters {', '.join(stated.specs)}, the keys {', '.join(trees)}"
-        )
+        raise ValueError(f"{path}: the metadata lists the adapters {shorten(stated.specs)}, the keys {shorten(trees)}")
     for name in sorted(original):
-        pisa_sr_file.check_pairs(f"{path}: adapter {name!r}", trees[name], stated.specs[name].rank)
+        pisa_sr_file.check_pairs(f"{path}: adapter '{excerpt(name)}'", trees[name], stated.specs[name].rank)
     return stated._replace(trees=trees)
 
 
@@ -118,19 +118,23 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> Adapters |
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         if content["version"] > VERSION:
             raise ValueError(f"it has version {content['version']}, this release reads {VERSION}: upgrade pisa_jax")
+        base_model = content["base_model"]
+        if not isinstance(base_model, str | None):
+            raise ValueError(f"base_model {excerpt(base_model)} is no name")
         specs = {name: _parse_spec(fields) for name, fields in content["adapters"].items()}
         ordered = {name: specs[name] for name in content.get("order", specs)}
-        trained_on = {name: tuple(below) for name, below in content.get("trained_on", {}).items()}
-        return Adapters({}, ordered, content["base_model"], trained_on)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: its metadata is not that of an adapter file ({type(error).__name__}: {error})"
-        ) from error
+        trained_on = {name: tuple(map(str, below)) for name, below in content.get("trained_on", {}).items()}
+        return Adapters({}, ordered, base_model, trained_on)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {excerpt(error, 300)}"
+        raise ValueError(f"{path}: its metadata is not that of an adapter file ({reason})") from error
 
 
 def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
     if type(fields["rank"]) is not int or type(fields["alpha"]) not in (int, float):
         raise ValueError(f"rank {fields['rank']!r} and alpha {fields['alpha']!r} are not numbers")
+    if type(fields.get("decomposition", "")) is not str:
+        raise ValueError(f"decomposition {fields['decomposition']!r} is no name")
     pairs = {name: tuple(map(tuple, fields.get(name, ()))) for name in ("options", "rank_by_target")}
     return AdapterSpec(**{**fields, **pairs, "alpha": float(fields["alpha"])})
 
@@ -153,7 +157,8 @@ def _format_metadata(adapters: Adapters) -> dict[str, str]:
 def _as_factor(value: Any, dtype: str = "float32") -> np.ndarray:
     """Return a contiguous array; `dtype` is for floating-point factors, others (indices) keep theirs."""
     array = np.asarray(value)
-    return np.asarray(array, array.dtype if array.dtype.kind in "iub" else dtype, order="C")
+    with np.errstate(over="ignore"):  # values of float64 files
+        return np.asarray(array, array.dtype if array.dtype.kind in "iub" else dtype, order="C")
 
 
 def _guess_spec(tree: AdapterTree) -> AdapterSpec:

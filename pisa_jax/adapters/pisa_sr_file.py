@@ -13,6 +13,7 @@ import numpy as np
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.adapters.checks import check_empty, check_keys, shorten
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.torch_layout import flax_kernel, flax_module_path, torch_kernel, torch_module_name
 
 # The original never sets peft's lora_alpha; this is peft's default (observed in recordings of the original program).
@@ -37,8 +38,13 @@ def unpack_pickle(path: str | Path, content: Any) -> tuple[dict[str, np.ndarray]
     for key, expected in types.items():
         if type(content[key]) is not expected:
             raise ValueError(f"{path}: {key} is a {type(content[key]).__name__}, expected {expected.__name__}")
+        if expected is int and content[key] < 1:
+            raise ValueError(f"{path}: {key} is {content[key]}, expected a positive integer")
+        if expected is list:
+            other = sorted({type(module).__name__ for module in content[key] if type(module) is not str})
+            check_empty(f"{path}: {key}, expected names of modules, found", other)
     tensors = {str(key): value for key, value in content["state_dict_unet"].items()}
-    modules = [(str(module), name) for key, name in module_lists.items() for module in content[key]]
+    modules = [(module, name) for key, name in module_lists.items() for module in content[key]]
     keys = [format_key(module, side, name) for module, name in modules for side in "AB"]
     check_keys(f"{path}: state_dict_unet", keys, tensors)
     check_empty(f"{path}: not tensors", [key for key, value in tensors.items() if not isinstance(value, np.ndarray)])
@@ -91,12 +97,12 @@ def parse_key(path: str | Path, key: str, keys: Collection[str]) -> tuple[str, s
     match = _KEY.fullmatch(key)
     if not match:
         raise ValueError(
-            f"{path}: {key!r} is not an adapter key; expected keys such as 'pix/conv_in/a' (pisa_jax) or "
+            f"{path}: '{excerpt(key)}' is not an adapter key; expected keys such as 'pix/conv_in/a' (pisa_jax) or "
             f"'conv_in.lora_A.default_encoder_pix.weight' (original); the file has {len(keys)} keys: {shorten(keys)}"
         )
     expected = format_key(match["module"], match["side"], match["name"])
     if key != expected:
-        raise ValueError(f"{path}: {key!r} names the wrong part of the UNet, expected {expected!r}")
+        raise ValueError(f"{path}: '{excerpt(key)}' names the wrong part of the UNet, expected '{excerpt(expected)}'")
     return match["name"], flax_module_path(match["module"]), match["side"].lower()
 
 
@@ -119,5 +125,5 @@ def factor_from_tensor(path: str | Path, key: str, tensor: np.ndarray) -> np.nda
         ValueError: neither 2 nor 4 axes.
     """
     if tensor.ndim not in (2, 4):
-        raise ValueError(f"{path}: {key} {tensor.shape}, expected 2 axes (linear) or 4 (convolution)")
+        raise ValueError(f"{path}: {excerpt(key)} {tensor.shape}, expected 2 axes (linear) or 4 (convolution)")
     return flax_kernel(tensor)

@@ -220,13 +220,23 @@ def upscale_options(args: argparse.Namespace) -> "UpscaleOptions":
 
 
 def enable_compilation_cache(choice: str | None) -> None:
-    """Keep compiled functions in the folder `choice`, in the user's cache folder (None), or not at all ("off")."""
+    """Keep compiled functions in the folder `choice`, in the user's cache folder (None), or not at all ("off").
+
+    If the folder cannot be made, they are not kept, and a line says so.
+    """
     if choice == "off":
+        return
+    try:
+        folder = Path(
+            choice or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pisa_jax", "compiled")
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        say(f"compiled functions are not kept: {error}; give a folder as --compile-cache", sys.stderr)
         return
     import jax
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(choice or home / "pisa_jax" / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

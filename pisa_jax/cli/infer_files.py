@@ -169,7 +169,7 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
 
 def _contact_sheet(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
     size = results[0].rgb.shape[1::-1]
-    bicubic = to_pil(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    bicubic = to_pil(source).resize(size, Image.Resampling.BICUBIC)
     names = ("pix ", "sem ") if len(pairs[0]) == 2 else ("",) * len(pairs[0])
     labels = ["  ".join(map("{}{}".format, names, map(number_text, scales))) for scales in pairs]
     cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from pisa_jax.cli.infer_names import scale_marks
 from pisa_jax.config import Scales
+from pisa_jax.imaging.decode_tiff import is_tiff
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.image_files import READABLE
+from pisa_jax.imaging.image_files import readable_formats
 from pisa_jax.imaging.image_writing import LARGEST_SIDE, SUFFIXES, WRITABLE
 from pisa_jax.runtime.file_identity import NameProbe, file_id, probe_names
 from pisa_jax.runtime.messages import error_text
@@ -152,19 +153,20 @@ def _is_done(file: PlannedFile, options: UpscaleOptions) -> bool:
 
 
 def _read_header(path: Path) -> tuple[str, tuple[int, int] | None]:
-    """Read format and size of an image without its pixels; ("", None) if only the decoder can tell what is wrong.
+    """Read format and size of an image without its pixels; "" and None are what only the decoder can tell.
 
     Raises ImageError for an image of too many pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=tuple(READABLE)) as image:
+            with Image.open(path, formats=readable_formats()) as image:
                 return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Use --max-megapixels to allow more.") from None
     except Exception:  # Pillow raises arbitrary exceptions on damaged data, and the decoder explains them better
-        return "", None
+        with path.open("rb") as file:
+            return "tiff" if is_tiff(file.read(4)) else "", None  # the decoder reads more layouts than Pillow
 
 
 def _result_paths(path: Path, suffix: str, options: UpscaleOptions) -> list[Path]:

@@ -24,9 +24,9 @@ def to_image_data(image: Any) -> tuple[ImageData, Callable[[ImageData], Any]]:
         OSError: a file that cannot be read.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(image), to_pil
+        return read_image(image), _to_pil
     if isinstance(image, Image.Image):
-        return from_pil(image), to_pil
+        return from_pil(image), _to_pil
     if isinstance(image, jax.Array):
         # NumPy computes with bfloat16 as with an unknown type.
         array = np.asarray(image, np.float32 if image.dtype == jnp.bfloat16 else image.dtype)
@@ -37,3 +37,7 @@ def to_image_data(image: Any) -> tuple[ImageData, Callable[[ImageData], Any]]:
         f"cannot upscale an object of type {type(image).__name__}; give a path, a Pillow image, an array, "
         "or call the upscaler with a list of these"
     )
+
+
+def _to_pil(result: ImageData) -> Image.Image:
+    return to_pil(result, result.bits)

@@ -1,83 +1,84 @@
-"""Channels and metadata of an opened image file: sRGB pixels, EXIF orientation, EXIF block."""
+"""Pixels and metadata of the content of an image file."""
 
 import contextlib
 import io
+import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
-from PIL import Image, ImageCms
+from PIL import Image
 from PIL.ExifTags import Base
 
-from pisa_jax.imaging import icc
+from pisa_jax.imaging import decode_deep, metadata, png_chunks
+from pisa_jax.imaging.decode_tiff import decode_tiff, is_tiff
 from pisa_jax.imaging.image_data import ImageError
-from pisa_jax.imaging.ranges import uint8_to_unit, unit_to_uint8
-
-# EXIF tags that describe the photograph: document, description, make, model, orientation, resolution, software, date,
-# artist, computer, ratings, copyright, EXIF and GPS directories, Windows' title to subject. All other tags describe the
-# layout of the old file, a georeference per pixel, or the thumbnail, and would be wrong in a new file.
-EXIF_KEPT = {269, 270, 271, 272, 274, 282, 283, 296, 305, 306, 315, 316, 18246, 18249, 33432, 34665, 34853}
-EXIF_KEPT |= {40091, 40092, 40093, 40094, 40095}
-
-# uint8 as stored, or float32 in [0, 1] where the file has 16 bits or a conversion took place.
-Values = UInt8[np.ndarray, "*shape"] | Float32[np.ndarray, "*shape"]
+from pisa_jax.imaging.image_files import readable_formats
+from pisa_jax.imaging.metadata import FileMetadata
+from pisa_jax.imaging.pixels import Channels, Pixels, Values, inks_to_srgb, pillow_channels, to_srgb
+from pisa_jax.imaging.png_chunks import Png
 
 
-class Channels(NamedTuple):
-    """Pixels in the colors of the file: one channel is gray, three are RGB; alpha is not premultiplied."""
+class Decoded(NamedTuple):
+    """Content of an image file, or of a Pillow image."""
 
-    values: Values
-    alpha: Values | None
-    # per channel: 8 or 16
-    bits: int
-
-
-class Pixels(NamedTuple):
-    """Pixels in sRGB (see `Channels`), not yet upright."""
-
-    values: Values
-    alpha: Values | None
-    bits: int
-    # profile under which the image is written again
-    icc: bytes | None
-    notes: tuple[str, ...]
+    pixels: Pixels
+    metadata: FileMetadata
+    # Pillow's name of the format, in lower case
+    format: str
+    # the file is a WebP without loss
+    lossless: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def to_unit(values: Values) -> Float32[np.ndarray, "*shape"]:
-    """Convert values to float32 in [0, 1]."""
-    return uint8_to_unit(values) if values.dtype == np.uint8 else values
+def decode_file(data: bytes) -> Decoded:
+    """Decode the first frame, or the main page, of the content of an image file.
 
-
-def to_uint8(values: Values) -> UInt8[np.ndarray, "*shape"]:
-    """Round values to uint8."""
-    return values if values.dtype == np.uint8 else unit_to_uint8(values)
-
-
-def decode_pixels(image: Image.Image, data: bytes) -> Pixels:
-    """Decode the first frame of an opened image to sRGB.
-
-    `data` is the content of the file, b"" if there is none: Pillow alone would reduce 16-bit color to 8 bits.
+    Raises:
+        ImageError: pixels without defined colors.
+        Exception: of arbitrary type, if the file is damaged or of an unknown format.
     """
-    image.load()  # detects truncation, which OpenCV ignores
+    if is_tiff(data):
+        tiff = decode_tiff(data)
+        return Decoded(tiff.pixels, metadata.of_tiff(tiff.tags), "tiff")
+    if (precision := decode_deep.find_jpeg_precision(data)) is not None:
+        return _decode_deep_jpeg(data, precision)
+    png = png_chunks.parse(data) if data.startswith(png_chunks.SIGNATURE) else None
+    data = png.data if png else data
+    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+        return decode_image(image, data, png)
+
+
+def _decode_deep_jpeg(data: bytes, precision: int) -> Decoded:
+    """Decode a JPEG of 12 bits, whose header Pillow reads only with 8 at the offset `precision`."""
+    header = data[:precision] + b"\x08" + data[precision + 1 :]
+    with Image.open(io.BytesIO(header), formats=("JPEG",)) as image:
+        pixels = to_srgb(decode_deep.jpeg_channels(data), image.info.get("icc_profile"))
+        pixels = pixels._replace(orientation=_orientation(image))
+        return Decoded(pixels, metadata.of_image(image, data, None), "jpeg")
+
+
+def decode_image(image: Image.Image, data: bytes = b"", png: Png | None = None) -> Decoded:
+    """Decode the first frame of an opened image; `data` is the content of its file, and `png` its chunks."""
+    image.load()  # detects truncation
     if 0 in image.size:
         raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
-    profile = image.info.get("icc_profile")
-    if image.mode == "CMYK":
-        image, note = _cmyk_to_srgb(image, profile)
-        return Pixels(*_pillow_channels(image), None, (note,))
-    channels, notes = None, ()
-    if data and _has_16_bits(image, data):
-        channels = _opencv_channels(image, data)
-        notes = () if channels else ("the 16-bit file could only be decoded with 8 bits per channel",)
-    channels = channels or _pillow_channels(image)
-    if not profile:
-        return Pixels(*channels, None, notes)
-    values, profile, profile_notes = _to_srgb(channels.values, profile)
-    return Pixels(values, channels.alpha, channels.bits, profile, notes + profile_notes)
+    notes, frames, image_format = (), getattr(image, "n_frames", 1), image.format or ""
+    if frames > 1 and image_format != "MPO":  # in which phones put previews behind the photograph
+        notes = (f"the file has {frames} frames or pages; only the first is used",)
+    elif len(image.info.get("sizes", ())) > 1:
+        notes = (f"the icon has {len(image.info['sizes'])} sizes; only the largest is used",)
+    pixels = _decode_png(image, png) if png else _decode_other(image, data)
+    return Decoded(
+        pixels._replace(orientation=_orientation(image)),
+        metadata.of_image(image, data, png),
+        "jpeg" if image_format == "MPO" else image_format.lower(),
+        lossless=image_format == "WEBP" and _is_lossless_webp(data),
+        notes=notes + (png.notes if png else ()),
+    )
 
 
-def exif_orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation that remains to be applied to a loaded image; 1 where the EXIF data is damaged.
 
     Pillow itself applies the orientation of a TIFF when it loads the pixels.
@@ -87,113 +88,92 @@ def exif_orientation(image: Image.Image) -> int:
     return 1
 
 
-def exif_block(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
-    """Build (EXIF block for the upright image, notes); the block has the tags `EXIF_KEPT` and orientation 1."""
-    try:
-        exif = Image.Exif()
-        exif.load(image.getexif().tobytes())  # a copy: the image keeps its own
-        for tag in set(exif) - EXIF_KEPT:
-            del exif[tag]
-        if Base.Orientation in exif:
-            exif[Base.Orientation] = 1
-        return exif.tobytes() if len(exif) else None, ()
-    except Exception:  # Pillow's parser raises arbitrary exceptions on damaged data
-        return None, ("the EXIF data is damaged and was dropped",)
+def _decode_other(image: Image.Image, data: bytes) -> Pixels:
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK":
+        return inks_to_srgb(np.asarray(image), None, 8, profile)
+    bits, notes = _depth(image, data), ()
+    if bits > 8 and image.format == "AVIF":
+        channels = decode_deep.avif_channels(data, bits)
+    elif bits > 8 and image.format == "HEIF" and data:
+        channels = decode_deep.heif_channels(data)
+    else:
+        channels = pillow_channels(image)
+        if channels.bits == 16 and image.format == "TIFF":
+            channels = channels._replace(values=_tiff_gray(channels.values, image.tag_v2))
+        if bits > 8 and image.format == "JPEG2000":
+            channels = decode_deep.jpeg2000_channels(data, bits, channels)
+        if bits > channels.bits:
+            notes = (f"reduced from {bits} to 8 bits per channel: the decoder of {image.format} has no more",)
+    profile = profile or _profile_of_format(image, data, gray=channels.values.shape[-1] == 1)
+    return to_srgb(channels, profile, notes)
 
 
-def upright(array: Shaped[np.ndarray, "h w *c"], orientation: int) -> Shaped[np.ndarray, "h2 w2 *c"]:
-    """Apply an EXIF orientation, 1 to 8 (EXIF 2.3, tag 274); other values count as 1."""
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    return np.ascontiguousarray(array)
+def _tiff_gray(values: Values, tags: Mapping) -> Values:
+    """Apply depth and white of a TIFF that Pillow opened, which leaves more than 8 bits of gray as they are stored."""
+    (bits,) = tags.get(Base.BitsPerSample, (16,))
+    values = values * np.float32(65535 / (2**bits - 1))
+    return 1 - values if tags.get(Base.PhotometricInterpretation) == 0 else values
 
 
-def _has_16_bits(image: Image.Image, data: bytes) -> bool:
-    """Return True if the file `data`, opened as `image`, is a PNG or TIFF with 16 bits per channel."""
+def _profile_of_format(image: Image.Image, data: bytes, gray: bool) -> bytes | None:
+    """Return the profile that a format states in its own way, which Pillow ignores."""
     if image.format == "PNG":
-        return data[24] == 16  # the bit depth in IHDR
-    return image.format == "TIFF" and 16 in image.tag_v2.get(Base.BitsPerSample, ())
+        return png_chunks.color_profile(png_chunks.header_of_pillow(image.info), gray)[0]
+    if image.format == "AVIF" and (place := data.find(b"colrnclx")) > 0:
+        return png_chunks.profile_of_code_points(*struct.unpack_from(">HH", data, place + 8), gray)
+    if image.format == "HEIF" and (nclx := image.info.get("nclx_profile")):
+        points = nclx["color_primaries"], nclx["transfer_characteristics"]
+        return png_chunks.profile_of_code_points(*points, gray)
+    if image.format == "BMP" and data[70:74] == b"DEBM" and len(data) > 134:  # PROFILE_EMBEDDED, in BITMAPV5HEADER
+        offset, size = struct.unpack_from("<II", data, 126)
+        return data[14 + offset :][:size]
+    return None
 
 
-def _opencv_channels(image: Image.Image, data: bytes) -> Channels | None:
-    """Decode a 16-bit PNG or TIFF with OpenCV, which also applies the orientation of a TIFF; None if it fails."""
-    try:
-        samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        return None
-    if samples is None or samples.dtype != np.uint16 or samples.shape[:2] != image.size[::-1]:
-        return None
-    samples = samples.reshape(*samples.shape[:2], -1)
-    gray = samples.shape[-1] == 1 or (image.format == "PNG" and data[25] == 4)  # color type in IHDR: gray + alpha
-    values = samples[..., :1] if gray else samples[..., 2::-1]
-    values, alpha = values.astype(np.float32) / 65535, None
-    if gray and "transparency" in image.info:  # the one gray level that is transparent
-        alpha = (samples[..., 0] != image.info["transparency"]).astype(np.float32)
-    elif samples.shape[-1] == 4 and image.has_transparency_data:
-        alpha = samples[..., 3].astype(np.float32) / 65535
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if alpha is not None and tags.get(Base.ExtraSamples) == (1,):  # premultiplied alpha
-        values = np.divide(values, alpha[..., None], out=np.zeros_like(values), where=alpha[..., None] > 0)
-    if tags.get(Base.PhotometricInterpretation) == 0:  # white is 0
-        values = 1 - values
-    return Channels(values, alpha, 16)
+def _decode_png(image: Image.Image, png: Png) -> Pixels:
+    depth, color_type = png.data[24:26]  # in IHDR
+    if depth in (1, 2, 4) and color_type == 0 and b"tRNS" in png.header:
+        channels = _keyed_gray(image, png.header[b"tRNS"], depth)
+    elif depth == 16:
+        channels = decode_deep.png_channels(png.data)
+    else:
+        channels = pillow_channels(image)
+    profile, notes = png_chunks.color_profile(png.header, gray=channels.values.shape[-1] == 1)
+    return to_srgb(channels, profile, notes)
 
 
-def _pillow_channels(image: Image.Image) -> Channels:
-    """Convert a Pillow image of 8 bits in any mode, or of 16 bits in gray.
-
-    Raises:
-        ImageError: pixels without a defined white, such as floats, 32-bit integers or Lab.
-    """
-    if image.mode.startswith("I"):
-        samples = np.asarray(image)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ImageError("holds 32-bit integers; save it with 8 or 16 bits per channel")
-        return Channels(samples[..., None].astype(np.float32) / 65535, None, 16)
-    gray, transparent = image.mode in ("1", "L", "LA", "La"), image.has_transparency_data
-    mode = ("L" if gray else "RGB") + ("A" if transparent else "")
-    try:
-        if image.mode == "F":
-            raise ValueError("Pillow would convert it as if white were 255")
-        samples = np.asarray(image.convert(mode))
-    except ValueError as error:
-        raise ImageError(f"holds {image.mode} pixels; save it as gray, RGB or CMYK with 8 or 16 bits") from error
-    samples = samples.reshape(image.height, image.width, -1)
-    return Channels(samples[..., : 1 if gray else 3], samples[..., -1] if transparent else None, 8)
+def _keyed_gray(image: Image.Image, key: bytes, depth: int) -> Channels:
+    """Gray of fewer than 8 bits, of which one level is transparent: Pillow compares it with the unscaled level."""
+    values = np.asarray(image.convert("L"))[..., None]
+    level = int.from_bytes(key[:2], "big") * 255 // (2**depth - 1)
+    return Channels(values, np.where(values[..., 0] == level, 0, 255).astype(np.uint8), 8)
 
 
-def _cmyk_to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """Convert to (sRGB, note) with the profile if there is a valid one, else with Pillow's formula."""
-    with contextlib.suppress(ImageCms.PyCMSError, OSError):
-        if profile:
-            return _apply_profile(image, profile), "CMYK was converted to sRGB with its ICC profile"
-    return image.convert("RGB"), "CMYK was converted to sRGB without an ICC profile: the colors are approximate"
+def _is_lossless_webp(data: bytes) -> bool:
+    """Return True if the first image of a WebP file is a VP8L chunk (RFC 9649)."""
+    start = 12
+    while start + 8 <= len(data):
+        kind, size = data[start : start + 4], int.from_bytes(data[start + 4 : start + 8], "little")
+        if kind in (b"VP8L", b"VP8 "):
+            return kind == b"VP8L"
+        start += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame's chunks follow its header
+    return False
 
 
-def _to_srgb(values: Values, data: bytes) -> tuple[Values, bytes | None, tuple[str, ...]]:
-    """Convert gray or RGB values under the profile `data` to (sRGB values, profile to write back, notes)."""
-    gray = values.shape[-1] == 1
-    expected, found = "GRAY" if gray else "RGB", icc.color_space(data)
-    if found != expected:
-        return values, None, (f"the ICC profile is for {found} pixels, not for {expected}, and was dropped",)
-    try:
-        profile = icc.parse(data)
-        if profile is not None:
-            return values if icc.is_srgb(profile) else icc.to_srgb(to_unit(values), profile), data, ()
-        if gray:
-            return values, data, ("the gray ICC profile is not a tone curve: it is kept, but was not applied",)
-        srgb = _apply_profile(Image.fromarray(to_uint8(values)), data)
-        note = "converted to sRGB with 8 bits per channel: the ICC profile is not made of curves and a matrix"
-        return np.asarray(srgb), None, (note,)
-    except (ValueError, OSError, ImageCms.PyCMSError):
-        return values, None, ("the ICC profile is damaged and was dropped",)
+def _depth(image: Image.Image, data: bytes) -> int:
+    """Return the bits per channel of formats of which Pillow decodes 8 bits."""
+    if image.format == "AVIF" and (place := data.find(b"av1C")) > 0:
+        return {2: 10, 3: 12}.get(data[place + 6] >> 5 & 3, 8)  # high_bitdepth, twelve_bit
+    if image.format == "HEIF":
+        return image.info.get("bit_depth", 8)
+    if image.format == "JPEG2000" and (place := data.find(b"\xff\x4f\xff\x51")) >= 0:
+        return (data[place + 42] & 127) + 1  # Ssiz of the first component
+    if image.format == "PPM" and data[:2] == b"P6":
+        return 16 if _ppm_maximum(data) > 255 else 8
+    return 8
 
 
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert to 8-bit sRGB with LittleCMS."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+def _ppm_maximum(data: bytes) -> int:
+    fields = b" ".join(line.split(b"#")[0] for line in data[:4096].split(b"\n")).split()
+    return int(fields[3]) if len(fields) > 3 and fields[3].isdigit() else 0

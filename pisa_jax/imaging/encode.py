@@ -4,81 +4,108 @@ Samples are uint8 or uint16 of shape (h, w, c): gray, gray + alpha, RGB or RGBA.
 """
 
 import io
-import struct
 import zlib
 
-import cv2
+import imagecodecs
 import numpy as np
 from jaxtyping import UInt8, UInt16
 from PIL import Image
 from PIL.ExifTags import Base
 
-_EXIF_PREFIX = b"Exif\0\0"
-_ICC_PROFILE = 34675
+from pisa_jax.imaging import exif, metadata, tiff_tags
+from pisa_jax.imaging.image_data import ImageData
+from pisa_jax.imaging.png_chunks import Chunk, insert_chunks
+from pisa_jax.imaging.tiff_tags import LONG, SHORT, UNDEFINED, Directory, Value, integers
+
 _RGB, _MIN_IS_BLACK, _DEFLATE, _DIFFERENCES, _UNASSOCIATED_ALPHA = 2, 1, 8, 2, 2  # values of TIFF 6.0
 
 
 def encode(
-    samples: UInt8[np.ndarray, "h w c"] | UInt16[np.ndarray, "h w c"],
-    kind: str,
-    quality: int,
-    exif: bytes | None,
-    icc: bytes | None,
+    samples: UInt8[np.ndarray, "h w c"] | UInt16[np.ndarray, "h w c"], image: ImageData, kind: str, quality: int
 ) -> bytes:
-    """Encode as "png", "jpeg", "webp" or "tiff"; uint16 only as "png" and "tiff".
+    """Encode samples with the metadata of `image` as "png", "jpeg", "webp" or "tiff"; uint16 only as "png" and "tiff".
 
-    `quality` is that of JPEG (with 4:4:4 chroma) and WebP.
+    `quality` is that of JPEG (with 4:4:4 chroma) and of WebP with loss.
 
     Raises:
-        ValueError, OSError: the encoder failed.
+        ValueError, RuntimeError, OSError, struct.error: the encoder failed.
     """
     if kind == "tiff":
-        return _tiff(samples, exif, icc)
-    if samples.dtype == np.uint16:
-        return _png16(samples, exif, icc)
-    options = {"jpeg": {"quality": quality, "subsampling": "4:4:4"}, "webp": {"quality": quality}}.get(kind, {})
-    image = Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples)
+        return _tiff(samples, image)
+    if kind == "png" and samples.dtype == np.uint16:
+        return insert_chunks(_png16(samples), [*_profile_and_exif(image), *_png_metadata(image)])
+    options = {"jpeg": _jpeg_options, "webp": _webp_options, "png": _no_options}[kind](image, quality)
     file = io.BytesIO()
-    image.save(file, kind, exif=exif or b"", icc_profile=icc, **options)
-    return file.getvalue()
+    Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples).save(
+        file, kind, exif=image.exif or b"", icc_profile=image.icc, **options
+    )
+    return insert_chunks(file.getvalue(), _png_metadata(image)) if kind == "png" else file.getvalue()
 
 
-def _png16(samples: UInt16[np.ndarray, "h w c"], exif: bytes | None, icc: bytes | None) -> bytes:
-    """Encode 1, 3 or 4 channels with OpenCV, since Pillow writes 16 bits in gray only, and insert the metadata."""
-    bgr = samples[..., {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[samples.shape[-1]]]
-    done, data = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 6])
-    if not done:
-        raise ValueError("OpenCV could not encode the 16-bit PNG")
-    chunks = _png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)) if icc else b""
-    chunks += _png_chunk(b"eXIf", exif.removeprefix(_EXIF_PREFIX)) if exif else b""
-    header = 8 + 25  # the signature and IHDR
-    return data[:header].tobytes() + chunks + data[header:].tobytes()
+def _no_options(image: ImageData, quality: int) -> dict:
+    del image, quality
+    return {}
 
 
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def _jpeg_options(image: ImageData, quality: int) -> dict:
+    other = image.metadata
+    kept = {"xmp": other.xmp, "comment": other.comment, "dpi": other.dpi and tuple(map(round, other.dpi))}
+    kept["extra"] = metadata.photoshop_segment(other.iptc) if other.iptc else None
+    return {"quality": quality, "subsampling": "4:4:4"} | {name: value for name, value in kept.items() if value}
 
 
-def _tiff(samples: np.ndarray, exif: bytes | None, icc: bytes | None) -> bytes:
-    """Encode a TIFF of one Deflate strip, since Pillow writes no 16-bit color and OpenCV no metadata.
+def _webp_options(image: ImageData, quality: int) -> dict:
+    loss = {"lossless": True, "exact": True} if image.lossless else {"quality": quality}
+    return loss | ({"xmp": image.metadata.xmp} if image.metadata.xmp else {})
 
-    An EXIF block is a TIFF without pixels: Pillow's EXIF writer makes the head of the file; the strip is appended.
+
+def _png16(samples: UInt16[np.ndarray, "h w c"]) -> bytes:
+    """Encode with libpng, since Pillow writes 16 bits in gray only."""
+    planes = samples[..., 0] if samples.shape[-1] == 1 else samples
+    return imagecodecs.png_encode(np.ascontiguousarray(planes), level=6)
+
+
+def _profile_and_exif(image: ImageData) -> list[Chunk]:
+    profile = [Chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(image.icc))] if image.icc else []
+    return profile + ([Chunk(b"eXIf", image.exif.removeprefix(exif.PREFIX))] if image.exif else [])
+
+
+def _png_metadata(image: ImageData) -> list[Chunk]:
+    other, chunks = image.metadata, []
+    if other.dpi:
+        x, y = (round(number / 0.0254) for number in other.dpi)
+        chunks.append(Chunk(b"pHYs", x.to_bytes(4, "big") + y.to_bytes(4, "big") + b"\1"))  # per meter
+    if other.xmp:
+        chunks.append(Chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + other.xmp))
+    if other.comment:
+        chunks.append(Chunk(b"tEXt", b"Comment\0" + other.comment.replace(b"\0", b" ")))
+    return [*chunks, *(Chunk(*text) for text in other.text)]
+
+
+def _tiff(samples: np.ndarray, image: ImageData) -> bytes:
+    """Encode a TIFF of one Deflate strip: the directory of the EXIF block, completed with the layout of the pixels.
+
+    tifffile writes no EXIF and GPS directories, Pillow no 16-bit color.
     """
     height, width, channels = samples.shape
-    head = Image.Exif()
-    head.load(exif or b"")
-    head.endian = "<"  # Pillow misreads big-endian 16-bit gray
     differences = np.diff(samples, axis=1, prepend=samples.dtype.type(0))
     strip = zlib.compress(differences.astype(samples.dtype.newbyteorder("<")).tobytes())
-    head[Base.ImageWidth], head[Base.ImageLength] = width, height
-    head[Base.BitsPerSample] = (samples.dtype.itemsize * 8,) * channels
-    head[Base.SamplesPerPixel] = channels
-    head[Base.PhotometricInterpretation] = _RGB if channels >= 3 else _MIN_IS_BLACK
+    directory: Directory = {} if image.exif is None else tiff_tags.little_endian(exif.parse(image.exif))
+    directory = metadata.tiff_directory(image.metadata) | directory | {
+        Base.ImageWidth: integers(LONG, width),
+        Base.ImageLength: integers(LONG, height),
+        Base.BitsPerSample: integers(SHORT, *[samples.dtype.itemsize * 8] * channels),
+        Base.SamplesPerPixel: integers(SHORT, channels),
+        Base.PhotometricInterpretation: integers(SHORT, _RGB if channels >= 3 else _MIN_IS_BLACK),
+        Base.Compression: integers(SHORT, _DEFLATE),
+        Base.Predictor: integers(SHORT, _DIFFERENCES),
+        Base.RowsPerStrip: integers(LONG, height),
+        Base.StripByteCounts: integers(LONG, len(strip)),
+        Base.StripOffsets: integers(LONG, 0),
+    }  # fmt: skip
     if channels in (2, 4):
-        head[Base.ExtraSamples] = _UNASSOCIATED_ALPHA
-    head[Base.Compression], head[Base.Predictor] = _DEFLATE, _DIFFERENCES
-    head[Base.RowsPerStrip], head[Base.StripByteCounts] = height, len(strip)
-    head[Base.StripOffsets] = 0  # Pillow counts it from the end of the head
-    if icc:
-        head[_ICC_PROFILE] = icc
-    return head.tobytes().removeprefix(_EXIF_PREFIX) + strip
+        directory[Base.ExtraSamples] = integers(SHORT, _UNASSOCIATED_ALPHA)
+    if image.icc:
+        directory[Base.InterColorProfile] = Value(UNDEFINED, image.icc)
+    head = len(tiff_tags.serialize(directory))
+    return tiff_tags.serialize(directory | {Base.StripOffsets: integers(LONG, head)}) + strip

@@ -7,6 +7,7 @@ matrix. Converted here, 16-bit data keeps its precision, and colors outside sRGB
 
 import functools
 import struct
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,17 @@ _SRGB_TO_XYZ = np.array(
     [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
 )
 _PARAMETERS = (1, 3, 4, 5, 7)  # number of parameters of a parametric curve, by its kind
+_D50 = (0.9642, 1.0, 0.8249)
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+# Chromaticities (x, y) of white, red, green and blue, by their number in ITU-T H.273.
+PRIMARIES = {
+    1: (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06),  # BT.709, sRGB
+    5: (0.3127, 0.329, 0.64, 0.33, 0.29, 0.6, 0.15, 0.06),  # BT.601, 625 lines
+    6: (0.3127, 0.329, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07),  # BT.601, 525 lines
+    9: (0.3127, 0.329, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),  # BT.2020
+    11: (0.314, 0.351, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),  # DCI P3
+    12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),  # Display P3
+}
 
 
 class Profile(NamedTuple):
@@ -85,6 +97,65 @@ def to_srgb(values: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.n
     linear = light @ profile.matrix.T.astype(np.float32)
     size = np.abs(linear)
     return np.copysign(np.where(size <= 0.0031308, 12.92 * size, 1.055 * size ** (1 / 2.4) - 0.055), linear)
+
+
+def parametric_curve(kind: int, *parameters: float) -> bytes:
+    """Encode a parametricCurveType tag (ICC.1, 10.18)."""
+    return b"para" + bytes(4) + struct.pack(f">HH{len(parameters)}i", kind, 0, *_fixed(parameters))
+
+
+def _fixed(numbers: Iterable[float]) -> list[int]:
+    return [round(number * 65536) for number in numbers]
+
+
+SRGB_CURVE = parametric_curve(3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+_BT709_CURVE = parametric_curve(3, 1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
+# Curves from values to light, by their number in ITU-T H.273.
+TRANSFERS = dict.fromkeys((1, 6, 14, 15), _BT709_CURVE)
+TRANSFERS |= {4: parametric_curve(0, 2.2), 5: parametric_curve(0, 2.8), 8: parametric_curve(0, 1.0), 13: SRGB_CURVE}
+
+
+def spans_colors(chromaticities: Sequence[float]) -> bool:
+    """Return True if white, red, green and blue of these chromaticities can be the base of a profile."""
+    try:
+        return bool((np.abs(_colorants(chromaticities)) < 100).all())
+    except (ZeroDivisionError, np.linalg.LinAlgError):
+        return False
+
+
+def _colorants(chromaticities: Sequence[float]) -> Float[np.ndarray, "3 3"]:
+    """XYZ of red, green and blue (columns) under D50, from (x, y) of white, red, green and blue."""
+    pairs = zip(chromaticities[::2], chromaticities[1::2], strict=True)
+    white, *primaries = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in pairs)
+    columns = np.stack(primaries, 1)
+    columns = columns * np.linalg.solve(columns, white)
+    gains = (_BRADFORD @ _D50) / (_BRADFORD @ white)
+    return np.linalg.inv(_BRADFORD) @ np.diag(gains) @ _BRADFORD @ columns
+
+
+def make_profile(chromaticities: Sequence[float], curve: bytes, gray: bool) -> bytes:
+    """Make a display profile (ICC.1, version 4) of chromaticities (see `PRIMARIES`) and one curve tag."""
+
+    def xyz(values: Iterable[float]) -> bytes:
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *_fixed(values))
+
+    def text(content: str) -> bytes:
+        encoded = content.encode("utf-16-be")
+        return b"mluc" + bytes(4) + struct.pack(">II4sII", 1, 12, b"enUS", len(encoded), 28) + encoded
+
+    tags = {b"desc": text("Color space of a PNG file"), b"cprt": text("CC0"), b"wtpt": xyz(_D50)}
+    if gray:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= zip((b"rXYZ", b"gXYZ", b"bXYZ"), map(xyz, _colorants(chromaticities).T), strict=True)
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">4sI4s4s4s", bytes(4), 0x04200000, b"mntr", b"GRAY" if gray else b"RGB ", b"XYZ ")
+    head += struct.pack(">6H4s28x3i48x", 2026, 1, 1, 0, 0, 0, b"acsp", *_fixed(_D50))
+    return struct.pack(">I", 4 + len(head) + len(table) + len(body)) + head + table + body
 
 
 def from_srgb(srgb: Float[np.ndarray, "*n c"], profile: Profile) -> Float32[np.ndarray, "*n c"]:

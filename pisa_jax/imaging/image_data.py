@@ -7,6 +7,7 @@ not curves and a matrix (all CMYK profiles) are converted to sRGB permanently.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
@@ -20,6 +21,23 @@ class ImageError(ValueError):
     """An image that cannot be decoded, converted or encoded; the message gives the reason."""
 
 
+class Metadata(NamedTuple):
+    """Metadata of a file besides EXIF data and ICC profile, as bytes of the file."""
+
+    # XMP packet, with orientation 1
+    xmp: bytes | None = None
+    # IPTC-IIM records
+    iptc: bytes | None = None
+    comment: bytes | None = None
+    # pixels per inch, horizontal and vertical
+    dpi: tuple[float, float] | None = None
+    # text chunks (kind, data) of a PNG
+    text: tuple[tuple[bytes, bytes], ...] = ()
+
+
+NO_METADATA = Metadata()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageData:
     """A decoded image, upright and in sRGB, and everything that a file written from it keeps."""
@@ -30,14 +48,17 @@ class ImageData:
     alpha: Float32[np.ndarray, "h w"] | None = None
     # gray or bilevel source: written as gray
     gray: bool = False
-    # bits per channel of the source: 8 or 16
+    # bits per channel of the source: 8 or 16, which stands for floats, too
     bits: int = 8
     # EXIF block "Exif\0\0...", with orientation 1 and without thumbnail
     exif: bytes | None = None
     # ICC profile of the source, under which a file is written
     icc: bytes | None = None
+    metadata: Metadata = NO_METADATA
     # format of the source: "png", "jpeg", "webp", "tiff", "bmp", "gif", ...; "" if it was not a file
     format: str = ""
+    # source of format "webp" without loss: written again without loss
+    lossless: bool = False
     # warnings for the user, such as what could not be kept
     notes: tuple[str, ...] = ()
 
@@ -64,12 +85,12 @@ def from_array(array: Shaped[np.ndarray, "h w *c"]) -> ImageData:
     values = values.reshape(*array.shape[:2], -1)
     channels = values.shape[-1]
     rgb = values[..., :3] if channels > 2 else np.repeat(values[..., :1], 3, -1)
-    bits = 16 if array.dtype == np.uint16 else 8
+    bits = 16 if floating or array.dtype == np.uint16 else 8
     return ImageData(rgb, values[..., -1] if channels in (2, 4) else None, gray=channels < 3, bits=bits)
 
 
 def to_array(image: ImageData, dtype: type = np.uint8) -> Shaped[np.ndarray, "h w *c"]:
-    """Convert to sRGB uint8 or uint16 (rounded) or floats in [0, 1]; shapes as for `from_array`, gray is (h, w).
+    """Convert to sRGB uint8, uint16 or bool (rounded) or floats in [0, 1]; shapes as for `from_array`, gray is (h, w).
 
     Raises:
         ImageError: another `dtype`.
@@ -77,21 +98,25 @@ def to_array(image: ImageData, dtype: type = np.uint8) -> Shaped[np.ndarray, "h 
     values = _with_alpha(image.rgb[..., :1] if image.gray else image.rgb, image.alpha)
     if np.dtype(dtype) in (np.uint8, np.uint16):
         values = _quantize(values, np.dtype(dtype).itemsize * 8)
+    elif np.dtype(dtype) == bool:
+        values = values > 0.5
     elif np.issubdtype(dtype, np.floating):
         values = np.clip(values, 0, 1).astype(dtype)
     else:
-        raise ImageError(f"unsupported array type {np.dtype(dtype)}; allowed: uint8, uint16 and floats")
+        raise ImageError(f"unsupported array type {np.dtype(dtype)}; allowed: uint8, uint16, bool and floats")
     return values[..., 0] if values.shape[-1] == 1 else values
 
 
-def to_pil(image: ImageData) -> Image.Image:
-    """Convert to an 8-bit Pillow image in the colors of the profile.
+def to_pil(image: ImageData, bits: int = 8) -> Image.Image:
+    """Convert to a Pillow image in the colors of the profile, of 16 bits if `bits` is 16 and Pillow has such a mode.
 
-    Its `info` holds the profile and the EXIF block, as Pillow's `save` expects.
+    It has one for gray without alpha. `info` holds the profile and metadata, as Pillow's `save` expects.
     """
-    samples = file_samples(image, 8)
+    deep = bits == 16 and image.gray and image.alpha is None
+    samples = file_samples(image, 16 if deep else 8)
     converted = Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples)
-    converted.info.update({k: v for k, v in (("icc_profile", image.icc), ("exif", image.exif)) if v})
+    kept = {"icc_profile": image.icc, "exif": image.exif, "xmp": image.metadata.xmp, "dpi": image.metadata.dpi}
+    converted.info.update({key: value for key, value in kept.items() if value})
     return converted
 
 

@@ -1,5 +1,7 @@
 """Supported image formats, and the image files of a folder."""
 
+import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -18,8 +20,20 @@ READABLE = {
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
     "TGA": (".tga", ".icb", ".vda", ".vst"),
     "ICO": (".ico",),
+    "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),  # with pillow-heif only
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in READABLE.values() for suffix in suffixes)
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Return the formats of `READABLE` that this installation decodes: HEIF needs pillow-heif (extra `heif`)."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return tuple(name for name in READABLE if name != "HEIF")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return tuple(READABLE)
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:

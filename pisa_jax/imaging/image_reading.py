@@ -1,31 +1,31 @@
 """Read image files for training, inference and metrics: the one decoder of the package."""
 
-import io
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pisa_jax.imaging import decode
 from pisa_jax.imaging.arrays import RGB8
+from pisa_jax.imaging.decode import Decoded
 from pisa_jax.imaging.image_data import ImageData, ImageError
-from pisa_jax.imaging.image_files import READABLE
+from pisa_jax.imaging.image_files import READABLE, readable_formats
+from pisa_jax.imaging.pixels import to_uint8, to_unit, upright
+from pisa_jax.runtime.messages import error_text
 
-T = TypeVar("T")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def read_image(path: str | os.PathLike) -> ImageData:
-    """Read the first frame of an image file.
+    """Read the first frame, or the main page, of an image file.
 
     Raises:
         ImageError: the file holds no image or a damaged one.
         OSError: the file cannot be read.
     """
-    return _decode_file(Path(path).read_bytes(), str(path), _to_image_data)
+    return _to_image_data(_decode_file(Path(path).read_bytes(), str(path)))
 
 
 def read_rgb8(path: str | os.PathLike) -> RGB8:
@@ -41,26 +41,29 @@ def decode_rgb8(data: bytes, name: str) -> RGB8:
     Raises:
         ImageError: `data` holds no image or a damaged one; the message begins with `name`.
     """
-    return _decode_file(data, name, _to_rgb8)
+    pixels = _decode_file(data, name).pixels
+    return upright(_three_channels(to_uint8(pixels.values)), pixels.orientation)
 
 
 def from_pil(image: Image.Image) -> ImageData:
-    """Convert a Pillow image with its alpha, EXIF orientation and ICC profile.
+    """Convert a Pillow image with its alpha, EXIF orientation, ICC profile and metadata.
 
     Raises:
         ImageError: an unsupported mode, such as F.
     """
-    return _to_image_data(image, b"")
+    return _to_image_data(decode.decode_image(image))
 
 
-def _decode_file(data: bytes, name: str, convert: Callable[[Image.Image, bytes], T]) -> T:
+def _decode_file(data: bytes, name: str) -> Decoded:
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and unusual tags
-            return convert(Image.open(io.BytesIO(data), formats=tuple(READABLE)), data)
+            return decode.decode_file(data)
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and "HEIF" not in readable_formats():
+            raise ImageError(f"{name} is an HEIF image; to read it: pip install 'pisa_jax[heif]'") from None
         raise ImageError(f"{name} is not an image in a supported format ({', '.join(READABLE)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error} To allow more, set PIL.Image.MAX_IMAGE_PIXELS.") from None
@@ -69,31 +72,23 @@ def _decode_file(data: bytes, name: str, convert: Callable[[Image.Image, bytes],
     except MemoryError:
         raise
     except Exception as error:  # decoders raise arbitrary exceptions on damaged data
-        raise ImageError(f"{name} is damaged: {error or type(error).__name__}") from error
+        raise ImageError(f"{name} is damaged: {error_text(error)}") from error
 
 
-def _to_rgb8(image: Image.Image, data: bytes) -> RGB8:
-    values = decode.to_uint8(decode.decode_pixels(image, data).values)
-    return decode.upright(_three_channels(values), decode.exif_orientation(image))
-
-
-def _to_image_data(image: Image.Image, data: bytes) -> ImageData:
-    """Convert an opened image; `data` is the content of its file, or b""."""
-    notes, frames, image_format = (), getattr(image, "n_frames", 1), image.format or ""
-    if frames > 1 and image_format != "MPO":  # in which phones put previews behind the photograph
-        notes = (f"the file has {frames} frames or pages; only the first is used",)
-    pixels = decode.decode_pixels(image, data)
-    exif, exif_notes = decode.exif_block(image)
-    values, alpha, orientation = decode.to_unit(pixels.values), pixels.alpha, decode.exif_orientation(image)
+def _to_image_data(decoded: Decoded) -> ImageData:
+    pixels, (exif, other, exif_notes) = decoded.pixels, decoded.metadata
+    values, alpha = to_unit(pixels.values), pixels.alpha
     return ImageData(
-        rgb=decode.upright(_three_channels(values), orientation),
-        alpha=None if alpha is None else decode.upright(decode.to_unit(alpha), orientation),
+        rgb=upright(_three_channels(values), pixels.orientation),
+        alpha=None if alpha is None else upright(to_unit(alpha), pixels.orientation),
         gray=values.shape[-1] == 1,
         bits=pixels.bits,
         exif=exif,
         icc=pixels.icc,
-        format="jpeg" if image_format == "MPO" else image_format.lower(),
-        notes=(*notes, *exif_notes, *pixels.notes),
+        metadata=other,
+        format=decoded.format,
+        lossless=decoded.lossless,
+        notes=(*decoded.notes, *exif_notes, *pixels.notes),
     )
 
 

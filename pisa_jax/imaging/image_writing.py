@@ -5,9 +5,9 @@ import os
 import struct
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from pisa_jax.imaging import metadata
 from pisa_jax.imaging.encode import encode
 from pisa_jax.imaging.image_data import ImageData, ImageError, file_samples
 from pisa_jax.runtime.atomic_write import atomic_write
@@ -51,8 +51,8 @@ def write_image(path: str | os.PathLike, image: ImageData, quality: int = 95) ->
         raise ImageError(f"cannot write {path}: the image holds values that are not finite")
     try:
         image, notes = _adapt(image, kind)
-        data = encode(file_samples(image, image.bits), kind, quality, image.exif, image.icc)
-    except (ValueError, OSError, struct.error, cv2.error) as error:
+        data = encode(file_samples(image, image.bits), image, kind, quality)
+    except (ValueError, RuntimeError, OSError, struct.error) as error:
         raise ImageError(f"cannot write {path}: {error}") from error
     with atomic_write(path) as file:
         file.write_bytes(data)
@@ -61,10 +61,11 @@ def write_image(path: str | os.PathLike, image: ImageData, quality: int = 95) ->
 
 def _adapt(image: ImageData, kind: str) -> tuple[ImageData, tuple[str, ...]]:
     """Reduce an image to what the format `kind` can hold; also return notes on what was lost."""
-    notes, changes = [], {}
     largest, side = LARGEST_SIDE.get(kind), max(image.rgb.shape)
     if largest and side > largest:
         raise ImageError(f"{kind} allows at most {largest} pixels per side, not {side}; use png or tiff")
+    kept, lost = metadata.adapt(image.metadata, kind)
+    notes, changes = list(lost), {"metadata": kept}
     if kind == "jpeg" and image.alpha is not None:
         opacity = image.alpha[..., None]
         changes |= {"rgb": image.rgb * opacity + (1 - opacity), "alpha": None}
@@ -75,6 +76,6 @@ def _adapt(image: ImageData, kind: str) -> tuple[ImageData, tuple[str, ...]]:
     if kind == "jpeg" and len(image.exif or b"") > LARGEST_JPEG_EXIF:
         changes |= {"exif": None}
         notes.append(f"the EXIF data was dropped: {len(image.exif)} bytes, JPEG allows {LARGEST_JPEG_EXIF}")
-    if image.gray and (kind == "webp" or (image.bits == 16 and image.alpha is not None and kind in FORMATS_OF_16_BITS)):
+    if image.gray and kind == "webp":
         changes |= {"gray": False, "icc": None}  # not supported by the format: three equal sRGB channels
     return dataclasses.replace(image, **changes), tuple(notes)

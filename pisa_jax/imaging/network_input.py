@@ -2,15 +2,20 @@
 
 import dataclasses
 
+import cv2
 import numpy as np
 from jaxtyping import Float, Float32
 from PIL import Image
-from PIL.ExifTags import IFD, Base
 
+from pisa_jax.imaging import exif, xmp
 from pisa_jax.imaging.image_data import ImageData
 from pisa_jax.imaging.ranges import signed_to_unit, uint8_to_unit, unit_to_signed, unit_to_uint8
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601, as Pillow's mode "L"
+# Largest difference between the channels of a gray image; profiles and their conversion are not exact.
+COLORLESS = 1e-3
+# Pixels of less opacity change no background by more than one level, and formats store their colors inaccurately.
+INVISIBLE = 1.5 / 255
 METHODS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -35,6 +40,27 @@ class ResizePlan:
     padding: tuple[int, int]
 
 
+def visible_colors(image: ImageData) -> Float32[np.ndarray, "h w 3"]:
+    """Return the colors of an image, those of invisible pixels replaced by those of the nearest visible one.
+
+    Cut-outs are often black where they are transparent. Resizing and the network would carry this color into the
+    visible border.
+    """
+    if image.alpha is None:
+        return image.rgb
+    hidden = image.alpha < INVISIBLE
+    if not hidden.any() or hidden.all():
+        return image.rgb
+    _, labels = cv2.distanceTransformWithLabels(
+        hidden.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    nearest = np.zeros(labels.max() + 1, np.int64)
+    nearest[labels[~hidden]] = np.flatnonzero(~hidden)
+    rgb = image.rgb.copy()
+    rgb[hidden] = image.rgb.reshape(-1, 3)[nearest[labels[hidden]]]
+    return rgb
+
+
 def _resize8(image: Float[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float32[np.ndarray, "h2 w2 3"]:
     # Rounded to 8 bits along each axis, as in the original program: equal inputs give equal network inputs.
     resized = Image.fromarray(unit_to_uint8(image)).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -54,7 +80,7 @@ def prepare_input(
     """
     if not 1 <= scale < np.inf:
         raise ValueError(f"the upscale factor is {scale}; allowed are finite numbers of at least 1")
-    rgb, sides = np.clip(image.rgb, 0, 1), image.rgb.shape[:2]
+    rgb, sides = np.clip(visible_colors(image), 0, 1), image.rgb.shape[:2]
     exact8 = image.bits == 8 and image.icc is None  # color management gives values between the 8-bit levels
     upscale = _resize8 if exact8 else resize
     target = (round(sides[0] * scale), round(sides[1] * scale))
@@ -78,22 +104,14 @@ def finish_output(output: Float[np.ndarray, "h w 3"], plan: ResizePlan, image: I
     if plan.working != plan.target:
         rgb = resize(rgb, plan.target)
     rgb = np.clip(rgb, 0, 1)
-    if image.gray:
+    colors = visible_colors(image)
+    if image.gray or np.ptp(colors, axis=-1).max() < COLORLESS:
         rgb = np.repeat((rgb @ LUMA)[..., None], 3, -1)
-    beyond_srgb = image.rgb - np.clip(image.rgb, 0, 1)
+    beyond_srgb = colors - np.clip(colors, 0, 1)
     if beyond_srgb.any():
         rgb = rgb + resize(beyond_srgb, plan.target)
     alpha = None if image.alpha is None else np.clip(resize(image.alpha, plan.target), 0, 1)
-    exif = _exif_for_size(image.exif, plan.target) if image.exif else None
-    return dataclasses.replace(image, rgb=rgb, alpha=alpha, exif=exif)
-
-
-def _exif_for_size(exif: bytes, size: tuple[int, int]) -> bytes:
-    """Replace the image size in an EXIF block that has one."""
-    block = Image.Exif()
-    block.load(exif)
-    details = block.get_ifd(IFD.Exif)
-    for tag, side in ((Base.ExifImageHeight, size[0]), (Base.ExifImageWidth, size[1])):
-        if tag in details:
-            details[tag] = side
-    return block.tobytes()
+    block = exif.with_size(image.exif, *plan.target) if image.exif else None
+    packet = xmp.with_size(image.metadata.xmp, *plan.target) if image.metadata.xmp else None
+    metadata = image.metadata._replace(xmp=packet)
+    return dataclasses.replace(image, rgb=rgb, alpha=alpha, exif=block, metadata=metadata)

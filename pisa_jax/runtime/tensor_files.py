@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.torch_pickle import read_torch
 
 _SAFETENSORS_DTYPES = {
@@ -45,7 +46,9 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         state = state["state_dict"]
     tensors = state if isinstance(state, dict) else {}
     other = [
-        f"{name!r}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, np.ndarray)
+        f"'{excerpt(name)}': {type(value).__name__}"
+        for name, value in tensors.items()
+        if not isinstance(value, np.ndarray)
     ]
     if not tensors or other:
         found = f"{type(state).__name__} {{{', '.join(other[:5] + ['...'] * (len(other) > 5))}}}"
@@ -81,7 +84,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {excerpt(error, 300)}") from error
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -113,7 +116,9 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}; supported are {', '.join(_SAFETENSORS_DTYPES)}")
+            raise ValueError(
+                f"{path}: {excerpt(name)} is {entry['dtype']}; supported are {', '.join(_SAFETENSORS_DTYPES)}"
+            )
         first, last = (start + offset for offset in entry["data_offsets"])
         array = data[first:last].view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         tensors[name] = np.require(array, requirements="A")

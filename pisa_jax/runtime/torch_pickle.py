@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from pisa_jax.runtime.messages import excerpt
+
 # torch dtype -> (class of its storages in a pickle, numpy dtype). Only little-endian files are read.
 _DTYPES = {
     "float32": ("FloatStorage", np.dtype("<f4")),
@@ -58,11 +60,13 @@ def read_torch(path: str | Path) -> Any:
             data = np.frombuffer(mapped, np.uint8)
             return _read_zip(file, data) if mapped[:2] == b"PK" else _read_legacy(mapped, data)
     except UnsafePickleError as error:
-        raise UnsafePickleError(f"{path} was not loaded, and nothing in it was executed: {error}. {_ADVICE}.") from None
+        raise UnsafePickleError(
+            f"{path} was not loaded, and nothing in it was executed: {excerpt(error, 300)}. {_ADVICE}."
+        ) from None
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        raise ValueError(f"{path} is truncated or damaged: {excerpt(error, 300)}") from error
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as a torch file: {error}") from error
+        raise ValueError(f"{path} cannot be read as a torch file: {excerpt(error, 300)}") from error
 
 
 class _Reference(NamedTuple):
@@ -197,9 +201,10 @@ def _interpret(stream: BufferedIOBase | mmap.mmap, storage: Callable[[_Reference
         del stack[at:]
         return items
 
-    literals = "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
+    literals = "BININT BININT1 BININT2 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING"
     handlers: dict[str, Callable[[Any], object]] = {
         **dict.fromkeys(literals.split(), push),
+        **dict.fromkeys(["LONG1", "LONG4"], lambda number: push(_of_128_bits(number))),
         **dict.fromkeys(["PROTO", "FRAME"], lambda _: None),
         "NONE": lambda _: push(None),
         "NEWTRUE": lambda _: push(True),
@@ -232,6 +237,13 @@ def _interpret(stream: BufferedIOBase | mmap.mmap, storage: Callable[[_Reference
             handlers[opcode.name](arg)
     except (IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"the pickle is damaged ({type(error).__name__}: {error})") from error
+
+
+def _of_128_bits(number: int) -> int:
+    """Return an integer; Python refuses to print those of many digits, and their arithmetic takes time."""
+    if number.bit_length() > 128:
+        raise ValueError(f"an integer of {number.bit_length()} bits")
+    return number
 
 
 def _global(module: Any, name: Any) -> Any:

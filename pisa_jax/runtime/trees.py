@@ -54,7 +54,8 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the allowed name closest to `name`, or "" if none is close."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    # The time of a comparison grows with the square of the length, and names may come from a damaged file.
+    close = difflib.get_close_matches(name, list(allowed), n=1) if len(name) < 200 else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

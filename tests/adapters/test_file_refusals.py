@@ -217,3 +217,52 @@ def test_adapters_are_checked_against_the_base_model():
     assert f"pix: {CONV}/b (1, 1, 2, 7), expected (1, 1, 2, 8)" in str(error.value)
     with pytest.raises(ValueError, match=r"expected \(5, 2\)"):
         check_adapters(trees, specs, {**KERNELS, "mid_block/resnets_0/conv_shortcut": (5, 7)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model": ["x"]}, "base_model ['x'] is no name"),
+        ({"adapters": {"pix": {"rank": 4, "alpha": 8, "decomposition": 5}}}, "decomposition 5 is no name"),
+        ({"adapters": {"pix": {"rank": 4, "alpha": 8, "targets": "a{" + "9" * 30 + "}"}}}, "OverflowError"),
+        ({"adapters": {"pix": {"rank": 4, "alpha": 8, "x" * 10**5: 1}}}, "characters)"),
+    ],
+)
+def test_metadata_of_a_damaged_file_gives_one_short_sentence(change, message, tmp_path):
+    save_adapters(tmp_path / "x.safetensors", random_adapters())
+    tensors, metadata = read_tensors(tmp_path / "x.safetensors"), read_metadata(tmp_path / "x.safetensors")
+    text = json.dumps(json.loads(metadata["pisa_jax"]) | change)
+    for content, part in ((text, message), (text[:-1] + ', "deep": ' + "[" * 10**5 + "]" * 10**5 + "}", "Recursion")):
+        write_safetensors(tmp_path / "x.safetensors", tensors, {"pisa_jax": content})
+        with pytest.raises(ValueError, match=r"x\.safetensors: its metadata") as error:
+            load_adapters(tmp_path / "x.safetensors")
+        assert part in str(error.value)
+        assert len(str(error.value)) < 600
+
+
+def test_names_with_control_characters_and_endless_names(tmp_path):
+    adapters = random_adapters()
+    for name, shown in (("pix\x1b[31m\n", r"pix\x1b[31m\n"), ("x" * 10**5, "... (100000 characters)")):
+        path = rewrite(tmp_path / "x.safetensors", ours(adapters) | {name: np.ones(2)}, adapters)
+        with pytest.raises(ValueError, match="is not an adapter key") as error:
+            load_adapters(path)
+        assert shown in str(error.value)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 1000
+
+
+def test_loha_with_the_factors_of_lora(tmp_path):
+    adapters = random_adapters()
+    specs = {name: AdapterSpec(decomposition="loha", rank=2) for name in adapters.specs}
+    path = rewrite(tmp_path / "x.safetensors", ours(adapters), adapters._replace(specs=specs))
+    unfit(path, f"missing {CONV}/a1")
+
+
+def test_module_lists_and_ranks_of_a_damaged_checkpoint():
+    doubled = ()
+    for _ in range(64):  # whose text would have 2^64 parentheses
+        doubled = (doubled, doubled)
+    with pytest.raises(ValueError, match="x: unet_lora_encoder_modules_pix, expected names of modules, found: tuple"):
+        pisa_sr_file.unpack_pickle("x", published(unet_lora_encoder_modules_pix=[doubled]))
+    with pytest.raises(ValueError, match="x: lora_rank_unet_sem is -1, expected a positive integer"):
+        pisa_sr_file.unpack_pickle("x", published(lora_rank_unet_sem=-1))

@@ -166,3 +166,18 @@ def test_load_errors_are_reported_in_one_line(infer, model, tmp_path):
 def test_vae_tile_flags_of_the_original_program(arguments, tile):
     args = infer_program.parser().parse_args(["-i", "a.png", "-o", "out", *arguments])
     assert infer_program.choose_vae_tile(args) == tile
+
+
+def test_without_a_folder_for_the_compilation_cache(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for home, reason in ((lambda: tmp_path / "file", "Not a directory"), (no_home, "home directory")):
+        monkeypatch.setattr(infer_program.Path, "home", home)
+        infer_program.enable_compilation_cache(None)
+        error = capsys.readouterr().err
+        assert "compiled functions are not kept" in error
+        assert reason in error

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT
 from PIL import Image
 
 from pisa_jax.cli import infer, infer_files
@@ -279,6 +279,14 @@ def test_names_that_the_file_system_does_not_allow_are_refused_before_the_work(t
 def test_an_enormous_scale_is_a_failure_of_the_file(tmp_path):
     [report] = run([save(tmp_path / "a.png")], tmp_path / "out", scale=1e308)
     assert report.outcome == "failed"
+
+
+def test_the_name_of_a_tiff_that_only_the_decoder_reads(tmp_path):
+    source = DATA / "field" / "planar16.tif"
+    [file] = make_plan([source], UpscaleOptions(tmp_path)).files
+    assert file.outputs == [tmp_path / "planar16.tiff"]
+    [report] = run([source], tmp_path)
+    assert (report.outcome, report.outputs) == ("ok", [str(tmp_path / "planar16.tiff")])
 
 
 def test_content_of_another_format_than_the_header_gets_a_name_of_its_own(tmp_path, monkeypatch):

@@ -21,11 +21,11 @@ def touch(*paths):
 def test_hidden_entries_other_files_and_folders_with_suffixes_are_ignored(tmp_path):
     taken = ("a.png", "sub/B.JPG", "sub/deep/c.avif", "x.png/d.jfif")
     touch(*(tmp_path / name for name in taken))
-    for name in (".ipynb_checkpoints/a-checkpoint.png", "sub/.Trash/b.png", "._a.png", "notes.txt", "raw.heic", "none"):
+    for name in (".ipynb_checkpoints/a-checkpoint.png", "sub/.Trash/b.png", "._a.png", "notes.txt", "raw.jxl", "none"):
         touch(tmp_path / name)
     names, ignored = list_tree(tmp_path)
     assert names == tuple(sorted(taken))
-    assert ignored == {"hidden": 3, ".txt": 1, ".heic": 1, "without suffix": 1}
+    assert ignored == {"hidden": 3, ".txt": 1, ".jxl": 1, "without suffix": 1}
 
 
 def test_every_folder_is_listed_once_under_its_own_name(tmp_path):
@@ -80,6 +80,6 @@ def test_one_line_reports_what_was_taken_and_ignored(tmp_path, caplog):
 
 
 def test_the_error_about_a_folder_without_images_names_what_it_holds(tmp_path):
-    touch(*(tmp_path / f"{index}.heic" for index in range(3)), *(tmp_path / f"x.{index}" for index in range(9)))
-    with pytest.raises(ValueError, match=r"no images in .* \(3 \.heic, 1 \.0, .*, 2 of other kinds ignored\)"):
+    touch(*(tmp_path / f"{index}.jxl" for index in range(3)), *(tmp_path / f"x.{index}" for index in range(9)))
+    with pytest.raises(ValueError, match=r"no images in .* \(3 \.jxl, 1 \.0, .*, 2 of other kinds ignored\)"):
         image_names(tmp_path)

@@ -76,8 +76,8 @@ def test_icc_profiles_are_applied_as_in_inference(tmp_path):
 
 
 def test_files_that_cannot_be_decoded_raise_oserror_with_their_name(tmp_path):
-    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(OSError, match=r"float\.tiff: holds F pixels"):
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "deep.tiff")
+    with pytest.raises(OSError, match=r"deep\.tiff: holds signed integers of 32 bits"):
         folder_source(tmp_path)[0]
     (tmp_path / "list.txt").write_text("missing.png\n")
     with pytest.raises(OSError, match=r"missing\.png"):

@@ -357,3 +357,10 @@ def test_read_tensors_accepts_only_flat_dicts_of_tensors(body, message, tmp_path
     path = torch_file(tmp_path / "x.pth", "zip", pickle_of(body), {"0": FOUR})
     with pytest.raises(ValueError, match=message):
         read_tensors(path)
+
+
+def test_an_integer_of_thousands_of_digits(tmp_path):
+    """Python refuses to print it, also in a message."""
+    path = torch_file(tmp_path / "x.pth", "zip", pickle_of({10**5000: 1}))
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read as a torch file: an integer of 16610 bits"):
+        read_torch(path)
