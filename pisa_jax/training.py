@@ -2,18 +2,13 @@
 
 import contextlib
 import functools
-import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from pisa_jax.adapters import files, injection, registry
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
@@ -22,18 +17,18 @@ from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
-from pisa_jax.metrics import lpips, validation
-from pisa_jax.model import BaseModel, LoadedModel
+from pisa_jax.metrics import validation
+from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
-from pisa_jax.runtime.checkpoint import Checkpoints, Progress, claim_run_directory
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory
 from pisa_jax.runtime.run_log import RunLog
-from pisa_jax.sd import pretrained, random_model
+from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.train_step import Batch, Objective, State, init_state, jit_train_step, make_frozen
+from pisa_jax.training_model import check, load_model, load_perceptual, make_random_model, random_shapes
 
 ADAPTERS_FILE = "adapters.safetensors"
-# Size of the model that `model="random"` makes.
-RANDOM_SIZE = "nano"
 
 
 class Stop(Exception):
@@ -54,7 +49,8 @@ class Run(NamedTuple):
     validation: list[validation.ValidationImage]
     # None in all processes but the first.
     log: RunLog | None
-    terminated: threading.Event
+    # None: signals are not handled, or (with several processes) by jax.distributed.
+    stop: StopSignals | None
 
     @property
     def total(self) -> int:
@@ -66,42 +62,56 @@ class Run(NamedTuple):
         return sum(stage.steps for stage in self.config.stages[:index])
 
 
-def train(config: Config, resume: bool = False, overwrite: bool = False, *, model: LoadedModel | None = None) -> Path:
+def train(
+    config: Config,
+    resume: bool = False,
+    overwrite: bool = False,
+    *,
+    model: LoadedModel | None = None,
+    stop: StopSignals | None = None,
+) -> Path:
     """Train all stages, or the rest of a resumed run; returns the path of the exported adapters.
 
-    `model` takes the place of the one that `config.model` names.
+    `model` takes the place of the one that `config.model` names. The run is saved and ends after `stop` has received a
+    signal.
 
     Raises:
         ValueError, OSError: unusable input, before anything is trained.
-        FloatingPointError: too many steps in a row were not finite.
-        Stop: SIGTERM was received and the run is saved.
+        FloatingPointError: too many steps in a row were not finite, or the trained adapter is not.
+        Stop: a signal was received and the run is saved.
     """
-    terminated = _on_sigterm()
-    # Validate everything before creating the run directory.
+    # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
+    check_run_directory(config, resume, overwrite)
     mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
     batches = training_loader(config)
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     if model is None and config.model != "random":
         model = load_model(config, config.model)
-    check(config, model.base if model else random_model.base_model_of_size(RANDOM_SIZE), mesh)
-    folder = claim_run_directory(config, resume, overwrite)
-    model = model or load_model(config, make_random_model(config, folder))
-    if batches.prompts and jax.process_index() == 0:
-        report_long_prompts(batches.prompts, model.count_tokens, model.tokenize([""]).shape[1])
-    checkpoints = Checkpoints(folder)
-    first = (checkpoints.latest or 0) if resume else 0
-    total = sum(stage.steps for stage in config.stages)
-    log = RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
-    run = Run(config, folder, mesh, model, perceptual, batches, checkpoints, images, log, terminated)
+    check(config, *((model.base, model.params["unet"]) if model else random_shapes()), mesh)
     with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
-        for opened in (log, checkpoints, batches) if log else (checkpoints, batches):
-            closing.callback(opened.close)
+        closing.callback(batches.close)
+        folder = claim_run_directory(config, resume, overwrite, closing)
+        model = model or load_model(config, make_random_model(config, folder))
+        if batches.prompts and jax.process_index() == 0:
+            report_long_prompts(batches.prompts, model.count_tokens, model.tokenize([""]).shape[1])
+        checkpoints = Checkpoints(folder)
+        closing.callback(checkpoints.close)
+        first = (checkpoints.recover() or 0) if resume else 0
+        total = sum(stage.steps for stage in config.stages)
+        log = RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
+        if log:
+            closing.callback(log.close)
+            if resume:
+                log.print_line(f"continuing after step {first} of {total}")
         closing.enter_context(jax.set_mesh(mesh))
+        run = Run(config, folder, mesh, model, perceptual, batches, checkpoints, images, log, stop)
         index, trained, state = restore_run(run) if first else (0, {}, None)
         for position in range(index, len(config.stages)):
             state = train_stage(run, position, trained, state if position == index else None)
-            trained[config.stages[position].adapter] = jax.device_get(exported(state))
+            adapter = config.stages[position].adapter
+            trained[adapter] = jax.device_get(exported(state))
+            require_finite(run, adapter, trained[adapter])
             if jax.process_index() == 0:
                 export(run, trained)
     return folder / ADAPTERS_FILE
@@ -138,6 +148,8 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     step = int(state.step)
     if before + step == 0:  # the base model without any adapter
         validate(0)
+    if stop_received(run):  # before the first step of this start, which would be compiled first
+        raise Stop(f"stopped at step {before + step} of {run.total}; continue with --resume")
     while step < stage.steps:
         start = time.perf_counter()
         batch = place_batch(run, next(run.loader))
@@ -152,8 +164,7 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
             validate(before + step)
         stop = asked_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
-            adapters = {**trained, stage.adapter: exported(state)}
-            run.checkpoints.save(before + step, adapters, state, Progress(index, run.loader.get_state()))
+            save(run, index, trained, state)
         if stop and before + step < run.total:
             raise Stop(f"stopped and saved at step {before + step} of {run.total}; continue with --resume")
     return state
@@ -206,11 +217,9 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
     if run.log:
         run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
     if values["bad_streak"] >= run.config.max_bad_steps:
-        latest = run.checkpoints.latest
-        intact = "No checkpoint was written yet" if latest is None else f"Checkpoint {latest} is intact"
         raise FloatingPointError(
-            f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite. "
-            f"{intact}; lower the learning rate, or use float32"
+            f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+            f"{how_to_continue(run)}"
         )
 
 
@@ -224,24 +233,51 @@ def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
         run.log.print_line(f"step {step}: validation {values}")
 
 
+def stop_received(run: Run) -> bool:
+    """Return True if this process received a signal to stop."""
+    return run.stop is not None and run.stop.received is not None
+
+
 def asked_to_stop(run: Run, step: int) -> bool:
-    """Report whether SIGTERM was received; several processes agree on one step."""
-    if jax.process_count() == 1:
-        return run.terminated.is_set()
-    return run.checkpoints.preempted(step)
-
-
-def _on_sigterm() -> threading.Event:
-    event = threading.Event()
-    # With several processes, jax.distributed has its own handler and the processes agree on a step.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
+    """Return True if the run stops after this step because of a signal; several processes agree on one step."""
+    return stop_received(run) if jax.process_count() == 1 else run.checkpoints.preempted(step)
 
 
 def exported(state: State) -> AdapterTree:
     """Return the adapter that inference will use: the moving average where there is one."""
     return state.adapter if state.ema is None else state.ema
+
+
+def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) -> None:
+    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages.
+
+    Raises:
+        FloatingPointError: the adapter is not finite: a run that continues from it could not recover.
+        OSError: the checkpoint cannot be written.
+    """
+    adapter = run.config.stages[index].adapter
+    require_finite(run, adapter, jax.device_get(state.adapter))
+    require_finite(run, adapter, jax.device_get(exported(state)))
+    progress = Progress(index, run.loader.get_state())
+    step = run.before(index) + int(state.step)
+    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
+
+
+def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
+    """Raise FloatingPointError if an adapter that would be saved or exported has values that are not finite."""
+    broken = [path for path, factors in tree.items() if not all(np.isfinite(f).all() for f in jax.tree.leaves(factors))]
+    if broken:
+        raise FloatingPointError(
+            f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
+            f"{broken[0]}, and is neither saved nor exported; {how_to_continue(run)}"
+        )
+
+
+def how_to_continue(run: Run) -> str:
+    """Describe for an error message how to continue after values that are not finite."""
+    latest = run.checkpoints.latest
+    intact = "no checkpoint was written yet" if latest is None else f"checkpoint {latest} is intact"
+    return f"{intact}; continue with --resume and a lower learning rate, or with float32"
 
 
 def export(run: Run, trained: dict[str, AdapterTree]) -> None:
@@ -269,8 +305,17 @@ def make_state(run: Run, index: int, unet: Any) -> State:
 
 
 def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
-    """Restore the newest checkpoint: its stage, the adapters finished before that stage, and the training state."""
+    """Restore the newest sound checkpoint: its stage, the adapters finished before it, and the training state.
+
+    Raises:
+        ValueError: the checkpoint belongs to a longer run, or to other data or adapters.
+    """
     progress = run.checkpoints.progress()
+    if (latest := run.checkpoints.latest or 0) > run.total:
+        raise ValueError(
+            f"checkpoint {latest} is from a later step than the {run.total} steps of this run; move it to another "
+            "folder to continue from an older one"
+        )
     run.loader.set_state(progress.loader)
     replicated = distributed.replicated(run.mesh)
 
@@ -291,33 +336,6 @@ def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     layout = distributed.batch_sharding(run.mesh)
     arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
-
-
-def load_model(config: Config, model: str | Path) -> LoadedModel:
-    """Load a base model that computes in the dtypes of the run."""
-    return pretrained.load_pretrained(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
-
-
-def make_random_model(config: Config, folder: Path) -> Path:
-    """Write a random base model into the run directory, from one process, unless it exists; returns its folder."""
-    made = folder / "model"
-    if jax.process_index() == 0 and not made.exists():
-        unfinished = made.with_suffix(".part")  # left over by a killed run, or ours
-        shutil.rmtree(unfinished, ignore_errors=True)
-        random_model.write_random_model(unfinished, RANDOM_SIZE, config.seed)
-        unfinished.rename(made)
-    multihost_utils.sync_global_devices("model written")
-    return made
-
-
-def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
-    """Load the weights of the perceptual loss onto every device; None where no stage uses it."""
-    if not any(stage.perceptual for stage in config.stages):
-        return None
-    weights = lpips.load_weights(config.perceptual_weights, config.perceptual)
-    if jax.process_index() == 0:
-        print(f"perceptual loss: {lpips.distance_name(weights)}")
-    return jax.tree.map(lambda leaf: distributed.make_global_arrays(leaf, distributed.replicated(mesh)), weights)
 
 
 def training_source(config: Data) -> sources.Source:
@@ -349,29 +367,3 @@ def training_loader(config: Config) -> loader.Loader:
     )
     batches.check_files()
     return batches
-
-
-def check(config: Config, base: BaseModel, mesh: jax.sharding.Mesh) -> None:
-    """Check the config against the model and the mesh.
-
-    Raises:
-        ValueError: an unknown decomposition, a crop that is not a multiple of the VAE's scale factor or is smaller
-            than `latent_window`, or a batch that cannot be divided over the devices.
-    """
-    if config.data.crop % base.vae_scale_factor:
-        raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
-    latents = config.data.crop // base.vae_scale_factor
-    for stage in config.stages:
-        registry.import_decomposition(stage.spec.decomposition)
-        registry.get_decomposition(stage.spec)
-        if stage.latent_window > latents:
-            raise ValueError(
-                f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "
-                f"a crop of {config.data.crop} pixels"
-            )
-    parts = mesh.size * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be divided over {mesh.size} devices x accumulate "
-            f"{config.accumulate}: give a multiple of {parts}"
-        )

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,14 @@ MOST_WORKERS = 4  # each needs about 3 GB
 def shared_data(relative: str) -> Path:
     """Path of images that are not in the repository. Mark the test `external`."""
     return SHARED / "data" / relative
+
+
+@pytest.fixture
+def interruptible():
+    """Let SIGINT reach this process and its children also where the tests run in the background of a shell script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation file_identity messages run_log torch_layout trees | torch_pickle | "
-    "tensor_files checkpoint | distributed",
+    "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
+    "checksums run_directory run_log torch_pickle | checkpoint tensor_files | distributed",
     "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
@@ -28,8 +28,9 @@ ROOMS = {
     "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",
     "weights": "",
     "inference": "",
+    "training_model": "",
     "training": "",
-    "cli": "arguments console infer_names output_files | infer_plan | "
+    "cli": "arguments infer_names output_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect",
     "__main__": "",
 }

@@ -122,8 +122,13 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
         training.train(config(tmp_path / "crop", "--data.crop", 34))
     with pytest.raises(ValueError, match="stage pix: latent_window 9 is more than the 8 latents along a crop of 32"):
         training.train(config(tmp_path / "window", "--stages.0.latent-window", 9))
+    with pytest.raises(ValueError, match="stage sem: targets: the pattern 'nosuchlayer' matches none of"):
+        training.train(config(tmp_path / "targets", "--stages.1.spec.targets", "nosuchlayer"))
+    with pytest.raises(ValueError, match=r"data\.crop 4 is too small for the perceptual loss"):
+        training.train(config(tmp_path / "small", "--data.crop", 4))
     with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 8 devices"):
         training.train(config(tmp_path / "batch", "--mesh-data", -1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
@@ -140,7 +145,7 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config(run))))
     (run / "old").touch()
     training.claim_run_directory(config(run), resume=False, overwrite=True)
-    assert [path.name for path in run.iterdir()] == ["config.json"]
+    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
     killed = tmp_path / "killed"  # while it wrote its first file
     killed.mkdir()
     (killed / ".0f.json").touch()
@@ -247,12 +252,13 @@ def test_killed_at_any_point_it_still_ends_with_the_same_adapters(whole, tmp_pat
     assert (out / training.ADAPTERS_FILE).read_bytes() == whole.read_bytes()
 
 
-def test_sigterm_saves_and_exits(whole, tmp_path):
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_saves_and_exits(whole, tmp_path):
     out = tmp_path / "run"
     process = Training(out, "--stages.0.steps", 500, "--save-every", 500)
     process.wait_for("step 2/502")
-    process.send_signal(signal.SIGTERM)
-    errors = ended(process, 143)
+    process.send_signal(signal.SIGINT)
+    errors = ended(process, 130)
     (latest,) = complete(out)
     assert 2 <= latest < 500
     assert f"stopped and saved at step {latest} of 502; continue with --resume" in errors

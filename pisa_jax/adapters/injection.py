@@ -38,7 +38,10 @@ def check_spec(params: Mapping[str, Any], spec: AdapterSpec) -> None:
     Raises:
         ValueError: unknown decomposition or option, layers that it cannot adapt, or patterns that match no layer.
     """
-    shapes = target_shapes(params, spec.targets)
+    try:
+        shapes = target_shapes(params, spec.targets)
+    except ValueError as error:
+        raise ValueError(f"targets: {error}") from error
     check_ranks(spec, list(shapes))
     expected_factors(spec, shapes)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.messages import error_text
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
@@ -48,6 +49,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> int:
     """Run the command line; returns the exit code."""
+    show_any_name()
     p = parser(prog)
     args = p.parse_args(argv)
     target = Path(args.target)
@@ -59,12 +61,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr convert") -> in
         adapters = read(args.source, args.model, args.adapter)
         write(target, adapters, args)
     except (ValueError, OSError) as error:
-        print(f"{prog}: {error_text(error)}", file=sys.stderr)
+        say(f"{prog}: {error_text(error)}", sys.stderr)
         return 1
     from pisa_jax.adapters.adapter_tree import summary
 
     files = target.iterdir() if target.is_dir() else [target]
-    print(f"{target}: {sum(map(os.path.getsize, files)):,} bytes, {args.to}\n{summary(adapters)}")
+    say(f"{target}: {sum(map(os.path.getsize, files)):,} bytes, {args.to}\n{summary(adapters)}", sys.stdout)
     return 0
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_data import from_array
@@ -27,6 +26,7 @@ from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_reading import read_rgb8
 from pisa_jax.imaging.image_writing import write_image
 from pisa_jax.imaging.ranges import uint8_to_unit
+from pisa_jax.runtime.console import progress_bar, say, show_any_name
 from pisa_jax.runtime.file_identity import file_id, is_inside, probe_names
 from pisa_jax.runtime.messages import error_text
 

@@ -17,7 +17,6 @@ import cv2
 
 from pisa_jax import __version__
 from pisa_jax.cli.arguments import integer_at_least, scales, seed, upscale_factor
-from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.cli.output_files import check_output_files
 from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_writing import WRITABLE
@@ -25,6 +24,7 @@ from pisa_jax.metrics import registry, report
 from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
 from pisa_jax.metrics.pairing import EvaluationItem, pair_files
 from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.console import progress_bar, say, show_any_name
 from pisa_jax.runtime.messages import error_text
 
 # File name suffixes that --plot and --sheet can write.

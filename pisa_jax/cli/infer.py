@@ -20,9 +20,9 @@ from pisa_jax.cli.arguments import (
     seed,
     upscale_factor,
 )
-from pisa_jax.cli.console import progress_bar, say, show_any_name
 from pisa_jax.cli.output_files import check_output_files
 from pisa_jax.config import Scales, check_scales
+from pisa_jax.runtime.console import progress_bar, say, show_any_name
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
 if TYPE_CHECKING:

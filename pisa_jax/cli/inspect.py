@@ -10,6 +10,7 @@ import numpy as np
 
 from pisa_jax.adapters.adapter_tree import summary
 from pisa_jax.cli.convert import read
+from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.runtime.trees import flatten
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr inspect") -> int:
     """Run the command line; returns 0, or 1 if a file cannot be read or two files differ."""
+    show_any_name()
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Print the adapters of a file of any format that `pisa-sr convert` reads: decomposition, rank, "
@@ -31,16 +33,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr inspect") -> in
     try:
         found = [read(path, args.model, None) for path in (args.file, args.other) if path]
     except (ValueError, OSError) as error:
-        print(f"{prog}: {error_text(error)}", file=sys.stderr)
+        say(f"{prog}: {error_text(error)}", sys.stderr)
         return 1
     for path, adapters in zip((args.file, args.other), found, strict=False):
-        print(f"{path}\n{summary(adapters)}")
+        say(f"{path}\n{summary(adapters)}", sys.stdout)
         for name, tree in adapters.trees.items():
-            print(f"  {name}, norm of the factors: {norms(tree)}")
+            say(f"  {name}, norm of the factors: {norms(tree)}", sys.stdout)
     if len(found) < 2:
         return 0
     lines = differences(*found)
-    print("\n".join(lines) if lines else "no differences")
+    say("\n".join(lines) if lines else "no differences", sys.stdout)
     return 1 if lines else 0
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pisa_jax.data.sources import FileSource, folder_source, pair_source
+from pisa_jax.runtime.console import say, show_any_name
 
 
 def readable_indices(source: FileSource, warn: Callable[[str], None]) -> list[int]:
@@ -113,25 +114,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr prepare") -> in
 
     Wrong usage exits with 2.
     """
+    show_any_name()
     arguments = _parse(argv, prog)
     final = arguments.out / arguments.name
     try:
         clean(final)
         if final.exists() and not arguments.overwrite:
-            print(f"{prog}: {final} exists; add --overwrite to replace it, or choose another --name", file=sys.stderr)
+            say(f"{prog}: {final} exists; add --overwrite to replace it, or choose another --name", sys.stderr)
             return 2
         source = (pair_source if arguments.paired else folder_source)(arguments.folder)
-        readable = readable_indices(source, lambda problem: print(f"skipped: {problem}", file=sys.stderr))
+        readable = readable_indices(source, lambda problem: say(f"skipped: {problem}", sys.stderr))
         if not readable:
             raise ValueError(f"none of the {len(source)} images of {arguments.folder} can be read")
         folder = pack(source, readable, arguments.out, arguments.name, arguments.split)
     except (OSError, ValueError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; nothing was written", file=sys.stderr)
+        say(f"{prog}: interrupted; nothing was written", sys.stderr)
         return 130
     skipped = len(source) - len(readable)
-    print(f"{folder}: {len(readable)} {'pairs' if arguments.paired else 'images'}, {skipped} skipped")
-    print(f"use it with: pisa-sr train CONFIG --data.source tfds --data.path {folder}")
+    say(f"{folder}: {len(readable)} {'pairs' if arguments.paired else 'images'}, {skipped} skipped", sys.stdout)
+    say(f"use it with: pisa-sr train CONFIG --data.source tfds --data.path {folder}", sys.stdout)
     return 1 if skipped else 0

@@ -1,8 +1,10 @@
 """Train adapters: `python train.py configs/sd21.py --data.source folder --data.path DIR`; `--help` lists all fields."""
 
+import contextlib
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ import tyro
 
 import pisa_jax
 from pisa_jax.config import Config
+from pisa_jax.runtime.console import say, show_any_name
+from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.trees import suggest
 
 USAGE = """usage: {prog} CONFIG [--resume | --overwrite] [--FIELD VALUE ...]
@@ -80,7 +84,8 @@ def _all_but_abandoned_writes(unraisable):
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Run the command; returns 0 (trained), 1 (failed), 2 (wrong usage), 130 (interrupted) or 143 (SIGTERM, saved)."""
+    """Run the command; returns 0 (trained), 1 (failed), 2 (wrong usage), 130 (SIGINT) or 143 (SIGTERM)."""
+    show_any_name()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("pisa_jax").setLevel(logging.INFO)
     # When a checkpoint cannot be written, orbax logs the traceback of an error that it also raises, asyncio logs each
@@ -91,24 +96,32 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         config, switches = read(sys.argv[1:] if argv is None else argv, prog)
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        say(f"{prog}: {error}", sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return _train(config, "--resume" in switches, "--overwrite" in switches, prog)
+    except KeyboardInterrupt:  # at the start, or in one of several processes
+        say(f"{prog}: interrupted; continue from the newest checkpoint with --resume", sys.stderr)
+        return 130
+
+
+def _train(config: Config, resume: bool, overwrite: bool, prog: str) -> int:
+    import jax
+
     from pisa_jax.runtime import distributed
 
     distributed.initialize()
     from pisa_jax import training
 
-    try:
-        adapters = training.train(config, "--resume" in switches, "--overwrite" in switches)
-        print(f"adapters in {adapters}")
-    except training.Stop as stop:
-        print(f"{prog}: {stop}", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; continue from the newest checkpoint with --resume", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
+    # With several processes, jax.distributed handles SIGTERM, and the processes agree on a step.
+    with contextlib.nullcontext() if jax.process_count() > 1 else StopSignals() as stop:
+        try:
+            say(f"adapters in {training.train(config, resume, overwrite, stop=stop)}", sys.stdout)
+        except training.Stop as stopped:
+            say(f"{prog}: {stopped}", sys.stderr)
+            return 128 + (stop.received if stop else signal.SIGTERM)
+        except (OSError, ValueError, FloatingPointError) as error:
+            say(f"{prog}: {error}", sys.stderr)
+            return 1
     return 0

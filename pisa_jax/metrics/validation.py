@@ -1,5 +1,6 @@
 """Validation of a training run on fixed images: metrics and a contact sheet."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from PIL import Image
 from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import AdapterSpec, Stage, Validation
 from pisa_jax.data.degradation import degrade
-from pisa_jax.data.sources import folder_source, pair_source
+from pisa_jax.data.sources import Source, folder_source, pair_source
 from pisa_jax.imaging.contact_sheet import contact_sheet
 from pisa_jax.imaging.ranges import signed_to_uint8, uint8_to_signed, uint8_to_unit, unit_to_uint8
 from pisa_jax.metrics import lpips, psnr_ssim
 from pisa_jax.model import BaseModel, Params, predict
+
+logger = logging.getLogger(__name__)
 
 
 class ValidationImage(NamedTuple):
@@ -31,27 +34,41 @@ class ValidationImage(NamedTuple):
 def validation_images(config: Validation, crop: int) -> list[ValidationImage]:
     """Read the validation images: the center `crop` x `crop` of each, degraded with its index as seed unless paired.
 
+    Images that are unreadable or smaller than the crop are reported and skipped.
+
     Raises:
-        ValueError: an image is smaller than the crop.
-        OSError: an image cannot be read.
+        ValueError: there is no image, or none can be used.
     """
     if config.path is None:
         return []
     source = (pair_source if (Path(config.path) / "lq").is_dir() else folder_source)(config.path)
-    images = []
-    for index in range(min(config.count, len(source))):
-        record = source[index]
-        height, width, _ = record.image.shape
-        if min(height, width) < crop:
-            raise ValueError(f"validation image {record.path} is {width} x {height}, smaller than data.crop {crop}")
-        y, x = (height - crop) // 2, (width - crop) // 2
-        gt = record.image[y : y + crop, x : x + crop]
-        if record.lq is not None:
-            lq = record.lq[y : y + crop, x : x + crop]
-        else:
-            lq = unit_to_uint8(degrade(uint8_to_unit(gt), np.random.default_rng(index)))
-        images.append(ValidationImage(record.path, lq, gt))
+    images, skipped = [], []
+    for index in range(len(source)):
+        if len(images) == config.count:
+            break
+        try:
+            images.append(_validation_image(source, index, crop))
+        except (OSError, ValueError) as error:
+            skipped.append(str(error))
+            logger.warning("skipped validation image: %s", error)
+    if not images:
+        raise ValueError(
+            f"validation.path {config.path}: none of its {len(source)} images can be used, such as: {skipped[0]}"
+        )
     return images
+
+
+def _validation_image(source: Source, index: int, crop: int) -> ValidationImage:
+    record = source[index]
+    height, width, _ = record.image.shape
+    if min(height, width) < crop:
+        raise ValueError(f"{record.path} is {width} x {height}, smaller than data.crop {crop}")
+    y, x = (height - crop) // 2, (width - crop) // 2
+    gt = record.image[y : y + crop, x : x + crop]
+    if record.lq is not None:
+        return ValidationImage(record.path, record.lq[y : y + crop, x : x + crop], gt)
+    lq = unit_to_uint8(degrade(uint8_to_unit(gt), np.random.default_rng(index)))
+    return ValidationImage(record.path, lq, gt)
 
 
 def upscale_image(

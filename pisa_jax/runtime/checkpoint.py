@@ -1,10 +1,10 @@
-"""Run directories: the config of a run, its orbax checkpoints, and the rules for new, resumed and overwritten runs."""
+"""The orbax checkpoints of a run: asynchronous writes, checksums, and recovery from damaged checkpoints."""
 
 import contextlib
-import dataclasses
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,23 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from pisa_jax.config import Config
-from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from pisa_jax.runtime.messages import error_text
 
-# Config fields that may change when a run is resumed: they do not affect the result. A different mesh changes the
-# adapters only by rounding.
-CHANGEABLE_FIELDS = (
-    "out",
-    "mesh_data",
-    "mesh_fsdp",
-    "log_every",
-    "save_every",
-    "validation",
-    "data/workers",
-    "max_bad_steps",
-)
-CONFIG_FILE = "config.json"
+logger = logging.getLogger(__name__)
+
+# Items of a checkpoint that hold arrays.
+ARRAYS = ("adapters", "state")
 
 
 class Progress(NamedTuple):
@@ -39,96 +29,25 @@ class Progress(NamedTuple):
     loader: dict[str, Any]
 
 
-def claim_run_directory(config: Config, resume: bool, overwrite: bool) -> Path:
-    """Create the run directory `config.out` with the config in it, or check it for `resume`; returns its path.
-
-    Only process 0 accesses the directory; the others wait for its result.
-
-    Raises:
-        FileExistsError: the directory holds a run and neither flag is given, or it holds other files.
-        FileNotFoundError: there is no run to resume.
-        ValueError: both flags, or a resumed run whose config differs in more than `CHANGEABLE_FIELDS`.
-        OSError: the directory cannot be written, or process 0 failed.
-    """
-    folder, error = Path(config.out), None
-    if jax.process_index() == 0:
-        try:
-            _prepare(folder, json.loads(json.dumps(dataclasses.asdict(config))), resume, overwrite)
-        except (OSError, ValueError) as raised:
-            error = raised
-    failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
-    if failed:
-        raise error or OSError(f"the run directory {folder} could not be created; process 0 reports the reason")
-    return folder
-
-
-def _prepare(folder: Path, content: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
-    saved = folder / CONFIG_FILE
-    if resume:
-        if not saved.exists():
-            raise FileNotFoundError(f"nothing to resume: {folder} is not a run directory (it has no {CONFIG_FILE})")
-        check_same_config(json.loads(saved.read_text()), content)
-        return
-    # A run that was killed at its start may leave hidden files and .part folders.
-    if folder.exists() and any(path.suffix != ".part" and path.name[0] != "." for path in folder.iterdir()):
-        if not _is_run(saved):
-            raise FileExistsError(f"{folder} exists and is not a run directory; give another with --out")
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} exists; give --resume to continue the run, or --overwrite to delete it and start again"
-            )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(saved) as file:
-            file.write_text(json.dumps(content, indent=1))
-    except OSError as error:
-        raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
-
-
-def _is_run(saved: Path) -> bool:
-    """Return True if a file is the config of a run; many other programs write a file of this name."""
-    try:
-        return {"stages", "out"} <= json.loads(saved.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def check_same_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError with every field, except `CHANGEABLE_FIELDS`, in which two configs (as dicts) differ."""
-    before, after = _leaves(saved), _leaves(now)
-    changed = [
-        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(CHANGEABLE_FIELDS)
-    ]
-    if changed:
-        raise ValueError(
-            f"the config differs from the saved run's: {'; '.join(changed)}; restore these values or start a new run"
-        )
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {k: v for name, item in items for k, v in _leaves(item, f"{prefix}/{name}".lstrip("/")).items()}
-
-
 class Checkpoints:
     """The checkpoints of a run, written asynchronously; the newest `keep` are kept. Steps count over all stages.
 
     A checkpoint has the items `adapters` (all adapters trained so far), `state` (of the training step) and `progress`.
+    The checksums of its files are written before it receives its final name. A checkpoint that does not match them is
+    renamed to `damaged_STEP` when the run is resumed, and the newest sound one is used.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._folder = folder.absolute() / "checkpoints"
+        # The step that is known to be sound, after the first use of a saved checkpoint.
+        self._sound: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # of a run that was killed; the run directory is locked
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
@@ -140,27 +59,114 @@ class Checkpoints:
         """Start to write a checkpoint; the arrays may be donated as soon as this returns.
 
         Raises:
-            OSError: this checkpoint or the previous one could not be written; older ones are intact.
+            OSError: there is a checkpoint of this step or a later one, or this checkpoint or the previous one could
+                not be written; older ones are intact.
         """
-        if step == self.latest:
-            return
+        if self.latest is not None and step <= self.latest:
+            raise OSError(
+                f"checkpoint {step} cannot be saved, because {self._folder / str(self.latest)} exists and is not "
+                "older; move it to another folder and continue with --resume"
+            )
         items = {
             "adapters": ocp.args.StandardSave(adapters),
             "state": ocp.args.StandardSave(state),
             "progress": ocp.args.JsonSave(progress._asdict()),
         }
         with _disk_errors(self._folder):
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            if not self._manager.save(step, args=ocp.args.Composite(**items)):
+                raise OSError(f"orbax skipped checkpoint {step}")
+
+    def _write_checksums(self) -> None:
+        """Add the checksums to the checkpoint that is complete but not yet renamed; orbax calls this."""
+        if jax.process_index() == 0:
+            for unfinished in self._folder.iterdir():
+                if unfinished.name.partition(".")[0].isdecimal() and not unfinished.name.isdecimal():
+                    write_checksums(unfinished)
+
+    def recover(self) -> int | None:
+        """Return the step of the newest sound checkpoint, or None if there is none yet; rename newer, damaged ones.
+
+        Raises:
+            OSError: there are checkpoints, and all of them are damaged.
+        """
+        if self._sound is not None and self._sound == self.latest:
+            return self._sound
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if (damage := self._find_damage(step)) is None:
+                self._sound = step
+                self._set_aside(damaged, step)
+                return step
+            damaged[step] = damage
+        if damaged:
+            listing = "; ".join(f"{self._folder / str(step)}: {reason}" for step, reason in damaged.items())
+            raise OSError(
+                f"no checkpoint of this run can be used ({listing}); restore one from a copy, or start again with "
+                "--overwrite"
+            )
+        return None
+
+    def _find_damage(self, step: int) -> str | None:
+        """Describe the damage of a checkpoint, on which all processes agree; None if it is sound."""
+        damage = self._find_damage_in_this_process(step)
+        if multihost_utils.process_allgather(np.bool_(damage is not None)).any():
+            return damage or "another process cannot read it"
+        return None
+
+    def _find_damage_in_this_process(self, step: int) -> str | None:
+        folder = self._folder / str(step)
+        if (folder / CHECKSUMS_FILE).exists():
+            return find_damage(folder)
+        # From a program that wrote no checksums yet: read everything once, as host arrays.
+        try:
+            Progress(**json.loads((folder / "progress" / "metadata").read_text()))
+            for item in ARRAYS:
+                reader = ocp.PyTreeCheckpointer()
+                tree = reader.metadata(folder / item).item_metadata.tree
+                host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                reader.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=host))
+        except Exception as error:  # orbax and tensorstore raise errors of many types for damaged files
+            return error_text(error)[:200]
+        return None
+
+    def _set_aside(self, damaged: dict[int, str], sound: int) -> None:
+        """Rename damaged checkpoints, which would prevent that their steps are saved again, and report them."""
+        if not damaged:
+            return
+        multihost_utils.sync_global_devices("checkpoints verified")
+        if jax.process_index() == 0:
+            for step, reason in damaged.items():
+                folder, renamed = self._folder / str(step), self._folder / f"damaged_{step}"
+                if renamed.exists():  # damaged before at the same step
+                    shutil.rmtree(renamed)
+                folder.rename(renamed)
+                logger.warning("checkpoint %s is damaged (%s); it was renamed to %s", folder, reason, renamed.name)
+            repeated = max(damaged) - sound
+            logger.warning("continuing from checkpoint %d; repeated steps: %d", sound, repeated)
+        multihost_utils.sync_global_devices("damaged checkpoints renamed")
+        self._manager.reload()
 
     def progress(self) -> Progress:
-        """Return the progress of the newest checkpoint."""
+        """Return the progress of the newest sound checkpoint; raises as `recover`."""
         item = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return Progress(**self._manager.restore(self.latest, args=item)["progress"])
+        return Progress(**self._manager.restore(self.recover(), args=item)["progress"])
 
     def restore(self, adapters: Any, state: Any) -> tuple[Any, Any]:
-        """Return the newest (adapters, state) with the shapes, dtypes and shardings of the given abstract trees."""
+        """Return the newest sound (adapters, state) with the shapes, dtypes and shardings of the abstract trees.
+
+        Raises:
+            OSError: as `recover`.
+            ValueError: the checkpoint is sound and has other arrays.
+        """
+        step = self.recover()
         items = {"adapters": ocp.args.StandardRestore(adapters), "state": ocp.args.StandardRestore(state)}
-        restored = self._manager.restore(self.latest, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} does not fit the adapters of this run; continue with the model "
+                f"and the stages that it was started with: {error_text(error)[:300]}"
+            ) from error
         return restored["adapters"], restored["state"]
 
     def preempted(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
-from tqdm import tqdm
+
+from pisa_jax.runtime.console import progress_bar, say
 
 # Measurements that are shown on the terminal only if they are not 0.
 COUNTERS = ("skipped", "bad_streak")
@@ -28,7 +30,7 @@ class RunLog:
         now = time.time()
         self._file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"))
         self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-        self._bar = tqdm(total=total, initial=first, unit="step", disable=None)
+        self._bar = progress_bar(total, "step", first)
         self._batch_size, self._since, self._step, self._waited = batch_size, time.perf_counter(), first, 0.0
 
     def add_data_wait(self, seconds: float) -> None:
@@ -49,7 +51,7 @@ class RunLog:
         self._bar.update(step - self._step)
         self._bar.set_postfix_str(", ".join(shown))
         if self._bar.disable:  # no terminal: print lines instead
-            print(f"step {step}/{self._bar.total}: {', '.join(shown)}", flush=True)
+            say(f"step {step}/{self._bar.total}: {', '.join(shown)}", sys.stdout)
         self._since, self._step, self._waited = now, step, 0.0
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -72,7 +74,7 @@ class RunLog:
 
     def print_line(self, text: str) -> None:
         """Print a line above the progress bar."""
-        tqdm.write(text)
+        say(text, sys.stdout)
 
     def close(self) -> None:
         """Close the progress bar and the file; the file is complete after every write."""

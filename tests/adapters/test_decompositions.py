@@ -279,7 +279,7 @@ def test_the_dtype_of_a_layer_is_kept_for_inputs_of_another_dtype(spec, dtype):
         with nn.intercept_methods(injection.interceptor({"": tree}, {"": spec}, {"": jnp.ones(())})):
             return nn.Dense(6, dtype=dtype).apply({"params": params()["to_q"]}, x)
 
-    tree = {"": trained(spec)["one"]["to_q"]}
+    tree = {"": jax.tree.map(jnp.asarray, trained(spec)["one"]["to_q"])}
     assert jax.eval_shape(dense, jnp.ones((2, 6))).dtype == dtype
 
 

@@ -407,7 +407,7 @@ def test_names_that_the_encoding_of_the_terminal_lacks(tmp_path):
 
 
 def test_a_pipe_whose_reader_ended(tmp_path):
-    code = "import sys; from pisa_jax.cli.console import say; [say('a line', sys.stdout) for _ in range(3)]"
+    code = "import sys; from pisa_jax.runtime.console import say; [say('a line', sys.stdout) for _ in range(3)]"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)

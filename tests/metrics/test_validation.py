@@ -30,9 +30,31 @@ def test_validation_images_are_reproducible(folder):
     # The middle: 40 x 48, cut by 4 and 8 pixels.
     with Image.open(folder / "images" / "a.png") as whole:
         assert np.array_equal(pairs[0].gt, np.asarray(whole)[4:36, 8:40])
-    with pytest.raises(ValueError, match=r"a\.png is 48 x 40, smaller than data\.crop 64"):
-        validation.validation_images(config, 64)
     assert validation.validation_images(Validation(), 32) == []
+
+
+def test_unusable_images_are_reported_and_skipped(folder, caplog):
+    """The others keep their degradation; images after the first `count` take the places."""
+    images = folder / "images"
+    config = Validation(str(images), count=2)
+    _, second, third = validation.validation_images(Validation(str(images)), 32)
+    Image.new("RGB", (40, 24)).save(images / "a.png")
+    (images / "b0.png").write_text("no image")
+    found = validation.validation_images(config, 32)
+    assert [image.name for image in found] == ["b.png", "c.png"]
+    assert np.array_equal(found[0].lq, second.lq)
+    assert np.array_equal(found[1].gt, third.gt)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "skipped validation image: a.png is 40 x 24, smaller than data.crop 32"
+    assert "b0.png" in messages[1]
+
+
+def test_a_folder_without_a_usable_image_is_refused(folder):
+    with pytest.raises(ValueError, match=r"none of its 3 images can be used, such as: a\.png is 48 x 40, smaller than"):
+        validation.validation_images(Validation(str(folder / "images")), 64)
+    (folder / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match="empty"):
+        validation.validation_images(Validation(str(folder / "empty")), 32)
 
 
 def test_pairs_bring_their_own_lq(folder):

@@ -29,11 +29,11 @@ def say(text: str, stream: Any) -> None:
         _discard(stream)
 
 
-def progress_bar(total: int) -> Any:
-    """Make a bar that counts images on a terminal, and that is not shown elsewhere."""
+def progress_bar(total: int, unit: str = "image", initial: int = 0) -> Any:
+    """Make a bar that counts on a terminal, and that is not shown elsewhere."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", disable=True if sys.stderr is None else None)
+    return tqdm(total=total, initial=initial, unit=unit, disable=True if sys.stderr is None else None)
 
 
 def _discard(stream: Any) -> None:

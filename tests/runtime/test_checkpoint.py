@@ -1,0 +1,172 @@
+"""Checkpoints of small trees: what was saved is restored, and damage of any file is found and survived."""
+
+import json
+import logging
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pisa_jax.runtime.checkpoint import Checkpoints, Progress
+from pisa_jax.runtime.checksums import CHECKSUMS_FILE
+
+
+def tree(step):
+    return {"a": jnp.arange(5000.0) * step, "b": {"c": jnp.ones((30, 20)) * step}}
+
+
+def save(folder, *steps):
+    run = Checkpoints(folder)
+    for step in steps:
+        run.save(step, {"pix": tree(step)}, tree(step), Progress(0, {"batches": step}))
+    run.close()
+
+
+def restored(folder):
+    """Return the step whose progress, adapters and state are restored."""
+    run = Checkpoints(folder)
+    try:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree(1))
+        step = run.progress().loader["batches"]
+        adapters, state = run.restore({"pix": shapes}, shapes)
+        for found in (adapters["pix"], state):
+            jax.tree.map(np.testing.assert_array_equal, found, tree(step))
+        return step
+    finally:
+        run.close()
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    folder.mkdir()
+    save(folder, 2, 4)
+    return folder
+
+
+@pytest.fixture
+def saved(two_steps, tmp_path):
+    """A run directory with the checkpoints 2 and 4."""
+    return shutil.copytree(two_steps, tmp_path / "run")
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated data": lambda step: os.truncate(largest(step / "state" / "ocdbt.process_0" / "d"), 10),
+    "flipped bit in the state": lambda step: flip(largest(step / "state" / "ocdbt.process_0" / "d")),
+    "flipped bit in the adapters": lambda step: flip(largest(step / "adapters" / "ocdbt.process_0" / "d")),
+    "empty data": lambda step: os.truncate(largest(step / "adapters"), 0),
+    "missing data": lambda step: largest(step / "adapters").unlink(),
+    "missing state": lambda step: shutil.rmtree(step / "state"),
+    "missing adapters": lambda step: shutil.rmtree(step / "adapters"),
+    "empty progress": lambda step: os.truncate(step / "progress" / "metadata", 0),
+    "empty metadata": lambda step: os.truncate(step / "state" / "_METADATA", 0),
+    "missing manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "empty checksums": lambda step: os.truncate(step / CHECKSUMS_FILE, 0),
+    "checksums of another kind": lambda step: (step / CHECKSUMS_FILE).write_text("[1]"),
+    "empty newer folder": lambda step: (step.parent / "6").mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_sound_checkpoint_is_used(saved, damage, caplog):
+    DAMAGES[damage](saved / "checkpoints" / "4")
+    expected, broken = (4, 6) if damage == "empty newer folder" else (2, 4)
+    with caplog.at_level(logging.WARNING, logger="pisa_jax"):
+        assert restored(saved) == expected
+    named, repeated = (record.getMessage() for record in caplog.records if record.name.startswith("pisa_jax.runtime"))
+    assert f"{saved / 'checkpoints' / str(broken)} is damaged" in named
+    assert repeated == f"continuing from checkpoint {expected}; repeated steps: 2"
+    save(saved, broken)  # the step of the damaged one is free again
+    assert restored(saved) == broken
+    assert (saved / "checkpoints" / f"damaged_{broken}").is_dir()
+
+
+def test_what_a_killed_run_left_unfinished_is_deleted(saved):
+    unfinished = saved / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints" / "4", unfinished)
+    assert restored(saved) == 4
+    assert not unfinished.exists()
+
+
+def test_damaged_twice_at_the_same_step(saved):
+    for _ in range(2):
+        DAMAGES["empty progress"](saved / "checkpoints" / "4")
+        assert restored(saved) == 2
+        save(saved, 4)
+
+
+def test_without_a_sound_checkpoint_nothing_is_renamed(saved):
+    checkpoints = saved / "checkpoints"
+    DAMAGES["missing state"](checkpoints / "2")
+    DAMAGES["truncated data"](checkpoints / "4")
+    with pytest.raises(OSError, match="no checkpoint of this run can be used") as raised:
+        restored(saved)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"{checkpoints / '2'}: " in message
+    assert f"{checkpoints / '4'}: state/ocdbt.process_0/d/" in message
+    assert "has 10 bytes instead of" in message
+    assert {path.name for path in checkpoints.iterdir()} == {"2", "4"}
+
+
+@pytest.mark.parametrize("damage", [None, "truncated data", "missing state", "empty progress"])
+def test_checkpoints_without_checksums_are_read_before_they_are_used(saved, damage):
+    """Older programs wrote none."""
+    for step in ("2", "4"):
+        (saved / "checkpoints" / step / CHECKSUMS_FILE).unlink()
+    if damage:
+        DAMAGES[damage](saved / "checkpoints" / "4")
+    assert restored(saved) == (2 if damage else 4)
+
+
+def test_the_checksums_cover_all_items(saved):
+    step = saved / "checkpoints" / "4"
+    names = json.loads((step / CHECKSUMS_FILE).read_text())
+    assert {name.split("/")[0] for name in names} == {"adapters", "state", "progress"}
+    files = {path.relative_to(step).as_posix() for path in step.glob("*/**/*") if path.is_file()}
+    assert set(names) <= files
+    assert not [path for path in step.iterdir() if path.name.startswith(".")]
+
+
+def test_a_checkpoint_of_other_arrays_is_named(saved):
+    run = Checkpoints(saved)
+    shapes = {"other": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(ValueError, match="checkpoints/4 does not fit the adapters of this run"):
+        run.restore({"pix": shapes}, shapes)
+    run.close()
+    assert restored(saved) == 4
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_save_behind_a_later_checkpoint_is_an_error(saved, step):
+    with pytest.raises(OSError, match=f"checkpoint {step} cannot be saved, because .*checkpoints/4 exists"):
+        save(saved, step)
+
+
+def test_a_skipped_save_is_an_error(saved, monkeypatch):
+    run = Checkpoints(saved)
+    monkeypatch.setattr(run._manager, "save", lambda *_, **__: False)
+    with pytest.raises(OSError, match=r"could not be written \(checkpoint 4 is intact\).*skipped checkpoint 6"):
+        run.save(6, tree(6), tree(6), Progress(0, {}))
+    run.close()
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path):
+    run = Checkpoints(tmp_path)
+    assert run.latest is None
+    assert run.recover() is None
+    run.close()
