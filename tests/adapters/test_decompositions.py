@@ -27,6 +27,10 @@ SPECS += [
     AdapterSpec("lokr", rank=1, alpha=5.0, options=(("factor", 2),)),
     AdapterSpec("lora", rank=3, alpha=5.0, rank_by_target=(("conv", 2),)),
 ]
+# They share their functions with others: most properties of these are tested with -m slow only.
+VARIANTS = [
+    spec for spec in SPECS if spec.decomposition in ("rslora", "olora") or spec.rank == 1 or spec.rank_by_target
+]
 
 
 def label(spec):
@@ -34,7 +38,12 @@ def label(spec):
     return "-".join([spec.decomposition, str(spec.rank), *extra])
 
 
-@pytest.fixture(params=SPECS, ids=label)
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=label)
+
+
+@pytest.fixture(
+    params=[pytest.param(spec, marks=[pytest.mark.slow] * (spec in VARIANTS), id=label(spec)) for spec in SPECS]
+)
 def spec(request):
     return request.param
 
@@ -126,13 +135,16 @@ def test_the_closed_forms_are_those_of_the_table():
     assert set(closed_forms.WEIGHTS) == set(registry.DECOMPOSITIONS)
 
 
+@every_spec
 def test_identity_at_init(spec):
+    """Jitted, and for one convolution and one linear layer also without jit."""
     tree, exact = {"one": start(spec)}, registry.get_decomposition(spec).needs_kernel == "never"
     assert sorted(tree["one"]) == NAMES
     weights = merged(tree, {"one": spec}, {"one": 0.7})
     for name in NAMES:
-        for found in (weights, {name: {"kernel": eagerly_merged(spec, name)}}):
-            close(kernel(name, found), kernel(name), 0 if exact else 1e-6 * largest(kernel(name)))
+        close(kernel(name, weights), kernel(name), 0 if exact else 1e-6 * largest(kernel(name)))
+    for name in ("conv1", "to_q"):
+        close(eagerly_merged(spec, name), kernel(name), 0 if exact else 1e-6 * largest(kernel(name)))
     close(adapted(tree, {"one": spec}, {"one": 0.7}), plain(), 0 if exact else 1e-5)
 
 
@@ -141,6 +153,7 @@ def eagerly_merged(spec, name):
         return kernel(name) + registry.get_decomposition(spec).delta(start(spec)[name], jnp.asarray(kernel(name)))
 
 
+@every_spec
 def test_the_weights_are_those_of_the_formula(spec):
     weights = one(spec, 1)
     for name in NAMES:
@@ -249,6 +262,7 @@ def test_weights_in_bfloat16(spec):
     close(np.float32(out), exact, 0.2 * largest(exact))
 
 
+@every_spec
 def test_saved_adapters_give_the_same_weights(spec, tmp_path):
     save_adapters(tmp_path / "x", Adapters(trained(spec), both(spec), None))
     found = load_adapters(tmp_path / "x")

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import close
@@ -24,7 +25,7 @@ def adapted(layer, params, tree, spec, x):
     @jax.jit
     def run(scale):
         with nn.intercept_methods(injection.interceptor({"": tree}, {"": spec}, {"": scale})):
-            return layer.apply({"params": params[""]}, x)
+            return layer.apply({"params": params[""]}, jnp.asarray(x))
 
     return run(np.float32(0.7))
 
@@ -72,4 +73,4 @@ def test_names_of_scales_are_checked():
         with pytest.raises(ValueError, match="scales: expected 1, found"):
             injection.merge(params, trees, specs, scales)
     with pytest.raises(ValueError, match=r"missing pix; unexpected pxi; did you mean 'pix'\?"):
-        injection.interceptor(trees, specs, {"pxi": jax.numpy.ones(())})
+        injection.interceptor(trees, specs, {"pxi": jnp.ones(())})
