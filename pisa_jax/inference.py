@@ -133,8 +133,8 @@ class Pipeline:
 
         batch, height, width, channels = latents.shape
         if settings.tile and height * width > settings.tile**2:
-            count = batch * settings.tile_batch * settings.devices
-            blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, count)
+            windows = batch * settings.tile_batch * settings.devices
+            blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, windows)
             found = jnp.asarray(blended)
         else:
             found = unet(latents)
