@@ -290,10 +290,10 @@ def test_the_dtype_of_a_layer_is_kept_for_inputs_of_another_dtype(spec, dtype):
     """A UNet in bfloat16 receives a prompt in float32."""
 
     def dense(x):
-        with nn.intercept_methods(injection.interceptor({"": tree}, {"": spec}, {"": jnp.ones(())})):
-            return nn.Dense(6, dtype=dtype).apply({"params": params()["to_q"]}, x)
+        with nn.intercept_methods(injection.interceptor({"": {"": factors}}, {"": spec}, {"": jnp.ones(())})):
+            return nn.Dense(6, dtype=dtype).apply({"params": layer}, x)
 
-    tree = {"": jax.tree.map(jnp.asarray, trained(spec)["one"]["to_q"])}
+    layer, factors = jax.tree.map(jnp.asarray, (params()["to_q"], trained(spec)["one"]["to_q"]))
     assert jax.eval_shape(dense, jnp.ones((2, 6))).dtype == dtype
 
 
