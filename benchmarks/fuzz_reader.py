@@ -19,8 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pisa_jax.adapters.checks import check_adapters
 from pisa_jax.adapters.files import load_adapters
+from pisa_jax.adapters.fit import check_adapters
 from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.cli.infer import limit_megapixels
 from pisa_jax.imaging.image_data import ImageError
@@ -68,14 +68,14 @@ def read_adapter_file(path: Path, sound: Path) -> Callable[[], object]:
 
     def merge() -> None:
         try:
-            check_adapters(adapters.trees, _kernel_shapes(sound))
+            check_adapters(adapters.trees, adapters.specs, _kernel_shapes(sound))
             functions = {name: get_decomposition(spec) for name, spec in adapters.specs.items()}
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         with np.errstate(all="ignore"):  # JAX does not warn either
             for name, tree in adapters.trees.items():
-                for factors in tree.values():
-                    functions[name].delta(factors)
+                for layer, factors in tree.items():
+                    functions[name].delta(factors, np.zeros(_kernel_shapes(sound)[layer], np.float32))
 
     return merge
 

@@ -82,7 +82,7 @@ def one_run(model: str, pixels: int, tile: int) -> dict:
     batch = np.repeat(np.repeat(rng.uniform(-1, 1, (1, pixels // 8, pixels // 8, 3)).astype(np.float32), 8, 1), 8, 2)
     latents = np.asarray(upscaler.pipeline.encode(batch, None))
     nothing = np.zeros_like(latents)
-    upscaler.pipeline.render(Predictions(latents, nothing, nothing), (1.0, 1.0), batch, (pixels, pixels))
+    upscaler.pipeline.render(Predictions(latents, (nothing, nothing)), (1.0, 1.0), batch, (pixels, pixels))
     seconds = round(time.perf_counter() - start, 1)
     what = f"tiles of {tile}" if tile else "whole"
     return {"kind": "run", "what": what, "pixels": pixels, "bytes": _peak() - before, "seconds": seconds}

@@ -43,19 +43,19 @@ def main() -> None:
     adapters = args.adapters or Path(args.model) / "adapters.safetensors"
     upscaler = Upscaler.load(args.model, adapters, dtype=args.dtype, vae_dtype=args.vae_dtype)
     pipeline = upscaler.pipeline
-    base, weights, spec = pipeline.base, pipeline.runner.weights, pipeline.sem_spec
+    base, weights, specs = pipeline.base, pipeline.runner.weights, tuple(pipeline.specs.values())[1:]
     side = 4 * args.size // base.vae_scale_factor
     latents = jax.random.normal(jax.random.key(0), (1, side, side, base.latent_channels))
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
 
-    pair = compiled(functools.partial(predict, base, spec, (0.0, 1.0)))
+    pair = compiled(functools.partial(predict, base, specs, ((0.0,), (1.0,))))
     alone = compiled(lambda unet: base.predict_noise(unet, latents, model.TIMESTEP, weights.prompt))
-    low_rank = compiled(functools.partial(predict, base, spec, (1.0,)))
+    low_rank = compiled(functools.partial(predict, base, specs, ((1.0,),)))
     trained = files.load_adapters(adapters)
-    full = injection.merge(weights.unet_pix, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
+    full = injection.merge(weights.unet, {"sem": trained.trees["sem"]}, trained.specs, {"sem": 1.0})
 
     def two(second):
-        return jnp.concatenate([alone(weights.unet_pix), second()], axis=-1)
+        return jnp.concatenate([alone(weights.unet), second()], axis=-1)
 
     programs = {
         "a batch of two": lambda: pair(weights, latents),

@@ -28,7 +28,7 @@ def read(path: Path, side: int) -> np.ndarray:
 def decoded(upscaler: Upscaler, latents: np.ndarray, style: np.ndarray) -> np.ndarray:
     """Decode latents to gray levels."""
     nothing = np.zeros_like(latents)
-    images = upscaler.pipeline.render(Predictions(latents, nothing, nothing), (1.0, 1.0), style, style.shape[1:3])
+    images = upscaler.pipeline.render(Predictions(latents, (nothing, nothing)), (1.0, 1.0), style, style.shape[1:3])
     return 127.5 * (images + 1)
 
 

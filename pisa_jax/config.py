@@ -3,12 +3,13 @@
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-# (pix, sem): the two scales of the method (PiSA-SR, eq. 8).
-Scales = tuple[float, float]
+# One scale for each adapter, in order: (pix, sem) in the method (PiSA-SR, eq. 8).
+Scales = tuple[float, ...]
 # The largest float32 number: the scales are float32 in the model.
 LARGEST_SCALE = 3.4028234663852886e38
 # Seeds of the latents have 64 bits.
@@ -47,15 +48,40 @@ def _expand_paths(config: object, names: tuple[str, ...]) -> None:
             object.__setattr__(config, name, os.path.expanduser(os.fspath(value)))
 
 
-def check_scales(scales: Any) -> Scales:
-    """Return a pair (pix, sem) as floats; raises ValueError for anything else, and for NaN and infinite scales."""
+def check_scales(scales: Any, names: Sequence[str] | None = ("pix", "sem")) -> Scales:
+    """Return the scales of the adapters `names` as floats; None: of any number of adapters.
+
+    Raises:
+        ValueError: not one number for each adapter, or NaN and infinite scales.
+    """
     try:
-        pix, sem = map(float, scales)
+        values = tuple(map(float, scales))
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"scales is {scales!r}; expected two numbers (pix, sem), such as (1.0, 0.7)") from None
-    if not (abs(pix) <= LARGEST_SCALE and abs(sem) <= LARGEST_SCALE):
-        raise ValueError(f"scales is {scales!r}; both must be finite")
-    return pix, sem
+        values = ()
+    if len(values) != (max(len(values), 1) if names is None else len(names)):
+        count = {1: "one number", 2: "two numbers"}.get(len(names or ()), f"{len(names or ())} numbers")
+        allowed = f"{count} ({', '.join(names)})" if names else "numbers"
+        example = ", ".join(map(str, (1.0, 0.7, 0.5)[: len(names or "ab")]))
+        raise ValueError(f"scales is {scales!r}; expected {allowed}, such as ({example})") from None
+    if not all(abs(value) <= LARGEST_SCALE for value in values):
+        raise ValueError(f"scales is {scales!r}; {'both' if len(values) == 2 else 'all'} must be finite")
+    return values
+
+
+def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: Mapping[str, float | int]) -> Scales:
+    """Return the scales of the adapters `names`: the first ones by position, others by name, the rest 1.
+
+    Raises:
+        ValueError: too many scales, two for one adapter, unknown names, or NaN and infinite scales.
+    """
+    given = dict(zip(names, scales, strict=False))
+    unknown, twice = [name for name in named if name not in names], [name for name in named if name in given]
+    if unknown or twice or len(scales) > len(names):
+        what = [f"no adapter {name!r}" for name in unknown] + [f"two scales for {name!r}" for name in twice]
+        what += [f"{len(scales)} scales for {len(names)} adapters"] * (len(scales) > len(names))
+        raise ValueError(f"{'; '.join(what)}; the adapters are {', '.join(names)}, in this order")
+    values = dict.fromkeys(names, 1.0) | given | dict(named)
+    return check_scales(tuple(values[name] for name in names), names)
 
 
 def check_seed(seed: int | None) -> None:
@@ -68,7 +94,7 @@ def check_seed(seed: int | None) -> None:
 class AdapterSpec:
     """Specification of one adapter: its decomposition, rank, alpha and the layers that it adapts."""
 
-    # Name in `adapters.registry.DECOMPOSITIONS`.
+    # Name in `adapters.registry.DECOMPOSITIONS`, or "module:function" of a file of your own.
     decomposition: str = "lora"
     # Inner dimension r of the factors.
     rank: int = 4
@@ -76,14 +102,24 @@ class AdapterSpec:
     alpha: float = 8.0
     # Regular expression over module paths such as "down_blocks_0/resnets_0/conv1".
     targets: str = UNET_TARGETS
+    # Keyword arguments of the decomposition, as pairs such as ("factor", 8).
+    options: tuple[tuple[str, bool | int | float | str], ...] = ()
+    # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
+    rank_by_target: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
-        _require(self.rank >= 1, f"the rank of an adapter is a positive integer, not {self.rank}")
+        for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
+            _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"targets {self.targets!r} is not a regular expression: {error}") from error
+        for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}") from error
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank of the layer with this module path."""
+        return next((rank for pattern, rank in self.rank_by_target if re.search(pattern, path)), self.rank)
 
 
 @dataclass(frozen=True)

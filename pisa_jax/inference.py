@@ -1,10 +1,10 @@
 """Inference: three jitted stages (encode, predict, render) and the host-side steps before and after them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,23 @@ import numpy as np
 from jaxtyping import Float
 
 from pisa_jax import model
-from pisa_jax.adapters import checks, files, injection
-from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
-from pisa_jax.config import AdapterSpec, Scales, check_scales, check_seed
+from pisa_jax.adapters import files
+from pisa_jax.adapters.adapter_tree import with_sem
+from pisa_jax.config import AdapterSpec, Scales, check_scales, check_seed, scales_by_name
 from pisa_jax.imaging import network_input
 from pisa_jax.imaging.any_image import to_image_data
 from pisa_jax.imaging.arrays import stack_images
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
 from pisa_jax.imaging.image_data import ImageData
 from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
-from pisa_jax.model import BaseModel, LoadedModel, Predictions
+from pisa_jax.model import BaseModel, Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
 from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import pretrained
 from pisa_jax.tiling import memory, vae_tiles
 from pisa_jax.tiling.windows import blend_windows
+from pisa_jax.weights import Weights, make_weights
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,21 @@ class Settings:
 DEFAULT = Settings()
 
 
-class Weights(NamedTuple):
-    """All arrays of a model: arguments of the jitted stages, never closed over."""
-
-    unet_pix: Any
-    sem: AdapterTree
-    vae: Any
-    prompt: Float[jax.Array, "1 n d"]
-
-
 def encode(base: BaseModel, weights: Weights, batch: Any, noise: Any) -> jax.Array:
     """Stage 1: encode network inputs in [-1, 1] to scaled latents."""
     return base.encode(weights.vae, batch, noise)
 
 
-def predict(base: BaseModel, spec: AdapterSpec, sem_scales: tuple, weights: Weights, latents: Any) -> jax.Array:
-    """Stage 2: predict the residuals at every scale of the sem adapter, concatenated along the channels."""
-    out = model.predict(base, weights.unet_pix, weights.sem, spec, latents, weights.prompt, sem_scales)
+def predict(base: BaseModel, specs: tuple[AdapterSpec, ...], rows: tuple, weights: Weights, latents: Any) -> jax.Array:
+    """Stage 2: predict the residuals at every row of scales of the later adapters, concatenated along the channels."""
+    out = model.predict_rows(base, weights.unet, weights.adapters, specs, latents, weights.prompt, rows)
     return jnp.concatenate(list(out), axis=-1)
 
 
 def render(
     base: BaseModel, color_fix: str, size: tuple, weights: Weights, predictions: Predictions, scales: Any, style: Any
 ) -> jax.Array:
-    """Stage 3: decode images in [-1, 1] at one pair of scales, cropped to `size`, with the colors of `style`."""
+    """Stage 3: decode images in [-1, 1] at given scales, cropped to `size`, with the colors of `style`."""
     height, width = size
     decoded = base.decode(weights.vae, model.combine(*predictions, scales))[:, :height, :width]
     return recolor(color_fix, weights, decoded, style[:, :height, :width])
@@ -97,43 +89,6 @@ def recolor(color_fix: str, weights: Weights, decoded: Any, style: Any) -> jax.A
     return unit_to_signed(jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1))
 
 
-def make_weights(
-    loaded: LoadedModel, adapters: Adapters, prompt: str = "", notice: Callable[[str], None] = lambda line: None
-) -> Weights:
-    """Place the weights of a model and of its adapters `pix` and `sem` on the default device, `pix` merged.
-
-    `notice` is called with a line if the prompt is too long for the text encoder.
-
-    Raises:
-        ValueError: the adapters do not fit the model or are not finite, or `pix` is missing.
-    """
-    base = loaded.base
-    checks.check_adapters(adapters.trees, injection.target_shapes(loaded.params["unet"], "."))
-    checks.check_finite(adapters.trees)
-    if "pix" not in adapters.trees:
-        raise ValueError(f"no adapter 'pix'; the adapters are {', '.join(adapters.trees)}")
-    # The text encoder is placed first because it is dropped again; then one weight after the other.
-    text = distributed.on_device(loaded.params["text"], jnp.float32)
-    tokens = loaded.tokenize([prompt])
-    if (count := loaded.count_tokens(prompt)) > tokens.shape[1]:
-        notice(f"the prompt has {count} tokens and is cut: the text encoder takes {tokens.shape[1]}")
-    embedding = base.encode_text(text, jnp.asarray(tokens))
-    del text
-    return Weights(
-        injection.merge(
-            distributed.on_device(loaded.params["unet"], base.unet_dtype),
-            {"pix": adapters.trees["pix"]},
-            adapters.specs,
-            {"pix": 1.0},
-            donate=True,
-        ),
-        # After the pixel stage of a training there is no sem adapter yet: eps_full then equals eps_pix.
-        distributed.on_device(adapters.trees.get("sem", {}), jnp.float32),
-        distributed.on_device(loaded.params["vae"], base.vae_dtype),
-        embedding,
-    )
-
-
 class Pipeline:
     """The three stages on batches of network inputs, in windows and tiles where the settings or memory require it."""
 
@@ -141,12 +96,12 @@ class Pipeline:
         self,
         base: BaseModel,
         weights: Weights,
-        sem_spec: AdapterSpec,
+        specs: Mapping[str, AdapterSpec],
         settings: Settings,
         on_compile: Callable[[str, float], None],
         notice: Callable[[str], None],
     ):
-        self.base, self.sem_spec, self.settings, self.notice = base, sem_spec, settings, notice
+        self.base, self.specs, self.settings, self.notice = base, dict(specs), settings, notice
         self.mesh = distributed.local_mesh(settings.devices)
         replicated = distributed.replicated(self.mesh)
         placed = jax.device_put(weights, replicated) if settings.devices > 1 else weights
@@ -168,37 +123,39 @@ class Pipeline:
         return self._within_memory(batch, untiled, tiled)
 
     def predict(self, latents: Float[Any, "b y x c"], adjustable: bool) -> Predictions:
-        """Predict eps_pix and eps_full; without `adjustable`, predict eps_full alone and return it as both."""
-        settings = self.settings
-        static = (self.base, self.sem_spec, (0.0, 1.0) if adjustable else (1.0,))
+        """Predict eps with the first 1, ..., n adapters; without `adjustable`, only the last, in place of each."""
+        settings, count = self.settings, len(self.specs)
+        rows = tuple((1.0,) * index + (0.0,) * (count - 1 - index) for index in range(count))
+        static = (self.base, tuple(self.specs.values())[1:], rows if adjustable else rows[-1:])
 
         def unet(array):
             return self.runner.run(predict, static, self._spread(array))
 
         batch, height, width, channels = latents.shape
         if settings.tile and height * width > settings.tile**2:
-            count = batch * settings.tile_batch * settings.devices
-            blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, count)
-            both = jnp.asarray(blended)
+            windows = batch * settings.tile_batch * settings.devices
+            blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, windows)
+            found = jnp.asarray(blended)
         else:
-            both = unet(latents)
-        return Predictions(latents, both[..., :channels], both[..., -channels:])
+            found = unet(latents)
+        eps = [found[..., first : first + channels] for first in range(0, found.shape[-1], channels)]
+        return Predictions(latents, tuple(eps if adjustable else eps * count))
 
     def render(
         self, predictions: Predictions, scales: Scales, style: Float[np.ndarray, "b h w 3"], size: tuple[int, int]
     ) -> Float[np.ndarray, "b y x 3"]:
-        """Decode images in [-1, 1] at one pair of scales, cropped to `size`, with the colors of the inputs `style`."""
-        pair = np.asarray(scales, np.float32)
+        """Decode images in [-1, 1] at given scales, cropped to `size`, with the colors of the inputs `style`."""
+        values = np.asarray(scales, np.float32)
         height, width = size
 
         def untiled():
             static = (self.base, self.settings.color_fix, (height, width))
-            arrays = (self._spread(predictions), pair, self._spread(style))
+            arrays = (self._spread(predictions), values, self._spread(style))
             return np.asarray(self.runner.run(render, static, *arrays))
 
         def tiled(tile):
             results = []
-            combined = np.asarray(model.combine(*predictions, jnp.asarray(pair)))
+            combined = np.asarray(model.combine(*predictions, jnp.asarray(values)))
             for latents, source in zip(combined, style, strict=True):
                 decoded = self._tiled_vae("decoder", latents, tile)[:height, :width]
                 results.append(self._recolored(decoded, source[:height, :width], tile))
@@ -240,7 +197,7 @@ class Pipeline:
 
 
 class Session:
-    """Images after the encoder and the UNet: every further pair of scales costs one VAE decode.
+    """Images after the encoder and the UNet: further scales cost one VAE decode.
 
     `Upscaler.open` makes it. `latents`, `eps_pix` and `eps_full` are the arrays (b, y, x, c) of PiSA-SR, eq. 8.
     """
@@ -271,33 +228,40 @@ class Session:
         return self._predictions.latents
 
     @property
+    def eps(self) -> tuple[Float[Any, "b y x c"], ...]:
+        """Residuals of the UNet with the first 1, ..., n adapters; all the last in a session that is not adjustable."""
+        return self._predictions.eps
+
+    @property
     def eps_pix(self) -> Float[Any, "b y x c"]:
-        """Residual of the UNet with the pix adapter; equals `eps_full` in a session that is not adjustable."""
+        """Residual of the UNet with the first adapter, `pix`."""
         return self._predictions.eps_pix
 
     @property
     def eps_full(self) -> Float[Any, "b y x c"]:
-        """Residual of the UNet with both adapters."""
+        """Residual of the UNet with all adapters."""
         return self._predictions.eps_full
 
-    def render(self, pix: float | int = 1.0, sem: float | int = 1.0) -> Any:
-        """Return the (first) image at one pair of scales, in the type of the image that was opened.
+    def render(self, *scales: float | int, **named: float | int) -> Any:
+        """Return the (first) image, in the type of the image that was opened.
+
+        The scales are given in the order of the adapters or by their names, `render(0.8, sem=0.5)`; others are 1.
 
         Raises:
-            ValueError: a scale that is not finite; other scales than 1, 1 in a session opened with adjustable=False.
+            ValueError: unknown names, too many scales, or scales that are not finite; other scales than 1 in a session
+                opened with adjustable=False.
         """
-        return self._convert(self.render_all(pix, sem)[0])
+        return self._convert(self.render_all(*scales, **named)[0])
 
-    def render_all(self, pix: float | int = 1.0, sem: float | int = 1.0) -> list[ImageData]:
-        """Return all images of the session at one pair of scales; raises as `render` does."""
-        pix, sem = check_scales((pix, sem))
-        if not self._adjustable and (pix, sem) != (1, 1):
+    def render_all(self, *scales: float | int, **named: float | int) -> list[ImageData]:
+        """Return all images of the session at given scales; raises as `render` does."""
+        values = scales_by_name(list(self._pipeline.specs), scales, named)
+        if not self._adjustable and set(values) != {1.0}:
             raise ValueError(
-                f"scales {pix}, {sem} need both predictions, and this session holds eps_full alone; open it with "
-                "adjustable=True"
+                f"scales {', '.join(map(str, values))} need all predictions, and this session holds eps_full alone; "
+                "open it with adjustable=True"
             )
-        scales = (float(pix), float(sem))
-        arrays = self._pipeline.render(self._predictions, scales, self._inputs, self._plans[0].working)
+        arrays = self._pipeline.render(self._predictions, values, self._inputs, self._plans[0].working)
         return [network_input.finish_output(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
 
 
@@ -316,18 +280,18 @@ class Upscaler:
         self,
         base: BaseModel,
         weights: Weights,
-        sem_spec: AdapterSpec,
+        specs: Mapping[str, AdapterSpec],
         settings: Settings = DEFAULT,
         on_compile: Callable[[str, float], None] = lambda description, seconds: None,
         notice: Callable[[str], None] = lambda line: None,
     ):
-        self.pipeline = Pipeline(base, weights, sem_spec, settings, on_compile, notice)
+        self.pipeline = Pipeline(base, weights, specs, settings, on_compile, notice)
 
     @classmethod
     def load(
         cls,
         model: str | Path = "demo",
-        adapters: str | Path | None = None,
+        adapters: str | Path | Sequence[str | Path] | None = None,
         *,
         dtype: str | None = None,
         vae_dtype: str = "float32",
@@ -336,7 +300,7 @@ class Upscaler:
         notice: Callable[[str], None] = lambda line: None,
         **settings: Any,
     ) -> "Upscaler":
-        """Load a base model (diffusers folder, hub id, or "demo") and an adapter file (.pkl or .safetensors).
+        """Load a base model (diffusers folder, hub id, or "demo") and adapter files (.pkl or .safetensors), in order.
 
         The demo model ships with the package and has adapters of its own.
 
@@ -355,7 +319,7 @@ class Upscaler:
             adapters = adapters or pretrained.DEMO / "adapters.safetensors"
         if adapters is None:
             raise ValueError("no adapters: give the pisa_sr.pkl of PiSA-SR or an adapters.safetensors of this project")
-        checked, trained = Settings(**settings), files.load_adapters(adapters)
+        checked, trained = Settings(**settings), with_sem(files.load_all_adapters(adapters))
         loaded = pretrained.load_pretrained(
             model, jnp.dtype(dtype or distributed.default_dtype()), jnp.dtype(vae_dtype)
         )
@@ -363,21 +327,30 @@ class Upscaler:
             weights = make_weights(loaded, trained, prompt, notice)
         except ValueError as error:
             raise ValueError(f"{adapters}: {error}") from error
-        sem_spec = trained.specs.get("sem", AdapterSpec())
-        return cls(loaded.base, weights, sem_spec, checked, on_compile, notice)
+        return cls(loaded.base, weights, trained.specs, checked, on_compile, notice)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters, in the order of their scales."""
+        return list(self.pipeline.specs)
 
     def __call__(
-        self, image: Any, scale: float | int = 4, scales: Sequence[float | int] = (1.0, 1.0), seed: int | None = None
+        self,
+        image: Any,
+        scale: float | int = 4,
+        scales: Sequence[float | int] | None = None,
+        seed: int | None = None,
     ) -> Any:
-        """Upscale `image` at one pair of scales (pix, sem): one `open` and one `render`.
+        """Upscale `image` at one scale for each adapter, such as (pix, sem), or all 1: one `open` and one `render`.
 
         A list of images gives the list of their results; all images are converted before the first is upscaled.
         """
-        pix, sem = check_scales(scales)
+        names = self.adapter_names
+        values = check_scales([1.0] * len(names) if scales is None else scales, names)
         several = isinstance(image, list | tuple)
         sources = [to_image_data(each) for each in (image if several else [image])]
-        sessions = (Session(self.pipeline, [data], scale, seed, (pix, sem) != (1, 1), like) for data, like in sources)
-        results = [session.render(pix, sem) for session in sessions]
+        sessions = (Session(self.pipeline, [data], scale, seed, set(values) != {1.0}, like) for data, like in sources)
+        results = [session.render(*values) for session in sessions]
         return results if several else results[0]
 
     def open(self, image: Any, scale: float | int = 4, seed: int | None = None, *, adjustable: bool = True) -> Session:
@@ -387,7 +360,7 @@ class Upscaler:
             image: a path, a PIL image, or a NumPy or JAX array (h, w[, 1|3|4]): uint8, uint16, or float in [0, 1].
             scale: upscale factor, at least 1.
             seed: samples the latent, 0 to 2^64 - 1; without it the latent is the posterior mean.
-            adjustable: predict with `pix` alone, too; without it only the scales 1, 1 can be rendered.
+            adjustable: predict with the first adapters alone, too; without it all scales are 1.
         """
         data, like = to_image_data(image)
         return Session(self.pipeline, [data], scale, seed, adjustable, like)

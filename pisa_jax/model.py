@@ -4,7 +4,7 @@ A base model is a record of functions, so this module, the training step and inf
 model whose layers are `flax.linen` modules; `pisa_jax.sd` makes the record for Stable Diffusion 2.1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
 
 Params = Mapping[str, Any]
@@ -68,11 +69,21 @@ class LoadedModel(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Results of encoder and UNet for a batch of images; every pair of scales then costs one decode."""
+    """Results of encoder and UNet for a batch of images; all further scales then cost one decode."""
 
     latents: Float[Any, "b y x c"]
-    eps_pix: Float[Any, "b y x c"]
-    eps_full: Float[Any, "b y x c"]
+    # eps[i]: the noise prediction with the first i + 1 adapters; (eps_pix, eps_full) in the method.
+    eps: tuple[Float[Any, "b y x c"], ...]
+
+    @property
+    def eps_pix(self) -> Float[Any, "b y x c"]:
+        """Noise prediction with the first adapter."""
+        return self.eps[0]
+
+    @property
+    def eps_full(self) -> Float[Any, "b y x c"]:
+        """Noise prediction with all adapters."""
+        return self.eps[-1]
 
 
 def predict(
@@ -89,22 +100,57 @@ def predict(
     With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
     runs once, on the batch repeated for each scale.
     """
-    count, batch = len(adapter_scales), latents.shape[0]
-    scale = jnp.repeat(jnp.array(adapter_scales), batch)
+    return predict_rows(base, unet, (adapter,), (spec,), latents, prompt, tuple((scale,) for scale in adapter_scales))
+
+
+def predict_rows(
+    base: BaseModel,
+    unet: Params,
+    adapters: Sequence[AdapterTree],
+    specs: Sequence[AdapterSpec],
+    latents: Float[Array, "b h w c"],
+    prompt: Float[Array, "#b n d"],
+    rows: tuple[tuple[float, ...], ...],
+) -> Float[Array, "k b h w c"]:
+    """Predict the residual for every row of scales of several adapters, each trained on top of those before it.
+
+    The UNet runs once, on the batch repeated for each row. If an adapter other than the first depends on the weights
+    that it adapts, the UNet runs once per row instead, with the adapters merged one after the other: a second copy of
+    its weights exists while it does.
+    """
+    if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
+        return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
+    count, batch, names = len(rows), latents.shape[0], [str(index) for index in range(len(adapters))]
+    columns = {
+        name: jnp.repeat(jnp.array(row), batch) for name, row in zip(names, zip(*rows, strict=True), strict=True)
+    }
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
-    with nn.intercept_methods(injection.interceptor({"": adapter}, {"": spec}, {"": scale})):
+    trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
+    with nn.intercept_methods(injection.interceptor(trees, by_name, columns)):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 
 
+def _predict_merged(
+    base: BaseModel, unet: Params, adapters: Any, specs: Any, latents: Array, prompt: Array, scales: tuple[float, ...]
+) -> Array:
+    for tree, spec, scale in zip(adapters, specs, scales, strict=True):
+        if scale:
+            unet = injection.merge(unet, {"": tree}, {"": spec}, {"": scale})
+    return base.predict_noise(unet, latents, TIMESTEP, jnp.broadcast_to(prompt, (len(latents), *prompt.shape[1:])))
+
+
 def combine(
-    latents: Float[Array, "b h w c"],
-    eps_pix: Float[Array, "b h w c"],
-    eps_full: Float[Array, "b h w c"],
-    scales: Float[Array, "2"],
+    latents: Float[Array, "b h w c"], eps: Sequence[Float[Array, "b h w c"]], scales: Float[Array, " n"]
 ) -> Float[Array, "b h w c"]:
-    """Compute z_H = z_L - [l_pix eps_pix + l_sem (eps_full - eps_pix)] for scales (l_pix, l_sem) (PiSA-SR, eq. 8)."""
-    return latents - (scales[0] * eps_pix + scales[1] * (eps_full - eps_pix))
+    """Compute z_H = z_L - sum_i l_i (eps_i - eps_(i-1)), where eps_i is predicted with the first i adapters, eps_0 = 0.
+
+    With (eps_pix, eps_full) and scales (l_pix, l_sem) this is PiSA-SR, eq. 8.
+    """
+    residual = scales[0] * eps[0]
+    for index in range(1, len(eps)):
+        residual = residual + scales[index] * (eps[index] - eps[index - 1])
+    return latents - residual
 
 
 def posterior_noise(base: BaseModel, shape: tuple[int, ...], seed: int) -> Float[Array, "1 y x c"]:

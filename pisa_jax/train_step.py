@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pisa_jax import losses
 from pisa_jax.adapters import injection
-from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.adapters.adapter_tree import AdapterTree, join, split
+from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel, Params, predict
@@ -103,12 +104,18 @@ class State(NamedTuple):
     bad_streak: Int[Array, ""]
 
 
-def init_state(adapter: AdapterTree, optimizer: optax.GradientTransformation, ema: bool) -> State:
-    """Return the state before the first step."""
+def init_state(
+    adapter: AdapterTree, optimizer: optax.GradientTransformation, ema: bool, spec: AdapterSpec | None = None
+) -> State:
+    """Return the state before the first step.
+
+    Constant factors get no optimizer state; `spec` is needed for decompositions that have some.
+    """
     # Three arrays, because the jitted step donates each of them.
     step, skipped, bad_streak = (jnp.zeros((), jnp.int32) for _ in range(3))
     average = jax.tree.map(jnp.copy, adapter) if ema else None
-    return State(step, adapter, optimizer.init(adapter), average, skipped, bad_streak)
+    trainable, _ = split(adapter, get_decomposition(spec).constants if spec else ())
+    return State(step, adapter, optimizer.init(trainable), average, skipped, bad_streak)
 
 
 def make_frozen(
@@ -122,7 +129,7 @@ def make_frozen(
     teacher: bool = False,
     prompts: bool = False,
 ) -> Frozen:
-    """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1, into its UNet.
+    """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1 and in order, into its UNet.
 
     Args:
         perceptual: network weights of the perceptual loss on the devices, where that loss is used.
@@ -136,10 +143,13 @@ def make_frozen(
         return distributed.make_global_arrays(host, distributed.weight_shardings(mesh, host), dtype)
 
     unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
+    adapted = unet
+    for name, tree in (adapters or {}).items():  # each was trained on top of those before it
+        adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
     encode = jax.jit(base.encode_text)
     null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
     return Frozen(
-        unet=injection.merge(unet, adapters, specs or {}, dict.fromkeys(adapters, 1.0)) if adapters else unet,
+        unet=adapted,
         teacher=unet if teacher else None,
         vae=shard("vae", base.vae_dtype),
         text=text if prompts else None,
@@ -208,29 +218,41 @@ def loss(
     if objective.latent:
         target = batch.gt if objective.latents else base.encode(frozen.vae, batch.gt, None)
         terms["latent"] = losses.smooth_l2(z_h, target, objective.latent_window)
-    return sum(getattr(objective, name) * value for name, value in terms.items()), terms
+    total = sum(getattr(objective, name) * value for name, value in terms.items())
+    if penalty := get_decomposition(objective.spec).penalty:
+        terms["penalty"] = jnp.sum(jnp.stack([penalty(factors) for factors in adapter.values()]))
+        total = total + terms["penalty"]
+    return total, terms
 
 
 def gradient(
     adapter: AdapterTree, frozen: Frozen, batch: Batch, draws: Draws, base: BaseModel, objective: Objective
 ) -> tuple[dict[str, Float[Array, ""]], AdapterTree]:
-    """Compute the losses ("total" and each term) and their gradient, averaged over `accumulate` parts of the batch."""
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    """Compute the losses ("total" and each term) and their gradient, averaged over `accumulate` parts of the batch.
+
+    The gradient has no constant factors.
+    """
+    trainable, constants = split(adapter, get_decomposition(objective.spec).constants)
 
     def of_part(part):
-        (total, terms), grads = value_and_grad(adapter, frozen, *part, base, objective)
+        part_batch, part_draws = part
+
+        def loss_of(factors):
+            return loss(join(factors, constants), frozen, part_batch, part_draws, base, objective)
+
+        (total, terms), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         return {"total": total, **terms}, grads
 
     if objective.accumulate == 1:
         return of_part((batch, draws))
     # Strided parts: every device keeps its share of the batch in each of them.
-    split = jax.tree.map(lambda x: x.reshape(-1, objective.accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
-    first = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], split)))
+    parts = jax.tree.map(lambda x: x.reshape(-1, objective.accumulate, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
+    first = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts)))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
-    summed, _ = jax.lax.scan(add, first, split)
+    summed, _ = jax.lax.scan(add, first, parts)
     return jax.tree.map(lambda x: x / objective.accumulate, summed)
 
 
@@ -253,9 +275,14 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(measured["total"])
 
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
-    adapter = optax.apply_updates(state.adapter, updates)
-    ema = optax.incremental_update(adapter, state.ema, 1 - objective.ema) if objective.ema else None
+    names = get_decomposition(objective.spec).constants
+    trainable, constants = split(state.adapter, names)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    adapter, ema = join(trainable, constants), None
+    if state.ema is not None:
+        average, _ = split(state.ema, names)
+        ema = join(optax.incremental_update(trainable, average, 1 - objective.ema), constants)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

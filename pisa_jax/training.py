@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pisa_jax.adapters import checks, files, injection
-from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
+from pisa_jax.adapters import files, fit, injection, registry
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
 from pisa_jax.adapters.start import load_start
 from pisa_jax.config import Config, Data, Stage
 from pisa_jax.data import loader, sources
@@ -103,7 +103,7 @@ def train(
     base, unet = (model.base, model.params["unet"]) if model else random_shapes()
     check(config, base, unet, mesh)
     if given.trees:
-        checks.check_adapters(given.trees, injection.target_shapes(unet, "."))
+        fit.check_adapters(given.trees, given.specs, injection.target_shapes(unet))
     with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
         closing.callback(batches.close)
         folder = claim_run_directory(config, resume, overwrite, closing)
@@ -136,7 +136,6 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     base, objective = run.model.base, make_objective(config, stage)
-    state = new_state(run, index) if state is None else state
     frozen = make_frozen(
         run.model,
         run.mesh,
@@ -147,6 +146,7 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
         teacher=bool(stage.csd),
         prompts=bool(config.data.prompts),
     )
+    state = new_state(run, index, frozen.unet) if state is None else state
     step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
     upscale = jax.jit(
         functools.partial(validation.upscale_image, base=base, spec=stage.spec),
@@ -206,7 +206,9 @@ def make_objective(config: Config, stage: Stage) -> Objective:
 def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
     """Build AdamW with global-norm clipping and the learning-rate schedule of a stage."""
     b1, b2 = config.betas
-    adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay)
+    no_decay = registry.get_decomposition(stage.spec).no_decay
+    decayed = functools.partial(select_factors, lambda name: name not in no_decay) if no_decay else None
+    adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
@@ -296,30 +298,28 @@ def how_to_continue(run: Run) -> str:
 
 def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     """Write the trained adapters for inference."""
-    specs = run.start.specs | {stage.adapter: stage.spec for stage in run.config.stages if stage.adapter in trained}
-    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model))
+    stages = [stage for stage in run.config.stages if stage.adapter in trained]
+    specs = run.start.specs | {stage.adapter: stage.spec for stage in stages}
+    below = {**run.start.trained_on, **{stage.adapter: stage.frozen for stage in stages if stage.frozen}}
+    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
 
 
-def new_state(run: Run, index: int) -> State:
-    """Return the state before the first step of a stage, replicated over the devices."""
+def new_state(run: Run, index: int, unet: Any) -> State:
+    """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = _state_maker(run, index)()
+    state = make_state(run, index, unet)
     return distributed.make_global_arrays(
         jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
     )
 
 
-def _state_maker(run: Run, index: int) -> Any:
+def make_state(run: Run, index: int, unet: Any) -> State:
+    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes."""
     config, stage = run.config, run.config.stages[index]
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), run.model.params["unet"])
-    optimizer, given = make_optimizer(config, stage), run.start.trees.get(stage.adapter)
-
-    def make():
-        adapter = injection.init_adapter(key, shapes, stage.spec) if given is None else jax.tree.map(jnp.array, given)
-        return init_state(adapter, optimizer, ema=bool(config.ema))
-
-    return make
+    given = run.start.trees.get(stage.adapter)
+    adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
+    return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
 
 
 def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
@@ -338,7 +338,7 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     replicated = distributed.replicated(run.mesh)
 
     def abstract(index):
-        shapes = jax.eval_shape(_state_maker(run, index))
+        shapes = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]

@@ -89,18 +89,19 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
     """Check all stages of the config against the model, whose UNet has the leaves (or shapes) `unet`, and the mesh.
 
     Raises:
-        ValueError: an unknown decomposition, targets that match no layer, a crop that is not a multiple of the VAE's
-            scale factor or is smaller than `latent_window`, or a batch that cannot be divided over the devices.
+        ValueError: an unknown decomposition or option, layers that it cannot adapt, targets that match no layer, a
+            crop that is not a multiple of the VAE's scale factor or is smaller than `latent_window`, or a batch that
+            cannot be divided over the devices.
     """
     if config.data.crop % base.vae_scale_factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
     latents = config.data.crop // base.vae_scale_factor
     for stage in config.stages:
-        registry.get_decomposition(stage.spec)
         try:
-            injection.target_shapes(unet, stage.spec.targets)
+            registry.import_decomposition(stage.spec.decomposition)
+            injection.check_spec(unet, stage.spec)
         except ValueError as error:
-            raise ValueError(f"stage {stage.adapter}: targets: {error}") from error
+            raise ValueError(f"stage {stage.adapter}: {error}") from error
         if stage.latent_window > latents:
             raise ValueError(
                 f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "

@@ -108,8 +108,8 @@ def recorded_upscaler(**settings) -> inference.Upscaler:
     loaded, adapters = recorded_model(), recorded_adapters()
     merged = injection.merge(loaded.params["unet"], {"pix": adapters.trees["pix"]}, adapters.specs, {"pix": 1.0})
     prompt = loaded.base.encode_text(loaded.params["text"], jnp.asarray(loaded.tokenize([""])))
-    weights = inference.Weights(merged, adapters.trees["sem"], loaded.params["vae"], prompt)
-    upscaler = inference.Upscaler(loaded.base, weights, adapters.specs["sem"], inference.Settings(**settings))
+    weights = inference.Weights(merged, (adapters.trees["sem"],), loaded.params["vae"], prompt)
+    upscaler = inference.Upscaler(loaded.base, weights, adapters.specs, inference.Settings(**settings))
     upscaler.pipeline.runner.compiled = COMPILED
     return upscaler
 

@@ -82,7 +82,7 @@ def test_a_toy_base_model_upscales():
     sem = jax.tree.map(lambda leaf: leaf + 0.1, init_adapter(jax.random.key(1), model.params["unet"], SPEC))
     trees = {"pix": jax.tree.map(jnp.zeros_like, sem), "sem": sem}
     weights = make_weights(model, Adapters(jax.device_get(trees), dict.fromkeys(trees, SPEC)))
-    upscaler = Upscaler(model.base, weights, SPEC, Settings(min_size=8, color_fix="none"))
+    upscaler = Upscaler(model.base, weights, dict.fromkeys(trees, SPEC), Settings(min_size=8, color_fix="none"))
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     session = upscaler.open(image, scale=3)
     assert session.latents.shape == (1, 8, 11, 12)

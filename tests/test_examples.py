@@ -1,7 +1,9 @@
 """The examples run as they are: the training loop on a folder of images, and every cell of the notebook."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 
 import matplotlib as mpl
@@ -49,3 +51,30 @@ def test_the_notebook_runs_and_shows_its_results():
     assert names["image"].size == (64, 64)
     assert [variant.size for variant in names["variants"]] == [(256, 256)] * 4
     assert np.abs(names["semantic"]).max() > 0
+
+
+@pytest.mark.slow
+def test_a_decomposition_of_ones_own_from_its_file_to_an_upscaled_image(tmp_path):
+    """The commands of `examples/output_gain.py`, in a folder that holds nothing else."""
+    (tmp_path / "output_gain.py").write_text((ROOT / "examples" / "output_gain.py").read_text())
+    Image.fromarray(fake_source(1, 24)[0].image).save(tmp_path / "photo.png")
+    name = "output_gain:output_gain"
+    train = ["train", "debug", "--out", "gains", "--stages.1.spec.decomposition", name]
+    infer = ["infer", "-i", "photo.png", "--model", "gains/model", "--adapters", "gains/adapters.safetensors",
+             "--min-size", "64", "--compile-cache", "off", "--scales", "1,0.5"]  # fmt: skip
+
+    def run(*arguments):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-m", "pisa_jax", *arguments], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+
+    done = run(*train)
+    assert done.returncode == 0, done.stderr
+    assert load_adapters(tmp_path / "gains" / "adapters.safetensors").specs["sem"].decomposition == name
+    refused = run(*infer)
+    assert refused.returncode == 1
+    assert f"give --decomposition {name}" in refused.stderr
+    done = run(*infer, "--decomposition", name)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out" / "photo.png") as image:
+        assert image.size == (96, 96)

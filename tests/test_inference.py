@@ -40,8 +40,10 @@ def random_upscaler(
     spec = AdapterSpec(rank=2)
     sem = jax.tree.map(lambda leaf: leaf + 0.05, injection.init_adapter(jax.random.key(1), params["unet"], spec))
     prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
-    weights = Weights(params["unet"], sem, params["vae"], prompt)
-    return Upscaler(base, weights, spec, Settings(**({"min_size": 32} | settings)), on_compile, notice)
+    weights = Weights(params["unet"], (sem,), params["vae"], prompt)
+    return Upscaler(
+        base, weights, {"pix": spec, "sem": spec}, Settings(**({"min_size": 32} | settings)), on_compile, notice
+    )
 
 
 def render_all(session, pairs):
@@ -101,7 +103,7 @@ def test_default_pair_equals_adjustable_and_takes_one_unet_pass():
 
     compiled = upscaler.pipeline.runner.compiled.entries.items()
     flops = {key[1][2]: c.cost_analysis()["flops"] for key, c in compiled if key[0].__name__ == "predict"}
-    assert 0.4 < flops[(1.0,)] / flops[(0.0, 1.0)] < 0.6
+    assert 0.4 < flops[((1.0,),)] / flops[((0.0,), (1.0,))] < 0.6
 
 
 def test_new_scales_and_new_images_of_a_size_compile_nothing():

@@ -65,7 +65,7 @@ def test_it_holds_the_package_and_its_data_and_nothing_else(wheel):
 
 def test_help_lists_the_commands(program, tmp_path):
     output = run(tmp_path, program, "--help")
-    for command in ("infer", "train", "evaluate", "degrade", "prepare", "convert"):
+    for command in ("infer", "train", "evaluate", "degrade", "prepare", "convert", "inspect"):
         assert f"\n  {command} " in output
 
 

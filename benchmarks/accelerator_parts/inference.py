@@ -87,14 +87,14 @@ def stages(model: Model, case: Case) -> dict[str, tuple[Callable, tuple]]:
     latent_side = case.side // base.vae_scale_factor
     images = jnp.tanh(jax.random.normal(jax.random.key(0), (case.batch, case.side, case.side, 3)))
     latents = jax.random.normal(jax.random.key(1), (case.batch, latent_side, latent_side, base.latent_channels))
-    predict = functools.partial(inference.predict, base, random_sd.SPEC)
+    predict = functools.partial(inference.predict, base, (random_sd.SPEC,))
     render = functools.partial(inference.render, base, "adain", (case.side, case.side))
-    predictions = Predictions(latents, latents, -latents)
+    predictions = Predictions(latents, (latents, -latents))
     without_vae = weights._replace(vae=None)  # so that the compiled UNet accepts the weights of both models
     return {
         "encode": (functools.partial(inference.encode, base), (weights, images, None)),
-        "predict": (functools.partial(predict, (1.0,)), (without_vae, latents)),
-        "predict_both": (functools.partial(predict, (0.0, 1.0)), (without_vae, latents)),
+        "predict": (functools.partial(predict, ((1.0,),)), (without_vae, latents)),
+        "predict_both": (functools.partial(predict, ((0.0,), (1.0,))), (without_vae, latents)),
         "render": (render, (weights, predictions, jnp.array(SCALES), images)),
     }
 
@@ -148,7 +148,7 @@ def settings(model: Model, calls: dict[str, Callable], arguments: dict[str, tupl
     def whole(predict):
         latents = calls["encode"](model.weights, images, None)
         both = calls[predict](arguments[predict][0], latents)
-        predictions = Predictions(latents, both[..., :channels], both[..., -channels:])
+        predictions = Predictions(latents, (both[..., :channels], both[..., -channels:]))
         return calls["render"](model.weights, predictions, scales, images)
 
     return {
@@ -186,7 +186,9 @@ def whole_image(rows, name: str, model: Model, side: int, expected: float, optio
     def measure():
         compiled: list[float] = []
         settings = Settings(min_size=side, **options)
-        upscaler = Upscaler(*model, random_sd.SPEC, settings, lambda _, taken: compiled.append(taken))
+        upscaler = Upscaler(
+            *model, dict.fromkeys(("pix", "sem"), random_sd.SPEC), settings, lambda _, taken: compiled.append(taken)
+        )
         values = timed(lambda: upscaler(image, scales=SCALES), TIMED)
         return values | {"compile_s": sum(compiled), "programs": len(compiled)}
 

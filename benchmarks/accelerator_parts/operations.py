@@ -59,17 +59,17 @@ def count_inference(size: str, side: int) -> dict[str, float]:
     base = make_base_model(modules)
     sem = jax.eval_shape(lambda key: injection.init_adapter(key, shapes["unet"], random_sd.SPEC), jax.random.key(0))
     prompt = of((1, 77, modules.unet.cross_attention_dim), jnp.float32)
-    weights = inference.Weights(random_sd.cast(shapes["unet"], "bfloat16"), sem, shapes["vae"], prompt)
+    weights = inference.Weights(random_sd.cast(shapes["unet"], "bfloat16"), (sem,), shapes["vae"], prompt)
     latent_side = side // base.vae_scale_factor
     images = of((1, side, side, 3), jnp.float32)
     latents = of((1, latent_side, latent_side, base.latent_channels), jnp.float32)
-    predict = functools.partial(inference.predict, base, random_sd.SPEC)
+    predict = functools.partial(inference.predict, base, (random_sd.SPEC,))
     render = functools.partial(inference.render, base, "adain", (side, side))
     return {
         "encode": count(functools.partial(inference.encode, base), weights, images, None),
-        "predict": count(functools.partial(predict, (1.0,)), weights, latents),
-        "predict_both": count(functools.partial(predict, (0.0, 1.0)), weights, latents),
-        "render": count(render, weights, Predictions(latents, latents, latents), of((2,), jnp.float32), images),
+        "predict": count(functools.partial(predict, ((1.0,),)), weights, latents),
+        "predict_both": count(functools.partial(predict, ((0.0,), (1.0,))), weights, latents),
+        "render": count(render, weights, Predictions(latents, (latents, latents)), of((2,), jnp.float32), images),
     }
 
 

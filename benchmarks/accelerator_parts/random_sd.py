@@ -62,7 +62,7 @@ def inference_weights(size: str, vae_dtype: str, unet: Any = None) -> Weights:
     width = random_model.model_configs(size)[0]["cross_attention_dim"]
     return Weights(
         random_weights(cast(found["unet"], "bfloat16"), 0) if unet is None else unet,
-        random_adapter(adapter, 1),
+        (random_adapter(adapter, 1),),
         random_weights(cast(found["vae"], vae_dtype), 2),
         normal(jax.ShapeDtypeStruct((1, PROMPT_TOKENS, width), jnp.float32), 3),
     )

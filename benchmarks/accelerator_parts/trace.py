@@ -43,7 +43,7 @@ def adjustable_run(size: str, case: inference.Case) -> Callable[[], Any]:
     def run():
         latents = calls["encode"](model.weights, images, None)
         both = calls["predict_both"](unet, latents)
-        predictions = Predictions(latents, *jax.numpy.split(both, 2, axis=-1))
+        predictions = Predictions(latents, tuple(jax.numpy.split(both, 2, axis=-1)))
         return calls["render"](model.weights, predictions, scales, images)
 
     return run

@@ -3,6 +3,8 @@
 {"pix": {"down_blocks_0/resnets_0/conv1": {"a": (3, 3, 320, 4), "b": (1, 1, 4, 320)}, ...}, "sem": {...}}
 """
 
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pisa_jax.config import AdapterSpec
@@ -14,11 +16,71 @@ AdapterTree = dict[str, Factors]
 
 
 class Adapters(NamedTuple):
-    """Named adapters, their specifications, and the base model that they were trained for."""
+    """Named adapters, their specifications, and the base model that they were trained for.
+
+    The order of `specs` is that of the scales.
+    """
 
     trees: dict[str, AdapterTree]
     specs: dict[str, AdapterSpec]
     base_model: str | None = None
+    # Name of an adapter -> adapters that were merged into the base model when it was trained.
+    trained_on: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
+def split(tree: AdapterTree, names: Collection[str]) -> tuple[AdapterTree, AdapterTree]:
+    """Split a tree into the factors that are not in `names` and those that are.
+
+    >>> split({"conv": {"a": 1, "a0": 2}}, ("a0",))
+    ({'conv': {'a': 1}}, {'conv': {'a0': 2}})
+    """
+    rest = {path: {name: value for name, value in layer.items() if name not in names} for path, layer in tree.items()}
+    named = {path: {name: value for name, value in layer.items() if name in names} for path, layer in tree.items()}
+    return rest, named
+
+
+def join(tree: AdapterTree, other: AdapterTree) -> AdapterTree:
+    """Inverse of `split`."""
+    return {path: {**layer, **other[path]} for path, layer in tree.items()}
+
+
+def select_factors(test: Callable[[str], bool], tree: AdapterTree) -> dict[str, dict[str, bool]]:
+    """Return test(name) for every factor of a tree, in a tree of the same structure."""
+    return {path: {name: test(name) for name in layer} for path, layer in tree.items()}
+
+
+def with_sem(adapters: Adapters) -> Adapters:
+    """Add an empty adapter `sem` to `pix` alone, as after the pixel stage: two scales hold for every run."""
+    if list(adapters.specs) != ["pix"]:
+        return adapters
+    return adapters._replace(trees={**adapters.trees, "sem": {}}, specs={**adapters.specs, "sem": AdapterSpec()})
+
+
+def join_adapters(several: Mapping[str, Adapters]) -> Adapters:
+    """Join adapters by source, in order.
+
+    Raises:
+        ValueError: an adapter name in two sources, or different base models.
+    """
+    joined = Adapters({}, {})
+    owners: dict[str, str] = {}
+    for source, adapters in several.items():
+        for name in adapters.specs:
+            if name in owners:
+                raise ValueError(f"{owners[name]} and {source} both have an adapter {name!r}; give one of them")
+            owners[name] = source
+        bases = {base for base in (joined.base_model, adapters.base_model) if base}
+        if len(bases) > 1:
+            raise ValueError(
+                f"{source} is for the base model {adapters.base_model}, the others for {joined.base_model}"
+            )
+        joined = Adapters(
+            {**joined.trees, **adapters.trees},
+            {**joined.specs, **adapters.specs},
+            adapters.base_model or joined.base_model,
+            {**joined.trained_on, **adapters.trained_on},
+        )
+    return joined
 
 
 def summary(adapters: Adapters) -> str:
@@ -27,6 +89,7 @@ def summary(adapters: Adapters) -> str:
     for name, tree in adapters.trees.items():
         spec, factors = adapters.specs[name], [value for layer in tree.values() for value in layer.values()]
         size = sum(value.size for value in factors)
-        kind = f"{spec.decomposition}, rank {spec.rank}, alpha {spec.alpha:g}"
+        options = "".join(f", {key} {value}" for key, value in spec.options)
+        kind = f"{spec.decomposition}, rank {spec.rank}, alpha {spec.alpha:g}{options}"
         lines.append(f"  {name}: {kind}, {len(tree)} layers, {size:,} parameters")
     return "\n".join([*lines, f"  base model: {adapters.base_model or 'not recorded'}"])

@@ -1,12 +1,13 @@
 """Adapter files: this project's format, and reading and writing that of the original PiSA-SR (`pisa-sr convert`).
 
 This project's format is a safetensors file with keys such as "pix/down_blocks_0/resnets_0/conv1/a" and one metadata
-entry, "pisa_jax": a JSON text with format, version, base model and the `AdapterSpec` of each adapter.
+entry, "pisa_jax": a JSON text with format, version, base model, the `AdapterSpec` of each adapter, and the order of the
+adapters where it is not the alphabetical one. Nothing that a file names is imported or run.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pisa_jax.adapters import pisa_sr_file
-from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
-from pisa_jax.adapters.checks import check_factors, shorten
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, join_adapters
+from pisa_jax.adapters.checks import shorten
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.messages import excerpt
@@ -23,7 +24,9 @@ from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_te
 from pisa_jax.runtime.torch_pickle import read_torch
 
 FORMAT = "pisa_jax.adapters"
-VERSION = 1
+VERSION = 2
+# The fields of `AdapterSpec` in version 1; version 2 adds the others.
+FIRST_FIELDS = ("decomposition", "rank", "alpha", "targets")
 
 _KEY = re.compile(r"(?P<name>[^/]+)/(?P<path>.+)/(?P<factor>[^/]+)")
 
@@ -31,46 +34,65 @@ _KEY = re.compile(r"(?P<name>[^/]+)/(?P<path>.+)/(?P<factor>[^/]+)")
 def load_adapters(path: str | Path) -> Adapters:
     """Load an adapter file of this project or of the original PiSA-SR, recognized by its content.
 
-    Factors are float32 numpy arrays in Flax layout.
+    Factors are numpy arrays in Flax layout: float32, or the integers of the file. Those of this project's format are
+    checked by `fit.check_adapters`, for which the layers of the base model must be known.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has neither format, or wrong keys, factors or ranks.
+        ValueError: it has neither format, or wrong keys or metadata.
         UnsafePickleError: a pickle refers to anything but tensors and plain containers (a ValueError).
     """
     if is_safetensors(path):
         tensors = read_tensors(path)
-        specs, base_model = _parse_metadata(path, read_metadata(path))
+        stated = _parse_metadata(path, read_metadata(path))
     else:
         tensors, specs = pisa_sr_file.unpack_pickle(path, read_torch(path))
-        base_model = None
-    trees: dict[str, AdapterTree] = {name: {} for name in specs or ()}
+        stated = Adapters({}, specs)
+    trees, original = _parse_keys(path, tensors)
+    if stated is None:
+        stated, original = Adapters({}, {name: _guess_spec(tree) for name, tree in trees.items()}), set(trees)
+    trees = {name: {} for name in stated.specs} | trees
+    if set(stated.specs) != set(trees):
+        raise ValueError(f"{path}: the metadata lists the adapters {shorten(stated.specs)}, the keys {shorten(trees)}")
+    for name in sorted(original):
+        pisa_sr_file.check_pairs(f"{path}: adapter '{excerpt(name)}'", trees[name], stated.specs[name].rank)
+    return stated._replace(trees=trees)
+
+
+def _parse_keys(path: str | Path, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, AdapterTree], set[str]]:
+    """Return the factors by adapter, and the names of the adapters with keys of the original."""
+    trees: dict[str, AdapterTree] = {}
+    original = set()
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
             (name, module, factor), value = match.groups(), tensor
         else:
             name, module, factor = pisa_sr_file.parse_key(path, key, tensors)
             value = pisa_sr_file.factor_from_tensor(path, key, tensor)
-        with np.errstate(over="ignore"):  # values of float64 files
-            trees.setdefault(name, {}).setdefault(module, {})[factor] = np.asarray(value, np.float32, order="C")
-    if specs is None:
-        specs = {name: AdapterSpec(rank=_most_frequent_rank(tree), alpha=PISA_SR_ALPHA) for name, tree in trees.items()}
-    if set(specs) != set(trees):
-        raise ValueError(f"{path}: the metadata lists the adapters {shorten(specs)}, the keys {shorten(trees)}")
-    for name, tree in trees.items():
-        check_factors(f"{path}: adapter '{excerpt(name)}'", tree, specs[name])
-    return Adapters(trees, specs, base_model)
+            original.add(name)
+        trees.setdefault(name, {}).setdefault(module, {})[factor] = _as_factor(value)
+    return trees, original
+
+
+def load_all_adapters(paths: str | Path | Sequence[str | Path]) -> Adapters:
+    """Load the adapters of one or several files, which follow each other in the order of the files.
+
+    Raises:
+        ValueError: as `load_adapters` does; also an adapter name in two files, or files for different base models.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    return join_adapters({str(path): load_adapters(path) for path in paths})
 
 
 def save_adapters(path: str | Path, adapters: Adapters, dtype: str = "float32") -> None:
     """Write this project's format. With float32, loading restores the same bits; equal adapters give equal files."""
     tensors = {
-        f"{name}/{module}/{factor}": np.asarray(value, dtype)
+        f"{name}/{module}/{factor}": _as_factor(value, dtype)
         for name, tree in adapters.trees.items()
         for module, factors in tree.items()
         for factor, value in factors.items()
     }
-    write_safetensors(path, tensors, _format_metadata(adapters.specs, adapters.base_model))
+    write_safetensors(path, tensors, _format_metadata(adapters))
 
 
 def export_pisa_sr(path: str | Path, adapters: Adapters) -> None:
@@ -82,13 +104,14 @@ def export_pisa_sr(path: str | Path, adapters: Adapters) -> None:
         ValueError: an adapter of another decomposition than "lora".
     """
     specs = {name: replace(spec, alpha=PISA_SR_ALPHA) for name, spec in adapters.specs.items()}
-    write_safetensors(path, pisa_sr_file.to_state_dict(adapters), _format_metadata(specs, adapters.base_model))
+    stated = adapters._replace(specs=specs)
+    write_safetensors(path, pisa_sr_file.to_state_dict(adapters), _format_metadata(stated))
 
 
-def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict[str, AdapterSpec] | None, str | None]:
-    """Return the specifications and the base model; (None, None) if the file has no metadata of this project."""
+def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> Adapters | None:
+    """Return adapters without trees; None if the file has no metadata of this project."""
     if "pisa_jax" not in metadata:
-        return None, None
+        return None
     try:
         content = json.loads(metadata["pisa_jax"])
         if content["format"] != FORMAT:
@@ -98,7 +121,10 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> tuple[dict
         base_model = content["base_model"]
         if not isinstance(base_model, str | None):
             raise ValueError(f"base_model {excerpt(base_model)} is no name")
-        return {name: _parse_spec(fields) for name, fields in content["adapters"].items()}, base_model
+        specs = {name: _parse_spec(fields) for name, fields in content["adapters"].items()}
+        ordered = {name: specs[name] for name in content.get("order", specs)}
+        trained_on = {name: tuple(map(str, below)) for name, below in content.get("trained_on", {}).items()}
+        return Adapters({}, ordered, base_model, trained_on)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {excerpt(error, 300)}"
         raise ValueError(f"{path}: its metadata is not that of an adapter file ({reason})") from error
@@ -109,16 +135,33 @@ def _parse_spec(fields: Mapping[str, Any]) -> AdapterSpec:
         raise ValueError(f"rank {fields['rank']!r} and alpha {fields['alpha']!r} are not numbers")
     if type(fields.get("decomposition", "")) is not str:
         raise ValueError(f"decomposition {fields['decomposition']!r} is no name")
-    return AdapterSpec(**{**fields, "alpha": float(fields["alpha"])})
+    pairs = {name: tuple(map(tuple, fields.get(name, ()))) for name in ("options", "rank_by_target")}
+    return AdapterSpec(**{**fields, **pairs, "alpha": float(fields["alpha"])})
 
 
-def _format_metadata(specs: Mapping[str, AdapterSpec], base_model: str | None) -> dict[str, str]:
-    adapters = {name: asdict(spec) for name, spec in specs.items()}
-    content = {"format": FORMAT, "version": VERSION, "base_model": base_model, "adapters": adapters}
+def _format_metadata(adapters: Adapters) -> dict[str, str]:
+    # Fields of later versions are written where they are used, so that earlier releases read all other files.
+    specs = {
+        name: {field: value for field, value in asdict(spec).items() if value or field in FIRST_FIELDS}
+        for name, spec in adapters.specs.items()
+    }
+    version = VERSION if any(len(fields) > len(FIRST_FIELDS) for fields in specs.values()) else 1
+    content = {"format": FORMAT, "version": version, "base_model": adapters.base_model, "adapters": specs}
+    if list(specs) != sorted(specs):
+        content["order"] = list(specs)
+    if adapters.trained_on:
+        content["trained_on"] = dict(adapters.trained_on)
     return {"pisa_jax": json.dumps(content, sort_keys=True)}
 
 
-def _most_frequent_rank(tree: AdapterTree) -> int:
-    """Return the rank of most layers, for files without metadata."""
+def _as_factor(value: Any, dtype: str = "float32") -> np.ndarray:
+    """Return a contiguous array; `dtype` is for floating-point factors, others (indices) keep theirs."""
+    array = np.asarray(value)
+    with np.errstate(over="ignore"):  # values of float64 files
+        return np.asarray(array, array.dtype if array.dtype.kind in "iub" else dtype, order="C")
+
+
+def _guess_spec(tree: AdapterTree) -> AdapterSpec:
+    """Return the specification for a file without metadata: the rank of most layers, and the original's alpha."""
     ranks = [factors["a"].shape[-1] for factors in tree.values() if "a" in factors]
-    return max(ranks, key=ranks.count, default=1)
+    return AdapterSpec(rank=max(ranks, key=ranks.count, default=1), alpha=PISA_SR_ALPHA)

@@ -8,35 +8,75 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pisa_jax.adapters.adapter_tree import AdapterTree, Factors
-from pisa_jax.adapters.decomposition import Decomposition, LinearMap
+from pisa_jax.adapters.decomposition import Decomposition, LayerCall
+from pisa_jax.adapters.fit import check_adapters, check_names, check_ranks, expected_factors
+from pisa_jax.adapters.layer_maps import has_groups, linear_map
 from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime import distributed
 from pisa_jax.runtime.trees import flatten, select, unflatten
 
 
-def target_shapes(params: Mapping[str, Any], targets: str) -> dict[str, tuple[int, ...]]:
-    """Return module path -> kernel shape of the Dense and Conv layers whose path matches the pattern `targets`.
+def kernels_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return module path -> kernel of all Dense and Conv layers; leaves are arrays or `jax.ShapeDtypeStruct`."""
+    return {path.removesuffix("/kernel"): leaf for path, leaf in flatten(params).items() if path.endswith("/kernel")}
 
-    The leaves of `params` are arrays or `jax.ShapeDtypeStruct`.
+
+def target_shapes(params: Mapping[str, Any], targets: str = "") -> dict[str, tuple[int, ...]]:
+    """Return module path -> kernel shape of the Dense and Conv layers whose path matches the pattern `targets`."""
+    kernels = kernels_of(params)
+    return {path: tuple(kernels[path].shape) for path in select(kernels, targets)}
+
+
+def check_spec(params: Mapping[str, Any], spec: AdapterSpec) -> None:
+    """Check that `spec` can adapt all layers of `params` that it targets; leaves are arrays or shapes.
+
+    Raises:
+        ValueError: unknown decomposition or option, layers that it cannot adapt, or patterns that match no layer.
     """
-    kernels = {path.removesuffix("/kernel"): leaf.shape for path, leaf in flatten(params).items() if "/kernel" in path}
-    return {path: tuple(kernels[path]) for path in select(kernels, targets)}
+    try:
+        shapes = target_shapes(params, spec.targets)
+    except ValueError as error:
+        raise ValueError(f"targets: {error}") from error
+    check_ranks(spec, list(shapes))
+    expected_factors(spec, shapes)
 
 
 def init_adapter(key: Array, params: Mapping[str, Any], spec: AdapterSpec) -> AdapterTree:
     """Create an adapter with dW = 0 for the layers of `params` that `spec` targets.
 
     Each layer folds a hash of its path into `key`: layers of equal shape get different factors, and the factors of a
-    layer do not depend on which other layers are adapted.
+    layer do not depend on which other layers are adapted. The leaves of `params` may be `jax.ShapeDtypeStruct` unless
+    the decomposition starts from the weights.
+
+    Raises:
+        ValueError: as `check_spec` does.
     """
-    functions = get_decomposition(spec)
-    return {
-        path: functions.init(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, spec.rank)
-        for path, shape in target_shapes(params, spec.targets).items()
-    }
+    check_spec(params, spec)
+    functions, kernels = get_decomposition(spec), kernels_of(params)
+    tree = {}
+    for path in select(kernels, spec.targets):
+        layer_key, kernel = jax.random.fold_in(key, zlib.crc32(path.encode())), kernels[path]
+        from_weights = functions.needs_kernel == "init"
+        init = _jitted_init(functions, _mesh_of(kernel)) if from_weights else functions.init
+        tree[path] = init(layer_key, kernel, spec.rank_of(path))
+    return tree
+
+
+@functools.cache
+def _jitted_init(functions: Decomposition, mesh: Mesh | None) -> Callable[[Array, Array, int], Factors]:
+    """Return the jitted `init` for kernels that may be sharded over `mesh`; every device gets all factors."""
+    sharding = distributed.replicated(mesh) if mesh else None
+    return jax.jit(functions.init, static_argnums=2, out_shardings=sharding)
+
+
+def _mesh_of(kernel: Any) -> Mesh | None:
+    mesh = getattr(getattr(kernel, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def merge(
@@ -46,26 +86,35 @@ def merge(
     scales: Mapping[str, Any],
     donate: bool = False,
 ) -> dict[str, Any]:
-    """Return `params` with W + sum_i scales[i] dW_i in every adapted kernel.
+    """Return `params` with W + sum_i scales[i] dW_i(W) in every adapted kernel.
 
+    Every adapter receives the given kernel. An adapter that was trained on top of others is merged by a second call.
     The sum is computed in float32 and cast to the dtype of the kernel. With `donate`, the buffers of the given kernels
     are donated, so that no two copies of them exist at the same time.
+
+    Raises:
+        ValueError: the adapters do not fit `params`, or `scales` does not name exactly the adapters.
     """
+    check_names(list(adapters), scales)
     flat = flatten(params)
-    for name, tree in adapters.items():
-        for path, factors in tree.items():
-            flat[f"{path}/kernel"] = _adder(specs[name], donate)(flat[f"{path}/kernel"], factors, scales[name])
+    check_adapters(adapters, specs, target_shapes(params))
+    for path in dict.fromkeys(path for tree in adapters.values() for path in tree):
+        names = [name for name, tree in adapters.items() if path in tree]
+        add = _adder(tuple(get_decomposition(specs[name]) for name in names), donate)
+        factors = [adapters[name][path] for name in names]
+        flat[f"{path}/kernel"] = add(flat[f"{path}/kernel"], factors, [scales[name] for name in names])
     return unflatten(flat)
 
 
 @functools.cache
-def _adder(spec: AdapterSpec, donate: bool) -> Callable[[Array, Factors, Any], Array]:
-    """Return the jitted function (W, factors, scale) -> W + scale dW; it compiles once per shape of kernel."""
-    functions = get_decomposition(spec)
+def _adder(functions: tuple[Decomposition, ...], donate: bool) -> Callable[[Array, list[Factors], list[Any]], Array]:
+    """Return the jitted function (W, factors, scales) -> W + sum_i scale_i dW_i(W); it compiles once per shape."""
 
-    def add(kernel, factors, scale):
-        delta = scale * functions.delta(factors).astype(jnp.float32)
-        return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    def add(kernel, factors, scales):
+        given = total = kernel.astype(jnp.float32)
+        for each, values, scale in zip(functions, factors, scales, strict=True):
+            total = total + scale * each.delta(values, given).astype(jnp.float32)
+        return total.astype(kernel.dtype)
 
     return jax.jit(add, donate_argnums=0 if donate else ())
 
@@ -75,49 +124,47 @@ def interceptor(
     specs: Mapping[str, AdapterSpec],
     scales: Mapping[str, Float[Array, ""] | Float[Array, " b"]],
 ) -> Callable:
-    """Return an interceptor for `nn.intercept_methods` that adds sum_i scales[i] dW_i x to every adapted layer.
+    """Return an interceptor for `nn.intercept_methods` that adds sum_i scales[i] dW_i(W) x to every adapted layer.
 
     The weights are not changed. A scale is one number for the batch or one per sample: with (0, 1), only the second
     half of a batch of two is adapted. Scales may be traced.
+
+    Raises:
+        ValueError: `scales` does not name exactly the adapters; inside the model, a layer that cannot be adapted.
     """
+    check_names(list(adapters), scales)
     functions = {name: get_decomposition(specs[name]) for name in adapters}
 
     def intercept(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
-        module = context.module
-        if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv):
+        module, path = context.module, "/".join(context.module.path)
+        names = [name for name, tree in adapters.items() if path in tree]
+        if not names or context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv):
             return y
-        path = "/".join(module.path)
-        for name, tree in adapters.items():
-            if path in tree:
-                scale = jnp.asarray(scales[name], y.dtype)
-                scale = scale.reshape(-1, *[1] * (y.ndim - 1)) if scale.ndim else scale
-                y = y + scale * _difference(functions[name], tree[path], args[0], _linear_map(module))
+        call = _layer_call(module, args[0], y)
+        for name in names:
+            scale = jnp.asarray(scales[name], y.dtype)
+            scale = scale.reshape(-1, *[1] * (y.ndim - 1)) if scale.ndim else scale
+            y = y + scale * _difference(functions[name], adapters[name][path], call, has_groups(module))
         return y
 
     return intercept
 
 
-def _difference(functions: Decomposition, factors: Factors, x: Array, linear: LinearMap) -> Array:
-    if functions.apply:
-        return functions.apply(factors, x, linear)
-    return linear(x, functions.delta(factors))
+def _layer_call(module: nn.Dense | nn.Conv, x: Array, y: Array) -> LayerCall:
+    params = module.variables["params"]
+    y0 = y - params["bias"].astype(y.dtype) if module.use_bias else y
+    return LayerCall(x, y0, params["kernel"], linear_map(module))
 
 
-def _linear_map(module: nn.Dense | nn.Conv) -> LinearMap:
-    """Return the layer, without its bias, as a function of its input and kernel; it computes in the layer's dtype."""
+def _difference(functions: Decomposition, factors: Factors, call: LayerCall, grouped: bool) -> Array:
+    """Compute dW x, by the decomposition's own path where it has one; those have no groups."""
+    if functions.apply and not grouped:
+        return functions.apply(factors, call)
 
-    def dense(x, kernel):
-        return x.astype(module.dtype) @ kernel.astype(module.dtype)
+    # dW is as large as the weights: the backward pass computes it again instead of keeping it.
+    @jax.checkpoint
+    def through_delta(factors, kernel, x):
+        return call.linear(x, functions.delta(factors, kernel.astype(jnp.float32)))
 
-    def conv(x, kernel):
-        strides = module.strides if isinstance(module.strides, tuple) else (module.strides or 1,) * (x.ndim - 2)
-        return jax.lax.conv_general_dilated(
-            x.astype(module.dtype),
-            kernel.astype(module.dtype),
-            strides,
-            module.padding,  # type: ignore[arg-type]  # flax also allows one number, which diffusers does not use
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    return dense if isinstance(module, nn.Dense) else conv
+    return through_delta(factors, call.kernel, call.x)

@@ -16,8 +16,8 @@ def loha(alpha: float) -> Decomposition:
     Reference: Hyeon-Woo et al. 2022, proposition 1.
     """
 
-    def init(key, kernel_shape, rank):
-        *window, c_in, c_out = kernel_shape
+    def init(key, kernel, rank):
+        *window, c_in, c_out = kernel.shape
         keys = jax.random.split(key, 3)
         fan_in = math.prod(window) * c_in
         return {
@@ -27,7 +27,8 @@ def loha(alpha: float) -> Decomposition:
             "b2": jnp.zeros((rank, c_out)),
         }
 
-    def delta(factors):
+    def delta(factors, kernel):
+        del kernel
         rank = factors["a1"].shape[-1]
         return (alpha / rank) * (factors["a1"] @ factors["b1"]) * (factors["a2"] @ factors["b2"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pisa_jax.adapters.adapter_tree import Adapters
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.adapters.checks import check_empty, check_keys, shorten
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.messages import excerpt
@@ -55,21 +55,37 @@ def to_state_dict(adapters: Adapters) -> dict[str, np.ndarray]:
     """Convert adapters to the original's keys and layouts, for alpha = 8: b is multiplied by alpha / 8.
 
     Raises:
-        ValueError: an adapter of another decomposition than "lora".
+        ValueError: an adapter of another decomposition than "lora", or of several ranks.
     """
     tensors = {}
     for name, tree in adapters.trees.items():
         spec = adapters.specs[name]
-        if spec.decomposition != "lora":
-            raise ValueError(
-                f"adapter {name!r} has decomposition {spec.decomposition!r}; the original PiSA-SR supports only lora"
-            )
+        if spec.decomposition != "lora" or spec.options:
+            kind = " ".join([repr(spec.decomposition), *(f"{key}={value}" for key, value in spec.options)])
+            raise ValueError(f"adapter {name!r} has decomposition {kind}; the original PiSA-SR supports only lora")
+        check_pairs(f"adapter {name!r}", tree, spec.rank)
         for path, factors in tree.items():
             module = torch_module_name(path)
             b = np.asarray(factors["b"], np.float32) * np.float32(spec.alpha / PISA_SR_ALPHA)
             tensors[format_key(module, "A", name)] = torch_kernel(np.asarray(factors["a"], np.float32))
             tensors[format_key(module, "B", name)] = torch_kernel(b)
     return tensors
+
+
+def check_pairs(source: str, tree: AdapterTree, rank: int) -> None:
+    """Check that every layer has the factors a (..., in, r) and b (..., r, out) with r = `rank`.
+
+    Raises:
+        ValueError: missing or unexpected factors, or other shapes; the message starts with `source`.
+    """
+    found = [f"{path}/{name}" for path, factors in tree.items() for name in factors]
+    check_keys(f"{source}, factors", [f"{path}/{side}" for path in tree for side in "ab"], found)
+    wrong = []
+    for path, factors in tree.items():
+        a, b = factors["a"].shape, factors["b"].shape
+        if len(a) != len(b) or a[-1] != rank or b[:-1] != (*[1] * (len(a) - 2), rank):
+            wrong.append(f"{path} with a {a}, b {b}")
+    check_empty(f"{source}: expected rank {rank}, a (..., in, {rank}) and b (..., {rank}, out), found", wrong)
 
 
 def parse_key(path: str | Path, key: str, keys: Collection[str]) -> tuple[str, str, str]:

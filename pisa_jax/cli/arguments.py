@@ -10,18 +10,22 @@ from pisa_jax.config import Scales, check_scales, check_seed
 
 def scales(text: str) -> Scales:
     """Parse "1.0,0.7", or "0.7" for both, to (pix, sem)."""
+    values = scales_of_adapters(text)
+    if len(values) > 2:
+        raise _not_scales(text)
+    return values * (3 - len(values))
+
+
+def scales_of_adapters(text: str) -> Scales:
+    """Parse numbers such as "1.0,0.7", one for each adapter; a single number holds for all of them."""
     try:
-        values = [float(part) for part in text.split(",")]
+        return check_scales([float(part) for part in text.split(",")], None)
     except ValueError:
-        values = []
-    if len(values) == 1:
-        values *= 2
-    try:
-        return check_scales(values)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not PIX,SEM (two numbers) or one number for both, such as 1.0,0.7"
-        ) from None
+        raise _not_scales(text) from None
+
+
+def _not_scales(text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{text!r} is not PIX,SEM (two numbers) or one number for both, such as 1.0,0.7")
 
 
 def upscale_factor(text: str) -> float:

@@ -11,8 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pisa_jax.cli.arguments import integer_at_least, megapixels, name_part, prompt, scales, seed, upscale_factor
+from pisa_jax.cli.arguments import (
+    integer_at_least,
+    megapixels,
+    name_part,
+    prompt,
+    scales_of_adapters,
+    seed,
+    upscale_factor,
+)
 from pisa_jax.cli.output_files import check_output_files
+from pisa_jax.config import Scales, check_scales
 from pisa_jax.runtime.console import progress_bar, say, show_any_name
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
@@ -51,8 +60,9 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
         help="output folder (default out)")  # fmt: skip
     add("-s", "--scale", "--upscale", type=upscale_factor, default=4.0,
         help="upscale factor, any number >= 1 (default 4)")  # fmt: skip
-    add("--scales", nargs="+", type=scales, metavar="PIX,SEM",
-        help="strength of the adapters pix (fidelity) and sem (detail), one or more pairs (default 1,1)")  # fmt: skip
+    add("--scales", nargs="+", type=scales_of_adapters, metavar="PIX,SEM",
+        help="strength of the adapters pix (fidelity) and sem (detail), one or more pairs (default 1,1); with other "
+        "adapters one number each, in the order of the file")  # fmt: skip
     add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
     add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
     add("--default", action="store_true", help=argparse.SUPPRESS)
@@ -63,8 +73,11 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
 def _add_model_arguments(add: Callable[..., Any]) -> None:
     add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
         help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
-    add("--adapters", "--pretrained_path", metavar="FILE",
-        help="pisa_sr.pkl or adapters.safetensors (default: the adapters of the demo model)")  # fmt: skip
+    add("--adapters", "--pretrained_path", nargs="+", metavar="FILE",
+        help="pisa_sr.pkl or adapters.safetensors; several files are joined in this order (default: the adapters of "
+        "the demo model)")  # fmt: skip
+    add("--decomposition", nargs="+", default=[], metavar="MODULE:FUNCTION",
+        help="import decompositions of your own that an adapter file names")  # fmt: skip
     add("--color-fix", "--align_method", default="adain", choices=["adain", "wavelet", "none", "nofix"],
         help="color correction towards the input (default adain)")  # fmt: skip
     add("--min-size", "--process_size", type=integer_at_least(1), default=512, metavar="PIXELS",
@@ -109,12 +122,36 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     if not args.input:  # a first demonstration: the samples with increasing strength of the detail adapter
         args.input, args.grid = [str(SAMPLES)], True
         args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
-    args.scales = [(1.0, 1.0)] if args.default or not args.scales else list(dict.fromkeys(args.scales))
     if args.lambda_pix is not None or args.lambda_sem is not None:
         args.scales = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
+    try:
+        args.scales = complete_scales([] if args.default else args.scales, adapter_names(args.adapters))
+    except ValueError as error:
+        p.error(f"argument --scales: {error}")
     args.color_fix = {"nofix": "none"}.get(args.color_fix, args.color_fix)
     args.vae_tile = choose_vae_tile(args)
     return args
+
+
+def adapter_names(paths: Sequence[str] | None) -> list[str]:
+    """Names of the adapters in the files, in order; those of the method for the demo model and for unreadable files."""
+    from pisa_jax.adapters.adapter_tree import with_sem
+    from pisa_jax.adapters.files import load_all_adapters
+
+    try:
+        return list(with_sem(load_all_adapters(paths)).specs) if paths else ["pix", "sem"]
+    except (OSError, ValueError):  # reported when the model is loaded
+        return ["pix", "sem"]
+
+
+def complete_scales(given: Sequence[Scales] | None, names: Sequence[str]) -> list[Scales]:
+    """Return one scale for each adapter: none given, all are 1; a single number holds for all.
+
+    Raises:
+        ValueError: another number of scales.
+    """
+    rows = [row * len(names) if len(row) == 1 else row for row in given or [(1.0,)]]
+    return list(dict.fromkeys(check_scales(row, names) for row in rows))
 
 
 def choose_vae_tile(args: argparse.Namespace) -> int | str:
@@ -205,7 +242,11 @@ def enable_compilation_cache(choice: str | None) -> None:
 
 def load_upscaler(args: argparse.Namespace) -> "Upscaler":
     """Load the model and the adapters of the command line; raises as `Upscaler.load` does."""
+    from pisa_jax.adapters.registry import import_decomposition
     from pisa_jax.inference import Upscaler
+
+    for name in args.decomposition:
+        import_decomposition(name)
 
     def on_compile(stage: str, seconds: float) -> None:
         say(f"compiled {stage} in {seconds:.1f} s", sys.stderr)

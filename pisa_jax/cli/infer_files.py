@@ -142,7 +142,7 @@ def _compute(
 ) -> tuple[list[list[ImageData]] | None, str | None]:
     """Return the results of a batch for each pair of scales, or None and the reason of the failure."""
     try:
-        adjustable = any(pair != (1.0, 1.0) for pair in options.scales)
+        adjustable = any(set(scales) != {1.0} for scales in options.scales)
         session = upscaler.open_all(images, options.scale, options.seed, adjustable)
         return [session.render_all(*pair) for pair in options.scales], None
     except Exception as error:
@@ -170,7 +170,8 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
 def _contact_sheet(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
     size = results[0].rgb.shape[1::-1]
     bicubic = to_pil(source).resize(size, Image.Resampling.BICUBIC)
-    labels = [f"pix {number_text(pix)}  sem {number_text(sem)}" for pix, sem in pairs]
+    names = ("pix ", "sem ") if len(pairs[0]) == 2 else ("",) * len(pairs[0])
+    labels = ["  ".join(map("{}{}".format, names, map(number_text, scales))) for scales in pairs]
     cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]
     return contact_sheet(cells, columns=min(len(cells), 4))
 

@@ -23,5 +23,14 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def scale_marks(pairs: Sequence[Scales]) -> list[str]:
-    """Make the part of an output name that tells pairs of scales apart, "_p1_s0.5"; "" for a single pair."""
-    return [f"_p{number_text(pix)}_s{number_text(sem)}" for pix, sem in pairs] if len(pairs) > 1 else [""]
+    """Make the part of an output name that tells scales apart: "_p1_s0.5" for two, "_1_0.5_0.7" for others.
+
+    Where there is nothing to tell apart it is empty.
+    """
+    if len(pairs) == 1:
+        return [""]
+    letters = ("p", "s") if len(pairs[0]) == 2 else ("",) * len(pairs[0])
+    return [
+        "".join(f"_{letter}{number_text(scale)}" for letter, scale in zip(letters, scales, strict=True))
+        for scales in pairs
+    ]

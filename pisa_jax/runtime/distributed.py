@@ -103,7 +103,10 @@ def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
 
 def on_device(tree: Any, dtype: Any) -> Any:
-    """Cast host arrays and place them on the default device one by one; file-mapped memory is released as they go."""
+    """Cast host arrays and place them on the default device one by one; file-mapped memory is released as they go.
+
+    With `dtype` None, they keep their dtypes.
+    """
 
     def place(leaf):
         placed = jax.block_until_ready(jax.device_put(np.asarray(leaf, dtype)))

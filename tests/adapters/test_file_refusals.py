@@ -10,8 +10,8 @@ from conftest import golden
 from small_adapters import CONV, DENSE, KERNELS, original_state, random_adapters
 
 from pisa_jax.adapters import files, pisa_sr_file
-from pisa_jax.adapters.checks import check_adapters, check_finite
 from pisa_jax.adapters.files import load_adapters, save_adapters
+from pisa_jax.adapters.fit import check_adapters, check_finite
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_pickle import UnsafePickleError, read_torch
@@ -25,8 +25,17 @@ def refused(path, *parts):
         assert part in str(error.value)
 
 
+def unfit(path, *parts):
+    """Files of this project's format are checked with the layers of the base model."""
+    adapters = load_adapters(path)
+    with pytest.raises(ValueError, match="expected") as error:
+        check_adapters(adapters.trees, adapters.specs, KERNELS)
+    for part in parts:
+        assert part in str(error.value)
+
+
 def rewrite(path, tensors, adapters):
-    metadata = files._format_metadata(adapters.specs, adapters.base_model) if adapters else {}
+    metadata = files._format_metadata(adapters) if adapters else {}
     write_safetensors(path, tensors, metadata)
     return path
 
@@ -40,7 +49,7 @@ def test_a_missing_factor(tmp_path):
     tensors = ours(adapters)
     del tensors[f"sem/{CONV}/b"]
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
-    refused(path, "adapter 'sem'", "expected 6, found 5", f"missing {CONV}/b")
+    unfit(path, "adapter 'sem'", "expected 6, found 5", f"missing {CONV}/b")
     state = original_state(adapters, tmp_path)
     del state["down_blocks.0.resnets.0.conv1.lora_A.default_encoder_pix.weight"]
     refused(rewrite(path, state, None), "adapter 'pix'", f"missing {CONV}/a")
@@ -51,7 +60,7 @@ def test_a_mistyped_factor(tmp_path):
     tensors = ours(adapters)
     tensors[f"pix/{DENSE}/A"] = tensors.pop(f"pix/{DENSE}/a")
     path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
-    refused(path, f"missing {DENSE}/a", f"unexpected {DENSE}/A", f"did you mean '{DENSE}/a'")
+    unfit(path, f"missing {DENSE}/a", f"unexpected {DENSE}/A", f"did you mean '{DENSE}/a'")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -85,15 +94,19 @@ def test_factors_of_different_ranks(with_metadata, tmp_path):
     adapters = random_adapters(rank=2)
     tensors = ours(adapters)
     tensors[f"pix/{CONV}/b"] = np.zeros((1, 1, 3, 7), np.float32)
-    path = rewrite(tmp_path / "x.safetensors", tensors, adapters if with_metadata else None)
-    refused(path, "expected rank 2", f"{CONV} with ", "a (3, 3, 5, 2)", "b (1, 1, 3, 7)")
+    if with_metadata:
+        path = rewrite(tmp_path / "x.safetensors", tensors, adapters)
+        unfit(path, f"1 factors do not fit the base model: pix: {CONV}/b (1, 1, 3, 7), expected (1, 1, 2, 7)")
+    else:
+        path = rewrite(tmp_path / "x.safetensors", tensors, None)
+        refused(path, "expected rank 2", f"{CONV} with ", "a (3, 3, 5, 2)", "b (1, 1, 3, 7)")
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2, 7), (2,), ()])
 def test_impossible_shapes(shape, tmp_path):
     adapters = random_adapters()
     path = rewrite(tmp_path / "x.safetensors", ours(adapters) | {f"pix/{CONV}/b": np.zeros(shape)}, adapters)
-    refused(path, "expected rank 2", f"b {shape}")
+    unfit(path, f"pix: {CONV}/b {shape}, expected (1, 1, 2, 7)")
     state = original_state(adapters, tmp_path)
     key = "down_blocks.0.resnets.0.conv1.lora_B.default_encoder_pix.weight"
     rewrite(path, state | {key: np.zeros((2, 3, 4))}, None)
@@ -104,7 +117,7 @@ def test_factors_of_another_rank_than_the_metadata(tmp_path):
     adapters = random_adapters(rank=2)
     wrong = adapters._replace(specs={name: AdapterSpec(rank=4) for name in adapters.specs})
     path = rewrite(tmp_path / "x.safetensors", ours(adapters), wrong)
-    refused(path, "adapter 'pix': expected rank 4", "a (3, 3, 5, 2)")
+    unfit(path, "12 factors do not fit", f"{CONV}/a (3, 3, 5, 2), expected (3, 3, 5, 4)")
 
 
 def test_adapters_that_the_metadata_does_not_list(tmp_path):
@@ -117,7 +130,7 @@ def test_adapters_that_the_metadata_does_not_list(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this release reads 1: upgrade"),
+        ({"version": 3}, "version 3, this release reads 2: upgrade"),
         ({"format": "other"}, "format is 'other', not 'pisa_jax.adapters'"),
         ({"version": "2"}, "TypeError"),
         ({"adapters": {"pix": {"rank": "4", "alpha": 8}}}, "rank '4' and alpha 8 are not numbers"),
@@ -200,19 +213,19 @@ def test_hostile_and_truncated_checkpoints(tmp_path):
 
 
 def test_adapters_are_checked_against_the_base_model():
-    trees = random_adapters().trees
-    check_adapters(trees, KERNELS)
-    check_adapters(trees, {**KERNELS, "conv_in": (3, 3, 4, 5)})
+    trees, specs, *_ = random_adapters()
+    check_adapters(trees, specs, KERNELS)
+    check_adapters(trees, specs, {**KERNELS, "conv_in": (3, 3, 4, 5)})
     with pytest.raises(
         ValueError, match=f"no layers pix: {CONV}, sem: {CONV}; did you mean '{CONV}0'.*it has 3 layers"
     ):
-        check_adapters(trees, {(path + "0" if path == CONV else path): shape for path, shape in KERNELS.items()})
+        check_adapters(trees, specs, {(path + "0" if path == CONV else path): shape for path, shape in KERNELS.items()})
     with pytest.raises(ValueError, match="4 factors do not fit the base model") as error:
-        check_adapters(trees, {**KERNELS, CONV: (3, 3, 6, 8)})
-    assert f"pix: {CONV}/a (3, 3, 5, 2), expected (3, 3, 6, r)" in str(error.value)
-    assert f"pix: {CONV}/b (1, 1, 2, 7), expected (..., r, 8)" in str(error.value)
-    with pytest.raises(ValueError, match=r"expected \(5, r\)"):
-        check_adapters(trees, {**KERNELS, "mid_block/resnets_0/conv_shortcut": (5, 7)})
+        check_adapters(trees, specs, {**KERNELS, CONV: (3, 3, 6, 8)})
+    assert f"pix: {CONV}/a (3, 3, 5, 2), expected (3, 3, 6, 2)" in str(error.value)
+    assert f"pix: {CONV}/b (1, 1, 2, 7), expected (1, 1, 2, 8)" in str(error.value)
+    with pytest.raises(ValueError, match=r"expected \(5, 2\)"):
+        check_adapters(trees, specs, {**KERNELS, "mid_block/resnets_0/conv_shortcut": (5, 7)})
 
 
 @pytest.mark.parametrize(
@@ -251,7 +264,7 @@ def test_loha_with_the_factors_of_lora(tmp_path):
     adapters = random_adapters()
     specs = {name: AdapterSpec(decomposition="loha", rank=2) for name in adapters.specs}
     path = rewrite(tmp_path / "x.safetensors", ours(adapters), adapters._replace(specs=specs))
-    refused(path, f"missing {CONV}/a1")
+    unfit(path, f"missing {CONV}/a1")
 
 
 def test_module_lists_and_ranks_of_a_damaged_checkpoint():

@@ -13,8 +13,8 @@ from small_adapters import CONV, DENSE, KERNELS, assert_same, original_state, ra
 
 from pisa_jax.adapters import pisa_sr_file
 from pisa_jax.adapters.adapter_tree import Adapters
-from pisa_jax.adapters.checks import check_adapters
 from pisa_jax.adapters.files import export_pisa_sr, load_adapters, save_adapters
+from pisa_jax.adapters.fit import check_adapters
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime import torch_layout
 from pisa_jax.runtime.tensor_files import read_tensors, write_safetensors
@@ -103,7 +103,6 @@ def test_specs_base_model_and_special_values_are_kept(tmp_path):
     adapters = random_adapters(rank=3, alpha=5.5, names=("pix", "my-style", "sem"))
     adapters.trees["pix"][DENSE]["a"][0] = [np.nan, -0.0, np.inf]
     adapters.specs["sem"] = AdapterSpec("lora", 3, 1.0, targets="to_q$")
-    adapters = adapters._replace(trees={name: adapters.trees[name] for name in sorted(adapters.trees)})
     save_adapters(tmp_path / "a.safetensors", adapters)
     found = load_adapters(tmp_path / "a.safetensors")
     assert_same(found, adapters)
@@ -136,15 +135,16 @@ def test_other_decompositions_round_trip_but_cannot_be_exported(tmp_path):
     adapters = Adapters({"pix": tree}, {"pix": AdapterSpec("loha", 2)}, None)
     save_adapters(tmp_path / "a", adapters)
     assert_same(load_adapters(tmp_path / "a"), adapters)
-    check_adapters(adapters.trees, KERNELS)
+    check_adapters(adapters.trees, adapters.specs, KERNELS)
     with pytest.raises(
         ValueError, match="adapter 'pix' has decomposition 'loha'; the original PiSA-SR supports only lora"
     ):
         export_pisa_sr(tmp_path / "b", adapters)
     del tree[CONV]["b2"]
     save_adapters(tmp_path / "a", adapters)
+    found = load_adapters(tmp_path / "a")
     with pytest.raises(ValueError, match=f"missing {CONV}/b2"):
-        load_adapters(tmp_path / "a")
+        check_adapters(found.trees, found.specs, KERNELS)
 
 
 def test_exported_factors_give_the_same_difference_with_alpha_8(tmp_path):

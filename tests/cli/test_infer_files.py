@@ -331,7 +331,7 @@ def test_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, argum
         (["--seed", str(2**64)], "allowed are None and integers of 0 to 18446744073709551615"),
         (["--scales", "nan,1"], "'nan,1' is not PIX,SEM"),
         (["--scales", "1e39"], "'1e39' is not PIX,SEM"),
-        (["--scales", "1,1,0.2"], "'1,1,0.2' is not PIX,SEM"),
+        (["--scales", "1,1,0.2"], "scales is (1.0, 1.0, 0.2); expected two numbers (pix, sem)"),
         (["--suffix", "a/b"], "'a/b' is not part of a file name"),
         (["--prompt", "a \udcff"], "'a \\udcff' is not valid UTF-8"),
         (["--max-megapixels", "0"], "'0' is not a number greater than 0"),

@@ -1,0 +1,61 @@
+"""The arrays of inference: a model with its adapters on the default device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from pisa_jax.adapters import fit, injection
+from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
+from pisa_jax.model import LoadedModel
+from pisa_jax.runtime import distributed
+
+
+class Weights(NamedTuple):
+    """All arrays of a model: arguments of the jitted stages, never closed over."""
+
+    # With the first adapter merged.
+    unet: Any
+    # The other adapters, each trained on top of those before it.
+    adapters: tuple[AdapterTree, ...]
+    vae: Any
+    prompt: Float[jax.Array, "1 n d"]
+
+
+def make_weights(
+    loaded: LoadedModel, adapters: Adapters, prompt: str = "", notice: Callable[[str], None] = lambda line: None
+) -> Weights:
+    """Place the weights of a model and of its adapters on the default device, the first adapter merged.
+
+    `notice` is called with a line if the prompt is too long for the text encoder.
+
+    Raises:
+        ValueError: the adapters do not fit the model or are not finite, or one is missing on top of which another was
+            trained.
+    """
+    base = loaded.base
+    fit.check_adapters(adapters.trees, adapters.specs, injection.target_shapes(loaded.params["unet"]))
+    fit.check_order(adapters)
+    fit.check_finite(adapters.trees)
+    first, *later = adapters.specs
+    # The text encoder is placed first because it is dropped again; then one weight after the other.
+    text = distributed.on_device(loaded.params["text"], jnp.float32)
+    tokens = loaded.tokenize([prompt])
+    if (count := loaded.count_tokens(prompt)) > tokens.shape[1]:
+        notice(f"the prompt has {count} tokens and is cut: the text encoder takes {tokens.shape[1]}")
+    embedding = base.encode_text(text, jnp.asarray(tokens))
+    del text
+    return Weights(
+        injection.merge(
+            distributed.on_device(loaded.params["unet"], base.unet_dtype),
+            {first: adapters.trees[first]},
+            adapters.specs,
+            {first: 1.0},
+            donate=True,
+        ),
+        tuple(distributed.on_device(adapters.trees[name], None) for name in later),
+        distributed.on_device(loaded.params["vae"], base.vae_dtype),
+        embedding,
+    )
