@@ -23,7 +23,7 @@ PROMPT_TOKENS = 77
 
 
 class StepCase(NamedTuple):
-    """What one training step depends on, apart from the weights."""
+    """Settings of one training step: everything except the weights."""
 
     stage: Stage
     crop: int

@@ -272,8 +272,9 @@ def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) ->
         OSError: the checkpoint cannot be written.
     """
     adapter = run.config.stages[index].adapter
-    require_finite(run, adapter, jax.device_get(state.adapter))
-    require_finite(run, adapter, jax.device_get(exported(state)))
+    for tree in (state.adapter, state.ema):
+        if tree is not None:
+            require_finite(run, adapter, jax.device_get(tree))
     progress = Progress(index, run.loader.get_state())
     step = run.before(index) + int(state.step)
     run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
@@ -281,8 +282,7 @@ def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) ->
 
 def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
     """Raise FloatingPointError if an adapter that would be saved or exported has values that are not finite."""
-    broken = [path for path, factors in tree.items() if not all(np.isfinite(f).all() for f in jax.tree.leaves(factors))]
-    if broken:
+    if broken := list(dict.fromkeys(path for path, _ in fit.not_finite(tree))):
         raise FloatingPointError(
             f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
             f"{broken[0]}, and is neither saved nor exported; {how_to_continue(run)}"

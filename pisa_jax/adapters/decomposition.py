@@ -1,9 +1,10 @@
 """The interface of a decomposition: a NamedTuple of pure functions, and the few helpers that decompositions share."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from pisa_jax.adapters.adapter_tree import Factors
@@ -11,6 +12,7 @@ from pisa_jax.adapters.adapter_tree import Factors
 LinearMap = Callable[[Array, Array], Array]
 """`linear(x, kernel)`: the output of a Dense or Conv layer for another kernel, without the bias."""
 LayerKind = Literal["dense", "conv"]
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 class LayerCall(NamedTuple):
@@ -62,14 +64,14 @@ def low_rank_output(call: LayerCall, a: Array, b: Array, scale: float = 1.0) -> 
     return inner @ (scale * b.reshape(b.shape[-2:])).astype(inner.dtype)
 
 
-def to_matrix(kernel: Array) -> Float[Array, "n c_out"]:
-    """Flatten the window and the inputs of a kernel in PyTorch's order (c_in, kh, kw)."""
+def to_matrix(kernel: AnyArray) -> AnyArray:
+    """Flatten the window and the inputs of a kernel in PyTorch's order (c_in, kh, kw), to the shape (n, c_out)."""
     if kernel.ndim == 2:
         return kernel
     return kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
 
 
-def from_matrix(matrix: Float[Array, "n c_out"], kernel_shape: tuple[int, ...]) -> Array:
+def from_matrix(matrix: AnyArray, kernel_shape: tuple[int, ...]) -> AnyArray:
     """Inverse of `to_matrix` for a kernel of the given shape."""
     if len(kernel_shape) == 2:
         return matrix

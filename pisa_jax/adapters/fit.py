@@ -106,8 +106,7 @@ def check_order(adapters: Adapters) -> None:
 
 def check_names(names: Sequence[str], scales: Mapping[str, object]) -> None:
     """Raise ValueError unless there is one scale for each adapter, and no other."""
-    if set(names) != set(scales):
-        check_keys("scales", names, [*scales])
+    check_keys("scales", names, [*scales])
 
 
 @functools.cache
@@ -118,15 +117,19 @@ def _factor_shapes(functions: Decomposition, kernel_shape: tuple[int, ...], rank
 
 def check_finite(trees: Mapping[str, AdapterTree]) -> None:
     """Raise ValueError with the factors that hold NaN or infinite values, of which no image could be made."""
-    wrong = [
-        f"{name}: {path}/{factor}"
-        for name, tree in trees.items()
-        for path, factors in tree.items()
-        for factor, value in factors.items()
-        if not np.isfinite(np.asarray(value, np.float32)).all()
-    ]
+    wrong = [f"{name}: {path}/{factor}" for name, tree in trees.items() for path, factor in not_finite(tree)]
     if wrong:
         raise ValueError(
             f"{len(wrong)} factors of the adapters hold values that are not finite: {shorten(wrong)}; the training "
             "that wrote them has diverged, use an earlier file"
         )
+
+
+def not_finite(tree: AdapterTree) -> list[tuple[str, str]]:
+    """List the factors of an adapter with NaN or infinite values, as pairs (module path, factor)."""
+    return [
+        (path, factor)
+        for path, factors in tree.items()
+        for factor, value in factors.items()
+        if not np.isfinite(np.asarray(value, np.float32)).all()
+    ]

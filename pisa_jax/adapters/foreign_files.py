@@ -24,6 +24,8 @@ from pisa_jax.adapters.foreign_keys import PEFT_FILES
 from pisa_jax.adapters.interchange import WRITERS, Tensors, TorchLayer, cayley, read_layer
 from pisa_jax.adapters.lokr import factorize
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.messages import excerpt
 from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_layout import torch_module_name
 
@@ -71,10 +73,10 @@ def load_foreign(path: str | Path, kernels: Kernels, name: str) -> Adapters:
     file = path / PEFT_FILES[0] if path.is_dir() else path
     tensors = {key: np.asarray(value, np.float32) for key, value in read_tensors(file).items()}
     if any(key.startswith("base_model.") for key in tensors):
-        layers = _peft_layers(file, tensors, json.loads((folder / PEFT_FILES[1]).read_text()), kernels)
+        layers = _peft_layers(file, tensors, _read_config(folder / PEFT_FILES[1]), kernels)
     else:
-        metadata = read_metadata(file).get("lora_adapter_metadata")
-        config = {key.removeprefix("unet."): value for key, value in json.loads(metadata or "{}").items()}
+        metadata = _parse_config(file, read_metadata(file).get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("unet."): value for key, value in metadata.items()}
         layers = _layers(file, tensors, lambda module, rank: _diffusers_scale(config, module, rank), kernels)
     return _adapter(file, layers, kernels, name)
 
@@ -85,7 +87,7 @@ def save_foreign(path: str | Path, adapters: Adapters, name: str, kernels: Kerne
     Raises:
         ValueError: the format has no counterpart of its decomposition.
     """
-    spec, tree, path = adapters.specs[name], adapters.trees[name], Path(path)
+    spec, tree, target = adapters.specs[name], adapters.trees[name], Path(path)
     if spec.decomposition not in FORMATS[form]:
         raise ValueError(
             f"adapter {name!r} has decomposition {spec.decomposition!r}; the format {form} has only "
@@ -103,16 +105,17 @@ def save_foreign(path: str | Path, adapters: Adapters, name: str, kernels: Kerne
             alpha = 0 if "oft_blocks" in tensors else _rank(tensors)
             state[_format_key(form, module, "alpha")] = np.asarray(alpha, np.float32)
     if form == "kohya":
-        write_safetensors(path, state, {"ss_v2": "True"})  # A1111 takes files without this for Stable Diffusion 1
+        write_safetensors(target, state, {"ss_v2": "True"})  # A1111 takes files without this for Stable Diffusion 1
         return
     config = _peft_config(spec, layers)
     if form == "peft":
-        path.mkdir(parents=True, exist_ok=True)
-        (path / PEFT_FILES[1]).write_text(json.dumps(config, indent=1) + "\n")
-        write_safetensors(path / PEFT_FILES[0], state, {"format": "pt"})
+        target.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target / PEFT_FILES[1]) as file:
+            file.write_text(json.dumps(config, indent=1) + "\n")
+        write_safetensors(target / PEFT_FILES[0], state, {"format": "pt"})
     else:
         described = json.dumps({f"unet.{key}": value for key, value in config.items()})
-        write_safetensors(path, state, {"lora_adapter_metadata": described})
+        write_safetensors(target, state, {"lora_adapter_metadata": described})
 
 
 def _format_key(form: str, module: str, name: str) -> str:
@@ -120,6 +123,26 @@ def _format_key(form: str, module: str, name: str) -> str:
         return f"{_kohya_name(module)}.{name}.weight" if name.startswith("lora_") else f"{_kohya_name(module)}.{name}"
     prefix = "base_model.model." if form == "peft" else "unet."
     return f"{prefix}{module}.{PEFT_NAMES.get(name, name)}"
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read adapter_config.json; raises as `_parse_config`."""
+    return _parse_config(file, file.read_bytes())
+
+
+def _parse_config(file: Path, text: str | bytes) -> dict[str, Any]:
+    """Parse a config of PEFT in JSON.
+
+    Raises:
+        ValueError: it is no JSON object; the message names `file`.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds a config that is no JSON: {excerpt(error, 300)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a config that is {excerpt(config)}, not an object with fields")
+    return config
 
 
 def _peft_config(spec: AdapterSpec, layers: Mapping[str, Tensors]) -> dict[str, Any]:

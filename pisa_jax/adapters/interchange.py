@@ -1,7 +1,7 @@
 """Conversion of the factors of one layer to and from the tensors of other programs, in PyTorch layout.
 
-Tensors have the names of LyCORIS without ".weight" ("lora_down", "hada_w1_a", ...); `peft_file` and `kohya_file` add
-the keys of each program. The scale alpha / r is a part of the file formats: reading returns factors for the alpha of a
+Tensors have the names of LyCORIS without ".weight" ("lora_down", "hada_w1_a", ...); `foreign_files` adds the keys of
+each program. The scale alpha / r is a part of the file formats: reading returns factors for the alpha of a
 specification, and writing folds it into the factors, for programs that ignore alpha.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pisa_jax.adapters.adapter_tree import Factors
+from pisa_jax.adapters.decomposition import from_matrix, to_matrix
 from pisa_jax.runtime.torch_layout import flax_kernel, torch_kernel
 
 Tensors = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ class TorchLayer(NamedTuple):
 
 
 class Converter(NamedTuple):
-    """How a decomposition is read from, and written to, the tensors of a layer."""
+    """Reader of a decomposition from the tensors of a layer."""
 
     # Tensors that a layer of this decomposition has, and those that it may have.
     required: frozenset[str]
@@ -70,17 +71,9 @@ def fitted(tensor: np.ndarray, kernel: Any) -> np.ndarray:
     return flax_kernel(tensor)
 
 
-def windowed(matrix: np.ndarray, kernel: Any) -> np.ndarray:
-    """Return rows that are flattened in PyTorch's order (c_in, kh, kw), of shape (n, r), as (kh, kw, c_in, r)."""
-    if len(kernel.shape) == 2:
-        return matrix
-    height, width = kernel.shape[:2]
-    return matrix.reshape(-1, height, width, matrix.shape[-1]).transpose(1, 2, 0, 3)
-
-
-def flattened(factor: np.ndarray) -> np.ndarray:
-    """Inverse of `windowed`."""
-    return factor if factor.ndim == 2 else factor.transpose(2, 0, 1, 3).reshape(-1, factor.shape[-1])
+def _windowed(matrix: np.ndarray, kernel: Any) -> np.ndarray:
+    """Return a matrix (n, r), whose rows are flattened inputs with the kernel's window, as a factor (kh, kw, c, r)."""
+    return from_matrix(matrix, (*kernel.shape[:-2], -1, matrix.shape[-1]))  # LoKr has fewer inputs than the kernel
 
 
 def _read_lora(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
@@ -127,7 +120,7 @@ def _read_loha(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
             factors[f"a{index}"] = np.einsum("ijkl,jn->klni", core, w_b)
             factors[f"b{index}"] = w_a
         else:
-            factors[f"a{index}"], factors[f"b{index}"] = windowed(w_b.T, kernel), w_a.T
+            factors[f"a{index}"], factors[f"b{index}"] = _windowed(w_b.T, kernel), w_a.T
     return factors, factors["b1"].shape[0]
 
 
@@ -139,7 +132,7 @@ def _read_lokr(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
     w_a, w_b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
     if "lokr_t2" in tensors:  # Tucker: w_a is (r, out) there
         return {"w1": first.T, "a2": np.einsum("ijkl,jn->klni", tensors["lokr_t2"], w_b), "b2": w_a}, len(w_a)
-    return {"w1": first.T, "a2": windowed(w_b.T, kernel), "b2": w_a.T}, len(w_b)
+    return {"w1": first.T, "a2": _windowed(w_b.T, kernel), "b2": w_a.T}, len(w_b)
 
 
 def _read_vera(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
@@ -160,7 +153,7 @@ def _read_oft(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
 
 
 def _read_hra(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
-    return {"u": windowed(tensors["hra_u"], kernel)}, tensors["hra_u"].shape[-1]
+    return {"u": _windowed(tensors["hra_u"], kernel)}, tensors["hra_u"].shape[-1]
 
 
 def _read_full(tensors: Tensors, kernel: Any) -> tuple[Factors, int]:
@@ -250,15 +243,15 @@ def _write_dora(factors: Factors, alpha: float, kernel: Any) -> Tensors:
 
 def _write_loha(factors: Factors, alpha: float, kernel: Any) -> Tensors:
     scale = np.float32(alpha / factors["b1"].shape[0])
-    tensors = {"hada_w1_a": factors["b1"].T * scale, "hada_w1_b": flattened(factors["a1"]).T}
-    return {**tensors, "hada_w2_a": factors["b2"].T, "hada_w2_b": flattened(factors["a2"]).T}
+    tensors = {"hada_w1_a": factors["b1"].T * scale, "hada_w1_b": to_matrix(factors["a1"]).T}
+    return {**tensors, "hada_w2_a": factors["b2"].T, "hada_w2_b": to_matrix(factors["a2"]).T}
 
 
 def _write_lokr(factors: Factors, alpha: float, kernel: Any) -> Tensors:
     if "w2" in factors:
         return {"lokr_w1": factors["w1"].T, "lokr_w2": torch_kernel(factors["w2"])}
     scale = np.float32(alpha / len(factors["b2"]))
-    tensors = {"lokr_w2_a": factors["b2"].T * scale, "lokr_w2_b": flattened(factors["a2"]).T}
+    tensors = {"lokr_w2_a": factors["b2"].T * scale, "lokr_w2_b": to_matrix(factors["a2"]).T}
     return {"lokr_w1": factors["w1"].T, **tensors}
 
 
@@ -279,6 +272,6 @@ WRITERS: Mapping[str, Callable[[Factors, float, Any], Tensors]] = {
     "loha": _write_loha,
     "lokr": _write_lokr,
     "oft": lambda factors, alpha, kernel: {"oft_blocks": factors["x"]},
-    "hra": lambda factors, alpha, kernel: {"hra_u": flattened(factors["u"])},
+    "hra": lambda factors, alpha, kernel: {"hra_u": to_matrix(factors["u"])},
     "full": lambda factors, alpha, kernel: {"diff": torch_kernel(factors["w"])},
 }

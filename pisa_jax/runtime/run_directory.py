@@ -138,10 +138,8 @@ def _write_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run directory; the operating system releases it when the process ends in any way."""
-    try:
+    with _write_errors():
         file = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -131,7 +131,7 @@ def read_rank(state, key):
 
 
 def test_keys_and_shapes_are_those_of_the_programs(tmp_path):
-    """What is written from a file that a program wrote has the same keys and shapes; only values of scales differ."""
+    """A file that is read and written again has the keys and shapes of the program; only values of scales differ."""
     for name, form in (("peft_lora", "peft"), ("peft_dora", "peft"), ("peft_loha", "peft"), ("peft_lokr", "peft"),
                        ("peft_hra", "peft"), ("lycoris_locon.safetensors", "kohya"),
                        ("lycoris_dora.safetensors", "kohya"), ("lycoris_loha.safetensors", "kohya"),
