@@ -1,20 +1,13 @@
 """Training: one loop over a list of stages, from images to adapters."""
 
 import contextlib
-import functools
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from pisa_jax.adapters import files, fit, injection, registry
-from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
+from pisa_jax.adapters import fit, injection
 from pisa_jax.adapters.start import load_start
-from pisa_jax.config import Config, Data, Stage
+from pisa_jax.config import Config, Data
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.latents import LatentSource, latent_source
@@ -23,12 +16,11 @@ from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import validation
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
-from pisa_jax.runtime.checkpoint import Checkpoints, Progress
-from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.checkpoint import Checkpoints
 from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
-from pisa_jax.train_step import Batch, Objective, State, init_state, jit_train_step, make_frozen
+from pisa_jax.training_loop import train_stage
 from pisa_jax.training_model import (
     check,
     crop_in_latents,
@@ -37,41 +29,7 @@ from pisa_jax.training_model import (
     make_random_model,
     random_shapes,
 )
-
-ADAPTERS_FILE = "adapters.safetensors"
-
-
-class Stop(Exception):
-    """The run was asked to stop, and its state is saved."""
-
-
-class Run(NamedTuple):
-    """Everything that the stages of a run share."""
-
-    config: Config
-    folder: Path
-    mesh: jax.sharding.Mesh
-    model: LoadedModel
-    # Adapters that the run starts from; none without `config.start`.
-    start: Adapters
-    # Weights of the perceptual loss on the devices; None if no stage uses it.
-    perceptual: Any
-    loader: loader.Loader
-    checkpoints: Checkpoints
-    validation: list[validation.ValidationImage]
-    # None in all processes but the first.
-    log: RunLog | None
-    # None: signals are not handled, or (with several processes) by jax.distributed.
-    stop: StopSignals | None
-
-    @property
-    def total(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.config.stages)
-
-    def before(self, index: int) -> int:
-        """Steps of the stages before stage `index`."""
-        return sum(stage.steps for stage in self.config.stages[:index])
+from pisa_jax.training_run import ADAPTERS_FILE, Run, export, exported, require_finite, restore_run
 
 
 def train(
@@ -130,233 +88,6 @@ def train(
             if jax.process_index() == 0:
                 export(run, trained)
     return folder / ADAPTERS_FILE
-
-
-def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
-    """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
-    config, stage, before = run.config, run.config.stages[index], run.before(index)
-    base, objective = run.model.base, make_objective(config, stage)
-    frozen = make_frozen(
-        run.model,
-        run.mesh,
-        {name: trained[name] for name in stage.frozen},
-        run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
-        negative_prompt=config.negative_prompt,
-        perceptual=run.perceptual if stage.perceptual else None,
-        teacher=bool(stage.csd),
-        prompts=bool(config.data.prompts),
-    )
-    state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
-    upscale = jax.jit(
-        functools.partial(validation.upscale_image, base=base, spec=stage.spec),
-        out_shardings=distributed.replicated(run.mesh),
-        compiler_options=compiler_options(),
-    )
-
-    def validate(step):
-        if run.validation:
-            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
-            log_validation(run, stage, step, functools.partial(upscale, *weights))
-
-    key = jax.random.fold_in(jax.random.key(config.seed), index)
-    step = int(state.step)
-    if before + step == 0:  # the base model without any adapter
-        validate(0)
-    if stop_received(run):  # before the first step of this start, which would be compiled first
-        raise Stop(f"stopped at step {before + step} of {run.total}; continue with --resume")
-    while step < stage.steps:
-        start = time.perf_counter()
-        batch = place_batch(run, next(run.loader))
-        if run.log:
-            run.log.add_data_wait(time.perf_counter() - start)
-        state, measured = step_function(frozen, state, batch, key)
-        step += 1
-        last = step == stage.steps
-        if last or step % config.log_every == 0:
-            log_step(run, stage, before + step, jax.device_get(measured))
-        if last or step % config.validation.every == 0:
-            validate(before + step)
-        stop = asked_to_stop(run, before + step)
-        if last or stop or step % config.save_every == 0:
-            save(run, index, trained, state)
-        if stop and before + step < run.total:
-            raise Stop(f"stopped and saved at step {before + step} of {run.total}; continue with --resume")
-    return state
-
-
-def make_objective(config: Config, stage: Stage) -> Objective:
-    """Collect what the training step of a stage needs."""
-    return Objective(
-        spec=stage.spec,
-        l2=stage.l2,
-        perceptual=stage.perceptual,
-        csd=stage.csd,
-        latent=stage.latent,
-        latent_window=stage.latent_window,
-        latents=config.data.source == "latents",
-        guidance=config.guidance,
-        csd_timesteps=config.csd_timesteps,
-        accumulate=config.accumulate,
-        remat=config.remat,
-        ema=config.ema,
-    )
-
-
-def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
-    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage."""
-    b1, b2 = config.betas
-    no_decay = registry.get_decomposition(stage.spec).no_decay
-    decayed = functools.partial(select_factors, lambda name: name not in no_decay) if no_decay else None
-    adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
-
-
-def learning_rate(stage: Stage) -> optax.Schedule:
-    """Build the schedule: a linear increase from 0 over `warmup` steps, then constant or half a cosine down to 0."""
-    peak = stage.learning_rate
-    after = optax.constant_schedule(peak)
-    if stage.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, stage.steps - stage.warmup)
-    if stage.warmup == 0:  # optax's increase over 0 steps would stay at 0
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, stage.warmup), after], [stage.warmup])
-
-
-def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> None:
-    """Log the measurements of a step.
-
-    Raises:
-        FloatingPointError: too many steps in a row were not finite.
-    """
-    values = {name: float(value) for name, value in measured.items()}
-    if run.log:
-        run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
-    if values["bad_streak"] >= run.config.max_bad_steps:
-        raise FloatingPointError(
-            f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
-            f"{how_to_continue(run)}"
-        )
-
-
-def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
-    """Measure the validation images; log the metrics and a contact sheet."""
-    found, sheet = validation.evaluate(upscale, run.validation, run.perceptual, stage)
-    if run.log:
-        run.log.log_scalars(step, {f"validation/{name}": value for name, value in found.items()})
-        run.log.log_image(step, "validation", sheet)
-        values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        run.log.print_line(f"step {step}: validation {values}")
-
-
-def stop_received(run: Run) -> bool:
-    """Return True if this process received a signal to stop."""
-    return run.stop is not None and run.stop.received is not None
-
-
-def asked_to_stop(run: Run, step: int) -> bool:
-    """Return True if the run stops after this step because of a signal; several processes agree on one step."""
-    return stop_received(run) if jax.process_count() == 1 else run.checkpoints.preempted(step)
-
-
-def exported(state: State) -> AdapterTree:
-    """Return the adapter that inference will use: the moving average where there is one."""
-    return state.adapter if state.ema is None else state.ema
-
-
-def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) -> None:
-    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages.
-
-    Raises:
-        FloatingPointError: the adapter is not finite: a run that continues from it could not recover.
-        OSError: the checkpoint cannot be written.
-    """
-    adapter = run.config.stages[index].adapter
-    for tree in (state.adapter, state.ema):
-        if tree is not None:
-            require_finite(run, adapter, jax.device_get(tree))
-    progress = Progress(index, run.loader.get_state())
-    step = run.before(index) + int(state.step)
-    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
-
-
-def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
-    """Raise FloatingPointError if an adapter that would be saved or exported has values that are not finite."""
-    if broken := list(dict.fromkeys(path for path, _ in fit.not_finite(tree))):
-        raise FloatingPointError(
-            f"adapter {name} has values that are not finite in {len(broken)} of {len(tree)} layers, such as "
-            f"{broken[0]}, and is neither saved nor exported; {how_to_continue(run)}"
-        )
-
-
-def how_to_continue(run: Run) -> str:
-    """Describe for an error message how to continue after values that are not finite."""
-    latest = run.checkpoints.latest
-    intact = "no checkpoint was written yet" if latest is None else f"checkpoint {latest} is intact"
-    return f"{intact}; continue with --resume and a lower learning rate, or with float32"
-
-
-def export(run: Run, trained: dict[str, AdapterTree]) -> None:
-    """Write the trained adapters for inference."""
-    stages = [stage for stage in run.config.stages if stage.adapter in trained]
-    specs = run.start.specs | {stage.adapter: stage.spec for stage in stages}
-    below = {**run.start.trained_on, **{stage.adapter: stage.frozen for stage in stages if stage.frozen}}
-    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
-
-
-def new_state(run: Run, index: int, unet: Any) -> State:
-    """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
-    # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = make_state(run, index, unet)
-    return distributed.make_global_arrays(
-        jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
-    )
-
-
-def make_state(run: Run, index: int, unet: Any) -> State:
-    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes."""
-    config, stage = run.config, run.config.stages[index]
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-    given = run.start.trees.get(stage.adapter)
-    adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
-    return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
-
-
-def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
-    """Restore the newest sound checkpoint: its stage, the adapters finished before it, and the training state.
-
-    Raises:
-        ValueError: the checkpoint belongs to a longer run, or to other data or adapters.
-    """
-    progress = run.checkpoints.progress()
-    if (latest := run.checkpoints.latest or 0) > run.total:
-        raise ValueError(
-            f"checkpoint {latest} is from a later step than the {run.total} steps of this run; move it to another "
-            "folder to continue from an older one"
-        )
-    run.loader.set_state(progress.loader)
-    replicated = distributed.replicated(run.mesh)
-
-    def abstract(index):
-        shapes = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"])
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
-
-    names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), run.start.trees
-    )
-    shapes |= {name: exported(abstract(index)) for index, name in enumerate(names)}
-    adapters, state = run.checkpoints.restore(shapes, abstract(progress.stage))
-    return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
-
-
-def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
-    """Place the images of this process as its part of the global batch."""
-    prompts = list(batch["prompt"])
-    ids = run.model.tokenize(prompts) if run.config.data.prompts else np.zeros((len(prompts), 1), np.int32)
-    layout = distributed.batch_sharding(run.mesh)
-    arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
 
 
 def training_source(config: Data) -> sources.Source:

@@ -30,6 +30,8 @@ ROOMS = {
     "weights": "",
     "inference": "",
     "training_model": "",
+    "training_run": "",
+    "training_loop": "",
     "training": "",
     "cli": "arguments infer_names output_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect",

@@ -19,7 +19,7 @@ from conftest import DATA, ROOT, shared_data
 from event_files import events
 from safetensors.numpy import load_file
 
-from pisa_jax import training
+from pisa_jax import training, training_loop, training_run
 from pisa_jax.cli import train
 from pisa_jax.runtime import distributed
 from pisa_jax.train_step import Frozen
@@ -70,13 +70,15 @@ class Interrupted(NamedTuple):
 def interrupted(tmp_path_factory):
     run, stops = config(tmp_path_factory.mktemp("runs") / "run"), [1, 2, 3]  # in both stages and between them
     frozen, steps, after_pix = [], [], {}
-    make, compile_step = training.make_frozen, training.jit_train_step
+    make, compile_step = training_loop.make_frozen, training_loop.jit_train_step
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "asked_to_stop", lambda run, step: step in stops)
-        patched.setattr(training, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1])
-        patched.setattr(training, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
+        patched.setattr(training_loop, "asked_to_stop", lambda run, step: step in stops)
+        patched.setattr(
+            training_loop, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1]
+        )
+        patched.setattr(training_loop, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
         for index, step in enumerate(stops):
-            with pytest.raises(training.Stop, match=f"saved at step {step} of 4; continue with --resume"):
+            with pytest.raises(training_run.Stop, match=f"saved at step {step} of 4; continue with --resume"):
                 training.train(run, resume=index > 0)
             if step == 3:
                 after_pix = load_file(Path(run.out) / training.ADAPTERS_FILE)
@@ -160,9 +162,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch, whole):
-    batch = training.place_batch
+    batch = training_loop.place_batch
     broken = lambda run, arrays: batch(run, {**arrays, "gt": arrays["gt"] * np.nan})  # noqa: E731
-    monkeypatch.setattr(training, "place_batch", broken)
+    monkeypatch.setattr(training_loop, "place_batch", broken)
     with pytest.raises(FloatingPointError, match="2 steps in a row, up to step 2"):
         training.train(config(tmp_path / "run", "--max-bad-steps", 2))
 

@@ -112,13 +112,13 @@ def _train(config: Config, resume: bool, overwrite: bool, prog: str) -> int:
     from pisa_jax.runtime import distributed
 
     distributed.initialize()
-    from pisa_jax import training
+    from pisa_jax import training, training_run
 
     # With several processes, jax.distributed handles SIGTERM, and the processes agree on a step.
     with contextlib.nullcontext() if jax.process_count() > 1 else StopSignals() as stop:
         try:
             say(f"adapters in {training.train(config, resume, overwrite, stop=stop)}", sys.stdout)
-        except training.Stop as stopped:
+        except training_run.Stop as stopped:
             say(f"{prog}: {stopped}", sys.stderr)
             return 128 + (stop.received if stop else signal.SIGTERM)
         except (OSError, ValueError, FloatingPointError) as error:
