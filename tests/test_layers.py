@@ -11,8 +11,9 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
-    "checksums run_directory run_log torch_pickle | checkpoint tensor_files | distributed",
+    "runtime": "atomic_write compilation console file_identity key_value_store messages stop_signals torch_layout "
+    "trees watchdog | checksums failures run_log torch_pickle | agreement tensor_files | "
+    "checkpoint cluster distributed run_directory stop_step",
     "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
@@ -108,6 +109,11 @@ def test_each_heavy_library_has_one_door():
         for library, allowed in DOORS.items():
             found = [module for module, _ in imports(path) if module.split(".")[0] == library]
             assert not found or name in allowed, f"{name} imports {library}"
+
+
+def test_private_modules_of_jax_have_one_door():
+    found = {name for name, path in MODULES.items() for module, _ in imports(path) if module.startswith("jax._src")}
+    assert found == {"runtime.key_value_store"}
 
 
 @pytest.mark.parametrize(
