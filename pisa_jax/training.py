@@ -1,11 +1,14 @@
 """Training: one loop over a list of stages, from images to adapters."""
 
 import contextlib
+import importlib.metadata
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from pisa_jax.adapters import fit, injection
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.adapters.start import load_start
 from pisa_jax.config import Config, Data
 from pisa_jax.data import loader, sources
@@ -16,10 +19,14 @@ from pisa_jax.data.tfds import tfds_source
 from pisa_jax.metrics import validation
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.agreement import agreement
 from pisa_jax.runtime.checkpoint import Checkpoints
-from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory
+from pisa_jax.runtime.failures import publishing_errors
+from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory, config_fields, holds_run
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
+from pisa_jax.runtime.stop_step import StopStep
+from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.training_loop import train_stage
 from pisa_jax.training_model import (
     check,
@@ -29,31 +36,73 @@ from pisa_jax.training_model import (
     make_random_model,
     random_shapes,
 )
-from pisa_jax.training_run import ADAPTERS_FILE, Run, export, exported, require_finite, restore_run
+from pisa_jax.training_run import ADAPTERS_FILE, Run, Stop, export, exported, require_finite, restore_run
+
+# Packages whose versions must be equal in all processes of a run.
+PACKAGES = ("pisa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "diffusers", "numpy", "pillow")
+
+
+class Inputs(NamedTuple):
+    """What a process opens before the run directory is touched."""
+
+    mesh: jax.sharding.Mesh
+    loader: loader.Loader
+    # Adapters that the run starts from.
+    start: Adapters
+    validation: list[validation.ValidationImage]
+    perceptual: Any
+    # None: the random model, which is made in the run directory.
+    model: LoadedModel | None
 
 
 def train(
     config: Config,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     *,
     model: LoadedModel | None = None,
     stop: StopSignals | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Path:
     """Train all stages, or the rest of a resumed run; returns the path of the exported adapters.
 
-    `model` takes the place of the one that `config.model` names. The run is saved and ends after `stop` has received a
-    signal.
+    `resume="auto"` resumes the run in `config.out` if there is one. `model` takes the place of the one that
+    `config.model` names. The run is saved and ends after `stop` of any process has received a signal. `watchdog`
+    receives a beat after every step.
 
     Raises:
         ValueError, OSError: unusable input, before anything is trained.
+        Refused: unusable input in another process, or processes with different inputs.
         FloatingPointError: too many steps in a row were not finite, or the trained adapter is not.
         Stop: a signal was received and the run is saved.
     """
-    # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
-    check_run_directory(config, resume, overwrite)
+    with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
+        # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
+        with agreement() as facts:
+            facts |= package_versions() | config_fields(config)
+            resume = holds_run(config) if resume == "auto" else resume
+            check_run_directory(config, resume, overwrite)
+            inputs = open_inputs(config, model, closing)
+            facts |= {f"the training data's {name}": value for name, value in inputs.loader.fingerprint.items()}
+        with publishing_errors(but=Stop):
+            ending = closing.enter_context(StopStep(stop)), watchdog or Watchdog(0, expired=lambda: None)
+            run, first = start_run(config, resume, overwrite, inputs, ending, closing)
+            index, trained, state = restore_run(run) if first else (0, dict(run.start.trees), None)
+            for position in range(index, len(config.stages)):
+                state = train_stage(run, position, trained, state if position == index else None)
+                adapter = config.stages[position].adapter
+                trained[adapter] = jax.device_get(exported(state))
+                require_finite(run, adapter, trained[adapter])
+                if jax.process_index() == 0:
+                    export(run, trained)
+    return run.folder / ADAPTERS_FILE
+
+
+def open_inputs(config: Config, model: LoadedModel | None, closing: contextlib.ExitStack) -> Inputs:
+    """Open and check all inputs of a run; `closing` closes the loader."""
     mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
     batches, given = training_loader(config, model), load_start(config)
+    closing.callback(batches.close)
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
     if model is None and config.model != "random":
@@ -62,32 +111,43 @@ def train(
     check(config, base, unet, mesh)
     if given.trees:
         fit.check_adapters(given.trees, given.specs, injection.target_shapes(unet))
-    with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
-        closing.callback(batches.close)
-        folder = claim_run_directory(config, resume, overwrite, closing)
-        model = model or load_model(config, make_random_model(config, folder))
-        if batches.prompts and jax.process_index() == 0:
-            report_long_prompts(batches.prompts, model.count_tokens, model.tokenize([""]).shape[1])
-        checkpoints = Checkpoints(folder)
-        closing.callback(checkpoints.close)
-        first = (checkpoints.recover() or 0) if resume else 0
-        total = sum(stage.steps for stage in config.stages)
-        log = RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
-        if log:
-            closing.callback(log.close)
-            if resume:
-                log.print_line(f"continuing after step {first} of {total}")
-        closing.enter_context(jax.set_mesh(mesh))
-        run = Run(config, folder, mesh, model, given, perceptual, batches, checkpoints, images, log, stop)
-        index, trained, state = restore_run(run) if first else (0, dict(given.trees), None)
-        for position in range(index, len(config.stages)):
-            state = train_stage(run, position, trained, state if position == index else None)
-            adapter = config.stages[position].adapter
-            trained[adapter] = jax.device_get(exported(state))
-            require_finite(run, adapter, trained[adapter])
-            if jax.process_index() == 0:
-                export(run, trained)
-    return folder / ADAPTERS_FILE
+    return Inputs(mesh, batches, given, images, perceptual, model)
+
+
+def start_run(
+    config: Config,
+    resume: bool,
+    overwrite: bool,
+    inputs: Inputs,
+    ending: tuple[StopStep, Watchdog],
+    closing: contextlib.ExitStack,
+) -> tuple[Run, int]:
+    """Claim the run directory and open what is in it; returns the run and the step after which it continues."""
+    folder = claim_run_directory(config, resume, overwrite, closing)
+    model = inputs.model or load_model(config, make_random_model(config, folder))
+    if inputs.loader.prompts and jax.process_index() == 0:
+        report_long_prompts(inputs.loader.prompts, model.count_tokens, model.tokenize([""]).shape[1])
+    checkpoints = Checkpoints(folder)
+    closing.callback(checkpoints.close)
+    first = (checkpoints.recover() or 0) if resume else 0
+    total = sum(stage.steps for stage in config.stages)
+    log = RunLog(folder, config.batch_size, total, first) if jax.process_index() == 0 else None
+    if log:
+        closing.callback(log.close)
+        if resume:
+            log.print_line(f"continuing after step {first} of {total}")
+    closing.enter_context(jax.set_mesh(inputs.mesh))
+    mesh, batches, start, images, perceptual, _ = inputs
+    return Run(config, folder, mesh, model, start, perceptual, batches, checkpoints, images, log, *ending), first
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that the results of a step depend on."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
+            found[f"the version of {name}"] = importlib.metadata.version(name)
+    return found
 
 
 def training_source(config: Data) -> sources.Source:

@@ -1,7 +1,10 @@
 """The loop over the steps of one stage."""
 
+import collections
+import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,61 +15,144 @@ from pisa_jax.config import Stage
 from pisa_jax.metrics import validation
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.train_step import Batch, State, jit_train_step, make_frozen
 from pisa_jax.training_run import Run, Stop, how_to_continue, make_objective, make_optimizer, new_state, save
+
+# Steps that are dispatched and have not ended.
+MAX_IN_FLIGHT = 2
 
 
 def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     base, objective = run.model.base, make_objective(config, stage)
-    frozen = make_frozen(
-        run.model,
-        run.mesh,
-        {name: trained[name] for name in stage.frozen},
-        run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
-        negative_prompt=config.negative_prompt,
-        perceptual=run.perceptual if stage.perceptual else None,
-        teacher=bool(stage.csd),
-        prompts=bool(config.data.prompts),
-    )
-    state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
+    with outside_steps(run):
+        frozen = make_frozen(
+            run.model,
+            run.mesh,
+            {name: trained[name] for name in stage.frozen},
+            run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
+            negative_prompt=config.negative_prompt,
+            perceptual=run.perceptual if stage.perceptual else None,
+            teacher=bool(stage.csd),
+            prompts=bool(config.data.prompts),
+        )
+        state = new_state(run, index, frozen.unet) if state is None else state
+    step_function = watched(run, jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh))
     upscale = jax.jit(
         functools.partial(validation.upscale_image, base=base, spec=stage.spec),
         out_shardings=distributed.replicated(run.mesh),
         compiler_options=compiler_options(),
     )
+    upscale = watched(run, upscale)
 
-    def validate(step):
+    def validate(step, state):
         if run.validation:
             weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
-            log_validation(run, stage, step, functools.partial(upscale, *weights))
+            with left_out(run):
+                log_validation(run, stage, step, functools.partial(upscale, *weights))
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    step = int(state.step)
-    if before + step == 0:  # the base model without any adapter
-        validate(0)
-    if stop_received(run):  # before the first step of this start, which would be compiled first
-        raise Stop(f"stopped at step {before + step} of {run.total}; continue with --resume")
+    if before + int(state.step) == 0:  # the base model without any adapter
+        validate(0, state)
+    if run.stop.at_once:  # before the first step of this start, which would be compiled first
+        step = before + int(state.step)
+        raise Stop(f"stopped at step {step} of {run.total}; continue with --resume", run.stop.number)
+    return run_steps(
+        run, index, trained, state, lambda state, batch: step_function(frozen, state, batch, key), validate
+    )
+
+
+def run_steps(
+    run: Run,
+    index: int,
+    trained: dict[str, AdapterTree],
+    state: State,
+    step_function: Callable[[State, Batch], tuple[State, dict[str, Any]]],
+    validate: Callable[[int, State], None],
+) -> State:
+    """Run the steps of a stage that are left after `state`, with what happens between them; returns the last state."""
+    config, stage, before = run.config, run.config.stages[index], run.before(index)
+    step, in_flight = int(state.step), InFlight(run.watchdog)
     while step < stage.steps:
-        start = time.perf_counter()
-        batch = place_batch(run, next(run.loader))
-        if run.log:
-            run.log.add_data_wait(time.perf_counter() - start)
-        state, measured = step_function(frozen, state, batch, key)
+        in_flight.wait(MAX_IN_FLIGHT - 1)
+        state, measured = step_function(state, next_batch(run))
+        in_flight.add(measured)
         step += 1
         last = step == stage.steps
         if last or step % config.log_every == 0:
             log_step(run, stage, before + step, jax.device_get(measured))
         if last or step % config.validation.every == 0:
-            validate(before + step)
+            in_flight.wait(0)
+            validate(before + step, state)
         stop = asked_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
-            save(run, index, trained, state)
+            in_flight.wait(0)
+            with left_out(run):
+                save(run, index, trained, state)
         if stop and before + step < run.total:
-            raise Stop(f"stopped and saved at step {before + step} of {run.total}; continue with --resume")
+            message = f"stopped and saved at step {before + step} of {run.total}; continue with --resume"
+            raise Stop(message, run.stop.number)
     return state
+
+
+class InFlight:
+    """The steps that were dispatched and have not ended, at most `MAX_IN_FLIGHT`.
+
+    JAX would dispatch tens of steps ahead. Their batches would occupy the device, a signal would be obeyed after all of
+    them, and the time spent waiting for data would include time in which the device computes.
+    """
+
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog, self._measured = watchdog, collections.deque[Any]()
+
+    def add(self, measured: Any) -> None:
+        """Add the measurements of a step that was dispatched."""
+        self._measured.append(measured)
+
+    def wait(self, most: int) -> None:
+        """Wait until at most this many steps are left."""
+        while len(self._measured) > most:
+            jax.block_until_ready(self._measured.popleft())
+            self._watchdog.beat()
+
+
+def watched(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make each call of a jitted function a beat of the watchdog, except the first one, which compiles."""
+    compiled = False
+
+    def call(*arguments):
+        nonlocal compiled
+        if compiled:
+            run.watchdog.beat()
+            return function(*arguments)
+        with outside_steps(run):
+            compiled = True
+            return function(*arguments)
+
+    return call
+
+
+@contextlib.contextmanager
+def outside_steps(run: Run) -> Iterator[None]:
+    """Neither limit the time of the body, such as a compilation, nor count it as time of steps."""
+    with run.watchdog.paused(), left_out(run):
+        yield
+
+
+def left_out(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Leave the time of the body out of the logged time per step."""
+    return run.log.left_out() if run.log else contextlib.nullcontext()
+
+
+def next_batch(run: Run) -> Batch:
+    """Load the next batch and place it on the devices; the time is logged."""
+    start = time.perf_counter()
+    batch = place_batch(run, next(run.loader))
+    if run.log:
+        run.log.add_data_wait(time.perf_counter() - start)
+    return batch
 
 
 def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
@@ -104,11 +190,6 @@ def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
         run.log.print_line(f"step {step}: validation {values}")
 
 
-def stop_received(run: Run) -> bool:
-    """Return True if this process received a signal to stop."""
-    return run.stop is not None and run.stop.received is not None
-
-
 def asked_to_stop(run: Run, step: int) -> bool:
     """Return True if the run stops after this step because of a signal; several processes agree on one step."""
-    return stop_received(run) if jax.process_count() == 1 else run.checkpoints.preempted(step)
+    return run.stop.reached(step)

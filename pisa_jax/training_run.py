@@ -1,6 +1,7 @@
 """The record of a training run that its stages share: its optimizers, its states, and its files."""
 
 import functools
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,19 @@ from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.run_log import RunLog
-from pisa_jax.runtime.stop_signals import StopSignals
+from pisa_jax.runtime.stop_step import StopStep
+from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.train_step import Objective, State, init_state
 
 ADAPTERS_FILE = "adapters.safetensors"
 
 
 class Stop(Exception):
-    """The run was asked to stop, and its state is saved."""
+    """The run was asked to stop, and its state is saved; `number` is the signal."""
+
+    def __init__(self, message: str, number: signal.Signals | None = None):
+        super().__init__(message)
+        self.number = number
 
 
 class Run(NamedTuple):
@@ -43,8 +49,8 @@ class Run(NamedTuple):
     validation: list[ValidationImage]
     # None in all processes but the first.
     log: RunLog | None
-    # None: signals are not handled, or (with several processes) by jax.distributed.
-    stop: StopSignals | None
+    stop: StopStep
+    watchdog: Watchdog
 
     @property
     def total(self) -> int:
