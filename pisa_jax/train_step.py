@@ -143,10 +143,14 @@ def make_frozen(
         return distributed.make_global_arrays(host, distributed.weight_shardings(mesh, host), dtype)
 
     unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
+    # All arrays have the shardings that `training_compile.frozen_shapes` compiles the step for.
+    replicated, placed = distributed.replicated(mesh), jax.tree.map(lambda leaf: leaf.sharding, unet)
     adapted = unet
     for name, tree in (adapters or {}).items():  # each was trained on top of those before it
         adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
-    encode = jax.jit(base.encode_text)
+    adapted = jax.device_put(adapted, placed)
+    encode = jax.jit(base.encode_text, out_shardings=replicated)
+    schedule = jax.device_get(losses.schedule_of(model.schedule).alphas_cumprod)
     null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
     return Frozen(
         unet=adapted,
@@ -156,7 +160,7 @@ def make_frozen(
         null_prompt=null,
         negative_prompt=negative,
         perceptual=perceptual,
-        alphas_cumprod=losses.schedule_of(model.schedule).alphas_cumprod,
+        alphas_cumprod=distributed.make_global_arrays(schedule, replicated),
     )
 
 

@@ -27,7 +27,8 @@ from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
-from pisa_jax.training_loop import train_stage
+from pisa_jax.training_compile import Programs, compile_stage, explain_out_of_memory, shapes_of
+from pisa_jax.training_loop import outside_steps, stop_before, train_stage
 from pisa_jax.training_model import (
     check,
     crop_in_latents,
@@ -88,20 +89,39 @@ def train(
             ending = closing.enter_context(StopStep(stop)), watchdog or Watchdog(0, expired=lambda: None)
             run, first = start_run(config, resume, overwrite, inputs, ending, closing)
             index, trained, state = restore_run(run) if first else (0, dict(run.start.trees), None)
+            programs = compile_stages(run, index, first)
             for position in range(index, len(config.stages)):
-                state = train_stage(run, position, trained, state if position == index else None)
-                adapter = config.stages[position].adapter
-                trained[adapter] = jax.device_get(exported(state))
-                require_finite(run, adapter, trained[adapter])
+                stage = config.stages[position]
+                with explain_out_of_memory(config, run.mesh, f"stage {stage.adapter}"):
+                    state = train_stage(run, position, trained, state, programs.pop(position))
+                trained[stage.adapter], state = jax.device_get(exported(state)), None
+                require_finite(run, stage.adapter, trained[stage.adapter])
                 if jax.process_index() == 0:
                     export(run, trained)
     return run.folder / ADAPTERS_FILE
 
 
+def compile_stages(run: Run, index: int, step: int) -> dict[int, Programs]:
+    """Compile the stages from `index` on before anything is trained, so that none of them fails hours later.
+
+    Raises:
+        ValueError: a stage does not fit into the memory of a device.
+        Stop: a signal was received.
+    """
+    shapes, programs = shapes_of(run.model, run.perceptual), {}
+    for position in range(index, len(run.config.stages)):
+        stop_before(run, step)
+        with outside_steps(run):
+            programs[position] = compile_stage(
+                run.config, position, shapes, run.mesh, run.start.trees, bool(run.validation)
+            )
+    return programs
+
+
 def open_inputs(config: Config, model: LoadedModel | None, closing: contextlib.ExitStack) -> Inputs:
     """Open and check all inputs of a run; `closing` closes the loader."""
     mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
-    batches, given = training_loader(config, model), load_start(config)
+    batches, given = training_loader(config, mesh, model), load_start(config)
     closing.callback(batches.close)
     images = validation.validation_images(config.validation, config.data.crop)
     perceptual = load_perceptual(config, mesh)
@@ -162,17 +182,16 @@ def training_source(config: Data) -> sources.Source:
     return kinds[config.source](config.path)
 
 
-def training_loader(config: Config, model: LoadedModel | None = None) -> loader.Loader:
+def training_loader(config: Config, mesh: jax.sharding.Mesh, model: LoadedModel | None = None) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
     source = training_source(config.data)
     batches = loader.make_loader(
         source,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size,
         crop=crop_in_latents(config, source, model) if isinstance(source, LatentSource) else config.data.crop,
         seed=config.seed,
         degrade=degrade,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=distributed.batch_rows(mesh, config.batch_size),
         workers=config.data.workers,
         prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,

@@ -14,19 +14,20 @@ from pisa_jax.adapters.adapter_tree import AdapterTree
 from pisa_jax.config import Stage
 from pisa_jax.metrics import validation
 from pisa_jax.runtime import distributed
-from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.watchdog import Watchdog
-from pisa_jax.train_step import Batch, State, jit_train_step, make_frozen
-from pisa_jax.training_run import Run, Stop, how_to_continue, make_objective, make_optimizer, new_state, save
+from pisa_jax.train_step import Batch, State, make_frozen
+from pisa_jax.training_compile import Programs
+from pisa_jax.training_run import Run, Stop, how_to_continue, new_state, save
 
 # Steps that are dispatched and have not ended.
 MAX_IN_FLIGHT = 2
 
 
-def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
+def train_stage(
+    run: Run, index: int, trained: dict[str, AdapterTree], state: State | None, programs: Programs
+) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
-    base, objective = run.model.base, make_objective(config, stage)
     with outside_steps(run):
         frozen = make_frozen(
             run.model,
@@ -39,16 +40,11 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
             prompts=bool(config.data.prompts),
         )
         state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = watched(run, jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh))
-    upscale = jax.jit(
-        functools.partial(validation.upscale_image, base=base, spec=stage.spec),
-        out_shardings=distributed.replicated(run.mesh),
-        compiler_options=compiler_options(),
-    )
-    upscale = watched(run, upscale)
+    step_function = watched(run, programs.step)
 
     def validate(step, state):
-        if run.validation:
+        if programs.upscale:
+            upscale = watched(run, programs.upscale)
             weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
             with left_out(run):
                 log_validation(run, stage, step, functools.partial(upscale, *weights))
@@ -56,12 +52,16 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     if before + int(state.step) == 0:  # the base model without any adapter
         validate(0, state)
-    if run.stop.at_once:  # before the first step of this start, which would be compiled first
-        step = before + int(state.step)
-        raise Stop(f"stopped at step {step} of {run.total}; continue with --resume", run.stop.number)
+    stop_before(run, before + int(state.step))
     return run_steps(
         run, index, trained, state, lambda state, batch: step_function(frozen, state, batch, key), validate
     )
+
+
+def stop_before(run: Run, step: int) -> None:
+    """Raise Stop if a signal was received before the first step of this start."""
+    if run.stop.at_once:
+        raise Stop(f"stopped at step {step} of {run.total}; continue with --resume", run.stop.number)
 
 
 def run_steps(
@@ -119,17 +119,11 @@ class InFlight:
 
 
 def watched(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make each call of a jitted function a beat of the watchdog, except the first one, which compiles."""
-    compiled = False
+    """Make each call of a compiled function a beat of the watchdog."""
 
     def call(*arguments):
-        nonlocal compiled
-        if compiled:
-            run.watchdog.beat()
-            return function(*arguments)
-        with outside_steps(run):
-            compiled = True
-            return function(*arguments)
+        run.watchdog.beat()
+        return function(*arguments)
 
     return call
 
@@ -157,11 +151,10 @@ def next_batch(run: Run) -> Batch:
 
 def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:
     """Place the images of this process as its part of the global batch."""
-    prompts = list(batch["prompt"])
+    prompts, size = list(batch["prompt"]), run.config.batch_size
     ids = run.model.tokenize(prompts) if run.config.data.prompts else np.zeros((len(prompts), 1), np.int32)
-    layout = distributed.batch_sharding(run.mesh)
     arrays = Batch(batch["lq"], batch["gt"], ids, batch["use_prompt"])
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(layout, array), arrays)
+    return distributed.place_batch(run.mesh, size, distributed.batch_rows(run.mesh, size), arrays)
 
 
 def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> None:

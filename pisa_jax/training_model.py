@@ -28,6 +28,26 @@ def load_model(config: Config, model: str | Path) -> LoadedModel:
     return pretrained.load_pretrained(model, jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype))
 
 
+def expected_shapes(config: Config) -> tuple[BaseModel, dict[str, Any], int]:
+    """Return the functions of the model of a run, the shapes of its weights, and the token ids of a prompt.
+
+    No weights are read, and nothing is downloaded: a model that is not in a folder is taken for Stable Diffusion 2.1.
+    """
+    dtypes = jnp.dtype(config.dtype), jnp.dtype(config.vae_dtype)
+    if config.model == "demo" or Path(config.model).is_dir():
+        modules = pretrained.load_backbone(pretrained.locate_model(config.model), *dtypes)
+    else:
+        size = RANDOM_SIZE if config.model == "random" else "sd21"
+        modules = backbone.build_modules(*random_model.model_configs(size), *dtypes)
+    tokens = modules.text.config.max_position_embeddings
+    return make_base_model(modules), backbone.param_shapes(modules), tokens
+
+
+def perceptual_shapes(config: Config) -> Any:
+    """Return the shapes of the weights of the perceptual loss; None where no stage uses it."""
+    return lpips.weight_shapes(config.perceptual) if any(stage.perceptual for stage in config.stages) else None
+
+
 def random_shapes() -> tuple[BaseModel, Any]:
     """Return the functions of the model that `make_random_model` writes, and the shapes of its UNet."""
     modules = backbone.build_modules(*random_model.model_configs(RANDOM_SIZE))
@@ -85,13 +105,12 @@ def crop_in_latents(config: Config, latents: LatentSource, model: LoadedModel | 
     return config.data.crop // base.vae_scale_factor
 
 
-def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -> None:
-    """Check all stages of the config against the model, whose UNet has the leaves (or shapes) `unet`, and the mesh.
+def check(config: Config, base: BaseModel, unet: Any) -> None:
+    """Check all stages of the config against the model, whose UNet has the leaves (or shapes) `unet`.
 
     Raises:
-        ValueError: an unknown decomposition or option, layers that it cannot adapt, targets that match no layer, a
-            crop that is not a multiple of the VAE's scale factor or is smaller than `latent_window`, or a batch that
-            cannot be divided over the devices.
+        ValueError: an unknown decomposition or option, layers that it cannot adapt, targets that match no layer, or a
+            crop that is not a multiple of the VAE's scale factor or is smaller than `latent_window`.
     """
     if config.data.crop % base.vae_scale_factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
@@ -107,9 +126,3 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
                 f"stage {stage.adapter}: latent_window {stage.latent_window} is more than the {latents} latents along "
                 f"a crop of {config.data.crop} pixels"
             )
-    parts = mesh.size * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be divided over {mesh.size} devices x accumulate "
-            f"{config.accumulate}: give a multiple of {parts}"
-        )

@@ -2,6 +2,7 @@
 
 import functools
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,17 +104,20 @@ def learning_rate(stage: Stage) -> optax.Schedule:
 def new_state(run: Run, index: int, unet: Any) -> State:
     """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = make_state(run, index, unet)
+    state = make_state(run.config, index, run.start.trees, unet)
     return distributed.make_global_arrays(
         jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
     )
 
 
-def make_state(run: Run, index: int, unet: Any) -> State:
-    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes."""
-    config, stage = run.config, run.config.stages[index]
+def make_state(config: Config, index: int, start: Mapping[str, AdapterTree], unet: Any) -> State:
+    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes.
+
+    `start` has the adapters that the run starts from.
+    """
+    stage = config.stages[index]
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-    given = run.start.trees.get(stage.adapter)
+    given = start.get(stage.adapter)
     adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
     return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
 
@@ -139,7 +143,8 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     replicated = distributed.replicated(run.mesh)
 
     def abstract(index):
-        shapes = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"])
+        make = functools.partial(make_state, run.config, index, run.start.trees)
+        shapes = jax.eval_shape(make, run.model.params["unet"])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]

@@ -75,6 +75,20 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
         iterators.pop().close()
 
 
+class _Rows:
+    """Samples at the given rows of every batch of `batch_size` consecutive samples."""
+
+    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._samples, self._batch_size, self._rows = samples, batch_size, tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._samples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        batch, place = divmod(int(index), len(self._rows))
+        return self._samples[batch * self._batch_size + self._rows[place]]
+
+
 class Loader:
     """Endless iterator of batches, made by `make_loader`. `close()` ends its worker processes.
 
@@ -89,13 +103,12 @@ class Loader:
         self,
         batches: grain.MapDataset,
         *,
-        shard: tuple[int, int],
         workers: int,
         prompts: Mapping[str, str],
         unusable: UnusableFiles,
         fingerprint: dict[str, Any],
     ):
-        self._batches, self._shard, self._workers = batches, shard, workers
+        self._batches, self._workers = batches, workers
         self.prompts, self._unusable, self.fingerprint = prompts, unusable, fingerprint
         self._position = 0
         self._iterators: list[grain.DatasetIterator] = []  # the one in use, or none before the first batch
@@ -130,11 +143,9 @@ class Loader:
         }
 
     def _start(self) -> grain.DatasetIterator:
-        index, count = self._shard
-        batches = self._batches[self._position * count + index :: count]
         # Workers read in their main threads; without workers, one thread prefetches during the training step.
         read_options = grain.ReadOptions(num_threads=0 if self._workers else 1, prefetch_buffer_size=2)
-        dataset = batches.to_iter_dataset(read_options)
+        dataset = self._batches[self._position :].to_iter_dataset(read_options)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
@@ -185,15 +196,19 @@ class Loader:
         _close_all(self._iterators)
 
 
-def _check_arguments(source: Source, degrade: DegradeFunction | None, **numbers: int | float) -> None:
-    for name in ("batch_size", "crop", "process_count"):
+def _check_arguments(
+    source: Source, degrade: DegradeFunction | None, rows: Sequence[int], **numbers: int | float
+) -> None:
+    for name in ("batch_size", "crop"):
         if numbers[name] < 1:
             raise ValueError(f"{name} is {numbers[name]}; it must be at least 1")
     for name in ("null_prompt_probability", "max_bad_share", "min_size_share"):
         if not 0 <= numbers[name] <= 1:
             raise ValueError(f"{name} is {numbers[name]}; it must be in 0..1")
-    if not 0 <= numbers["process_index"] < numbers["process_count"]:
-        raise ValueError(f"process_index {numbers['process_index']} is not in 0..{numbers['process_count'] - 1}")
+    if outside := [row for row in rows if not 0 <= row < numbers["batch_size"]]:
+        raise ValueError(f"rows has {outside[0]}, and a batch has the rows 0..{numbers['batch_size'] - 1}")
+    if not rows:
+        raise ValueError("rows is empty; each process reads at least one row of every batch")
     if numbers["workers"] < 0:
         raise ValueError(
             f"workers is {numbers['workers']}; use 0 to read in this process, or a positive number of processes"
@@ -221,8 +236,7 @@ def make_loader(
     crop: int,
     seed: int,
     degrade: DegradeFunction | None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     prompts: Mapping[str, str] | None = None,
     null_prompt_probability: float = 0.5,
@@ -236,10 +250,9 @@ def make_loader(
     Of a `LatentSource`, lq and gt are scaled latents (b, crop, crop, c), and `crop` is the side in latents.
 
     Args:
-        batch_size: samples per process and batch.
+        batch_size: samples per batch, over all processes.
         degrade: maps a GT crop (float32 in [0, 1]) and an rng to an LQ crop of the same shape; not used for pairs.
-        process_index: selects the part of every global batch that this process reads.
-        process_count: number of processes that share a global batch.
+        rows: the rows of every batch that this process reads (`distributed.batch_rows`); None: all.
         workers: number of reading processes; each holds up to four batches. 0 reads in a thread of this process.
         prompts: {path: prompt}; images without an entry have the empty prompt.
         null_prompt_probability: probability that `use_prompt` is False, per sample.
@@ -250,9 +263,15 @@ def make_loader(
     a prompt.
     """
     prompts = {normalize_path(path): prompt for path, prompt in (prompts or {}).items()}
-    numbers = {"batch_size": batch_size, "crop": crop, "process_index": process_index, "process_count": process_count}
-    numbers |= {"workers": workers, "null_prompt_probability": null_prompt_probability, "max_bad_share": max_bad_share}
-    _check_arguments(source, degrade, min_size_share=min_size_share, **numbers)
+    rows = range(batch_size) if rows is None else rows
+    numbers = {
+        "batch_size": batch_size,
+        "crop": crop,
+        "workers": workers,
+        "null_prompt_probability": null_prompt_probability,
+    }
+    numbers |= {"max_bad_share": max_bad_share, "min_size_share": min_size_share}
+    _check_arguments(source, degrade, rows, **numbers)
     if prompts:
         _check_prompts(source, prompts)
     if not flags.FLAGS.is_parsed():
@@ -265,13 +284,14 @@ def make_loader(
         )
     else:
         sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
-    # random_map comes after repeat and before the partition over processes: its rng then depends only on the seed and
-    # the global position, and no two samples share one.
+    # random_map comes after repeat and before the selection of rows: its rng then depends only on the seed and the
+    # global position, and no two samples share one.
     epochs = -(-ENDLESS // len(source))
     samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs).random_map(sample)
+    if list(rows) != list(range(batch_size)):
+        samples = grain.MapDataset.source(_Rows(samples, batch_size, rows))
     return Loader(
-        samples.batch(batch_size, batch_fn=_stack_samples),
-        shard=(process_index, process_count),
+        samples.batch(len(rows), batch_fn=_stack_samples),
         workers=workers,
         prompts=prompts,
         unusable=UnusableFiles(source, max_bad_share),
@@ -281,7 +301,7 @@ def make_loader(
             "prompts": digest_prompts(prompts),
             "records": len(source),
             "seed": seed,
-            "global_batch": batch_size * process_count,
+            "global_batch": batch_size,
             **options,
         },
     )

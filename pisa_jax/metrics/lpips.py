@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import jax
@@ -160,6 +160,20 @@ def _feature_network(name: str) -> FeatureNetwork:
     if name not in FEATURE_NETWORKS:
         raise ValueError(f"unknown perceptual network {name!r}: use one of {', '.join(FEATURE_NETWORKS)}")
     return FEATURE_NETWORKS[name]
+
+
+def weight_shapes(network: str) -> dict[str, Any]:
+    """Return the shapes of the weights that `load_weights` returns for a network.
+
+    Raises:
+        ValueError: unknown network.
+    """
+    found, of = _feature_network(network), partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tree = {"layers": {key: {"kernel": of(shape), "bias": of(shape[-1:])} for key, shape in found.kernels.items()}}
+    if found.heads:
+        maps = jax.eval_shape(found.features, tree["layers"], of((1, 64, 64, 3)))
+        tree["heads"] = {f"lin{index}": of(each.shape[-1:]) for index, each in enumerate(maps)}
+    return {network: tree}
 
 
 def _unpack(weights: Mapping) -> tuple[FeatureNetwork, Mapping]:

@@ -1,24 +1,45 @@
-"""Compilation: XLA options, and a bounded cache of compiled functions."""
+"""Compilation: the platform that is compiled for, XLA options, and a bounded cache of compiled functions."""
 
 import collections
+import contextlib
+import contextvars
 import functools
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
-@functools.cache
+
+def target_platform() -> str:
+    """Return the platform ("cpu", "gpu" or "tpu") that programs are traced for: that of the devices, as a rule."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Trace programs for another platform than that of the devices, to compile them ahead of time."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def compiler_options() -> dict[str, str]:
     """Return options for `jax.jit(..., compiler_options=)` that make the CPU back end fast; empty for other back ends.
 
     jax 0.10 passes CPU convolutions to a library that is slower than XLA's own code at every shape that was measured.
     The flag is experimental: it is omitted if the installed jaxlib does not know it.
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    return dict(_cpu_options()) if target_platform() == "cpu" else {}
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str]:
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda x: x + 1, compiler_options=options)(jnp.zeros(()))

@@ -1,9 +1,13 @@
 """Meshes and shardings: batches sharded over all devices, frozen weights over "fsdp", adapters replicated."""
 
+import collections
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,22 +22,53 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Return a (data, fsdp) mesh over the first devices; data = -1 uses all devices.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return a (data, fsdp) mesh over the first of `devices` (default: all); data = -1 uses all of them.
+
+    The axes follow the network: fsdp, whose collectives carry the weights, connects neighbors of one slice or host, and
+    crosses slices only if it is larger than a slice.
 
     Raises:
         ValueError: there are not enough devices, or devices of another process would be unused.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else list(devices)
+    count, processes = len(devices), len({device.process_index for device in devices})
     if data == -1:
         data = max(count // fsdp, 1)
     used = data * fsdp
-    if used > count or (used < count and jax.process_count() > 1):
-        among = f" of {jax.process_count()} processes, which must all be used" if jax.process_count() > 1 else ""
+    if used > count or (used < count and processes > 1):
+        among = f" of {processes} processes, which must all be used" if processes > 1 else ""
         raise ValueError(f"a mesh of data {data} x fsdp {fsdp} has {used} devices, and there are {count}{among}")
-    # Under Explicit axes, jax's default, Flax convolutions raise. The shape is positional: jax 0.12 renamed it.
+    # Under Explicit axes, jax's default, Flax convolutions raise.
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:used])
+    return Mesh(_arrange_devices(data, fsdp, devices[:used]), ("data", "fsdp"), axis_types=axis_types)
+
+
+def _arrange_devices(data: int, fsdp: int, devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices as an array of shape (data, fsdp).
+
+    A slice is a TPU slice, or the GPUs of one host: inside, devices have a faster network than across slices.
+    """
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    size = len(devices) // len(slices)
+    if len(set(slices.values())) > 1 or not _is_cuboid(devices, size):
+        return np.array(devices).reshape(data, fsdp)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    # The largest part of fsdp that fits into a slice; the rest divides the number of slices.
+    inside = math.gcd(fsdp, size)
+    across = fsdp // inside
+    return mesh_utils.create_hybrid_device_mesh(
+        (size // inside, inside), (len(slices) // across, across), devices, allow_split_physical_axes=True
+    )
+
+
+def _is_cuboid(devices: Sequence[Any], size: int) -> bool:
+    """Return True if TPU chips fill a cuboid of `size` devices, and for devices without coordinates."""
+    if not hasattr(devices[0], "coords"):
+        return True
+    places = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    return bool(np.prod(np.ptp(places, axis=0) + 1) == size)
 
 
 def local_mesh(count: int) -> Mesh:
@@ -56,6 +91,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of batches: the first axis over all devices."""
     return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Return the rows of a batch that the devices of this process own, in ascending order.
+
+    The mesh may interleave the devices of several processes, so they are not always neighbors.
+    """
+    owned = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return [
+        row for start, stop, _ in sorted(index[0].indices(batch_size) for index in owned) for row in range(start, stop)
+    ]
+
+
+def place_batch(mesh: Mesh, batch_size: int, rows: Sequence[int], tree: Any) -> Any:
+    """Make global arrays of `batch_size` rows from arrays of the rows that `batch_rows` returned for this process."""
+    layout, position = batch_sharding(mesh), {row: place for place, row in enumerate(rows)}
+
+    def place(array):
+        def shard(index):
+            start = position[index[0].indices(batch_size)[0]]
+            return array[start : start + batch_size // mesh.size]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), layout, shard)
+
+    return jax.tree.map(place, tree)
 
 
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:

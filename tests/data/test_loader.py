@@ -170,8 +170,8 @@ def test_every_epoch_has_each_image_once_in_a_new_order_with_new_crops():
 def test_concatenated_batches_of_all_processes_equal_the_batch_of_a_single_process():
     source = Coordinates(12)
     whole = take(loader(source, batch_size=4), 6)
-    left, right = (take(loader(source, batch_size=2, process_index=i, process_count=2), 6) for i in (0, 1))
-    ones = [take(loader(source, batch_size=1, process_index=i, process_count=4), 1)[0] for i in range(4)]
+    left, right = (take(loader(source, rows=rows), 6) for rows in ([0, 1], [2, 3]))
+    ones = [take(loader(source, rows=[row]), 1)[0] for row in range(4)]
     np.testing.assert_array_equal(np.concatenate([one["gt"] for one in ones]), whole[0]["gt"])
     assert_same(whole, [concatenated(pair) for pair in zip(left, right, strict=True)])
     shards = [set(concatenated(shard[:3])["path"]) for shard in (left, right)]
@@ -179,6 +179,16 @@ def test_concatenated_batches_of_all_processes_equal_the_batch_of_a_single_proce
     assert shards[0] | shards[1] == set(source.names)
     pixels = [{to_bytes(gt).tobytes() for gt in concatenated(shard)["gt"]} for shard in (left, right)]
     assert not pixels[0] & pixels[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_may_read_rows_that_are_no_neighbors(workers):
+    source = Coordinates(5)  # an epoch ends inside a batch
+    whole = take(loader(source, batch_size=4), 4)
+    odd, even = (loader(source, rows=rows, workers=workers) for rows in ([1, 3], [0, 2]))
+    odd.set_state(json.loads(json.dumps(even.get_state() | {"batches": 1})))
+    assert_same(take(odd, 3), [{key: values[1::2] for key, values in batch.items()} for batch in whole[1:]])
+    assert_same(take(even, 4), [{key: values[::2] for key, values in batch.items()} for batch in whole])
 
 
 def test_resume_continues_at_the_next_batch_across_epochs():
@@ -192,7 +202,7 @@ def test_resume_continues_at_the_next_batch_across_epochs():
     assert_same(expected[3:], take(resumed, 3))
     resumed.set_state(state)  # also backwards, and on a loader in use
     assert_same(expected[3:], take(resumed, 3))
-    halves = [loader(source, batch_size=2, process_index=i, process_count=2) for i in (0, 1)]
+    halves = [loader(source, rows=rows) for rows in ([0, 1], [2, 3])]
     for half in halves:
         half.set_state(state)
     assert_same(expected[3:4], [concatenated([next(half) for half in halves])])
@@ -265,7 +275,8 @@ def test_malformed_lines_of_a_prompt_file_are_reported_with_their_number(tmp_pat
         ({"degrade": None}, "degrade is None"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"workers": -1}, "workers is -1"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"rows": [3, 4]}, r"rows has 4, and a batch has the rows 0\.\.3"),
+        ({"rows": []}, "rows is empty"),
         ({"null_prompt_probability": 1.5}, "null_prompt_probability is 1.5"),
     ],
 )

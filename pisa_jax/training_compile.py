@@ -1,0 +1,157 @@
+"""Compilation of all stages before the first step: for the devices of the run, or for others ahead of time."""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.config import Config
+from pisa_jax.metrics import validation
+from pisa_jax.model import BaseModel, LoadedModel
+from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.train_step import Batch, Frozen, State, jit_train_step
+from pisa_jax.training_run import make_objective, make_optimizer, make_state
+
+
+class Shapes(NamedTuple):
+    """The base model of a run with the shapes of its weights."""
+
+    base: BaseModel
+    # "unet", "vae" and "text", in any dtype.
+    params: Mapping[str, Any]
+    # Token ids of a prompt.
+    tokens: int
+    # Weights of the perceptual loss; None without that loss.
+    perceptual: Any
+
+
+class Programs(NamedTuple):
+    """The compiled functions of one stage."""
+
+    step: jax.stages.Compiled
+    # (unet, vae, adapter, prompt, lq) -> images, of `validation.upscale_image`; None without validation.
+    upscale: jax.stages.Compiled | None
+
+
+def shapes_of(model: LoadedModel, perceptual: Any) -> Shapes:
+    """Return the shapes of a model in memory."""
+    return Shapes(model.base, model.params, model.tokenize([""]).shape[1], perceptual)
+
+
+def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    def shape(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(shape, tree, shardings)
+
+
+def frozen_shapes(config: Config, index: int, shapes: Shapes, mesh: Mesh) -> Frozen:
+    """Return the shapes and shardings of what `train_step.make_frozen` makes for a stage."""
+    stage, base, replicated = config.stages[index], shapes.base, distributed.replicated(mesh)
+
+    def part(name, dtype):
+        tree = shapes.params[name]
+        return _placed(tree, distributed.weight_shardings(mesh, tree), dtype)
+
+    unet, text = part("unet", base.unet_dtype), part("text", jnp.float32)
+    prompt = jax.eval_shape(base.encode_text, text, jax.ShapeDtypeStruct((1, shapes.tokens), jnp.int32))
+    prompt = _placed(prompt, replicated)
+    return Frozen(
+        unet=unet,
+        teacher=unet if stage.csd else None,
+        vae=part("vae", base.vae_dtype),
+        text=text if config.data.prompts else None,
+        null_prompt=prompt,
+        negative_prompt=prompt,
+        perceptual=_placed(shapes.perceptual, replicated) if stage.perceptual else None,
+        alphas_cumprod=jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=replicated),
+    )
+
+
+def stage_shapes(
+    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree]
+) -> tuple[Frozen, State, Batch, Any]:
+    """Return the shapes and shardings of the arguments of a stage's step; `start` has the adapters given to the run."""
+    frozen = frozen_shapes(config, index, shapes, mesh)
+    state = jax.eval_shape(functools.partial(make_state, config, index, start), frozen.unet)
+    state = _placed(state, distributed.replicated(mesh))
+    side, channels, size = config.data.crop, 3, config.batch_size
+    if config.data.source == "latents":
+        side, channels = side // shapes.base.vae_scale_factor, shapes.base.latent_channels
+    images = jax.ShapeDtypeStruct((size, side, side, channels), jnp.float32)
+    ids = jax.ShapeDtypeStruct((size, shapes.tokens if config.data.prompts else 1), jnp.int32)
+    batch = Batch(images, images, ids, jax.ShapeDtypeStruct((size,), jnp.bool_))
+    return frozen, state, _placed(batch, distributed.batch_sharding(mesh)), jax.eval_shape(jax.random.key, 0)
+
+
+def trace_step(
+    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree]
+) -> jax.stages.Traced:
+    """Trace the step of a stage."""
+    arguments, stage = stage_shapes(config, index, shapes, mesh, start), config.stages[index]
+    objective, optimizer = make_objective(config, stage), make_optimizer(config, stage)
+    return jit_train_step(shapes.base, objective, optimizer, arguments[0], mesh).trace(*arguments)
+
+
+def _compile_upscale(config: Config, index: int, shapes: Shapes, mesh: Mesh, arguments: tuple) -> jax.stages.Compiled:
+    frozen, state, _, _ = arguments
+    replicated, spec = distributed.replicated(mesh), config.stages[index].spec
+    upscale = functools.partial(validation.upscale_image, base=shapes.base, spec=spec)
+    jitted = jax.jit(upscale, out_shardings=replicated, compiler_options=compiler_options())
+    image = jax.ShapeDtypeStruct((1, config.data.crop, config.data.crop, 3), jnp.float32)
+    return jitted.lower(frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, image).compile()
+
+
+def compile_stage(
+    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree], validated: bool
+) -> Programs:
+    """Compile the functions of one stage from shapes.
+
+    Raises:
+        ValueError: the step does not fit into the memory of a device.
+    """
+    with explain_out_of_memory(config, mesh, f"stage {config.stages[index].adapter}"):
+        arguments = stage_shapes(config, index, shapes, mesh, start)
+        step = trace_step(config, index, shapes, mesh, start).lower().compile()
+        upscale = _compile_upscale(config, index, shapes, mesh, arguments) if validated else None
+    return Programs(step, upscale)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config, mesh: Mesh, what: str) -> Iterator[None]:
+    """Raise ValueError with the settings to lower in place of XLA's error about memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+        needed = f" (it needs {found[1]} of {found[2]})" if found else ""
+        raise ValueError(
+            f"{what} does not fit into the memory of a device{needed}; {_remedies(config, mesh)}"
+        ) from error
+
+
+def _remedies(config: Config, mesh: Mesh) -> str:
+    """Name the settings that lower the memory of a step, in the order of their cost."""
+    images = config.batch_size // (mesh.size * config.accumulate)
+    found = []
+    if images > 1:
+        found.append(f"raise accumulate (now {config.accumulate}; {images} images per device at once)")
+    if not config.remat:
+        found.append("set remat")
+    found += [f"set {name} bfloat16" for name in ("dtype", "vae_dtype") if getattr(config, name) == "float32"]
+    if config.mesh_fsdp < mesh.size:
+        found.append(f"shard the weights with mesh_fsdp (now {config.mesh_fsdp}, at most {mesh.size})")
+    if config.batch_size > mesh.size:
+        found.append(f"lower batch_size (now {config.batch_size})")
+    return "; ".join([*found, f"or lower data.crop (now {config.data.crop})"])

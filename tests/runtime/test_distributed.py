@@ -1,0 +1,147 @@
+"""Meshes over topologies that are not there, and batches whose rows belong to several processes."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import socket
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from pisa_jax import train_step
+from pisa_jax.data.loader import make_loader
+from pisa_jax.data.sources import fake_source
+from pisa_jax.runtime import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The attributes of a JAX device that a mesh is built from."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    device_kind: str
+    platform: str = "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(Device):
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def tpu_slices(kind, chips, host, slices=1):
+    """Devices of TPU slices in the order of `jax.devices()`: by host, then z, y, x."""
+    devices = []
+    counts = [size // part for size, part in zip(chips, host, strict=True)]
+    for index in range(slices):
+        for corner in itertools.product(*(range(count) for count in reversed(counts))):
+            process = len(devices) // int(np.prod(host))
+            for place in itertools.product(*(range(part) for part in reversed(host))):
+                coords = tuple(c * h + p for c, h, p in zip(reversed(corner), host, reversed(place), strict=True))
+                devices.append(Chip(len(devices), process, index, kind, "tpu", coords))
+    return devices
+
+
+def gpu_hosts(hosts, processes_per_host):
+    """Eight GPUs per host; JAX reports every host as a slice."""
+    of_process = 8 // processes_per_host
+    return [Device(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3") for n in range(8 * hosts)]
+
+
+THREE_AXES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
+TWO_AXES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+TOPOLOGIES = {
+    f"{slices} x {name}-{chips}": tpu_slices(kind, (*shape, 1)[:3], (2, 2, 1), slices)
+    for name, kind, shapes in (
+        ("v4", "TPU v4", THREE_AXES),
+        ("v5p", "TPU v5", THREE_AXES),
+        ("v5e", "TPU v5 lite", TWO_AXES),
+        ("v6e", "TPU v6 lite", TWO_AXES),
+    )
+    for chips, shape in shapes.items()
+    for slices in (1, 2, 4)
+} | {
+    f"{hosts} SLURM nodes, {processes} processes each": gpu_hosts(hosts, processes)
+    for hosts in (1, 2, 3, 8)
+    for processes in (1, 8)
+}
+
+
+@pytest.mark.parametrize("name", list(TOPOLOGIES))
+def test_every_fsdp_has_a_mesh_along_the_network(name):
+    devices = TOPOLOGIES[name]
+    in_slice = sum(device.slice_index == 0 for device in devices)
+    for fsdp in (size for size in (1, 2, 3, 4, 8, 16, 32, 64) if len(devices) % size == 0):
+        mesh = distributed.make_mesh(fsdp=fsdp, devices=devices)
+        assert dict(mesh.shape) == {"data": len(devices) // fsdp, "fsdp": fsdp}
+        assert sorted(device.id for device in mesh.devices.flat) == [device.id for device in devices]
+        crossed = {len({device.slice_index for device in group}) for group in mesh.devices}
+        assert crossed == {math.lcm(fsdp, in_slice) // in_slice}  # as few as possible
+        if isinstance(devices[0], Chip) and fsdp <= in_slice:
+            boxes = [np.prod(np.ptp([device.coords for device in group], axis=0) + 1) for group in mesh.devices]
+            assert set(boxes) == {fsdp}, f"fsdp {fsdp} connects chips that are no neighbors"
+
+
+def test_a_part_of_a_host_and_hosts_of_different_sizes_have_a_mesh():
+    eight = tpu_slices("TPU v5 lite", (2, 4, 1), (2, 4, 1))
+    assert distributed.make_mesh(data=3, devices=eight).devices.ravel().tolist() == eight[:3]
+    uneven = gpu_hosts(2, 1)[:12]
+    assert distributed.make_mesh(fsdp=2, devices=uneven).devices.ravel().tolist() == uneven
+
+
+def test_devices_of_other_processes_must_be_used():
+    with pytest.raises(ValueError, match="has 8 devices, and there are 16 of 4 processes, which must all be used"):
+        distributed.make_mesh(data=8, devices=tpu_slices("TPU v5 lite", (4, 4, 1), (2, 2, 1)))
+
+
+def noisy_batch(mesh):
+    """Load a batch of eight images and add the noise of a step; every process returns all images."""
+    rows = distributed.batch_rows(mesh, 8)
+    options = {"batch_size": 8, "crop": 8, "seed": 0, "degrade": lambda gt, rng: gt, "rows": rows}
+    batch = next(make_loader(fake_source(20, 16), **options))
+    images = distributed.place_batch(mesh, 8, rows, batch["gt"])
+    base = types.SimpleNamespace(latent_channels=3)
+
+    @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
+    def add(images):
+        return images + train_step.draw(jax.random.key(0), base, (20, 499), images.shape, latents=True).csd_noise
+
+    return rows, np.asarray(add(images))
+
+
+def in_one_of_two_processes(address, index, result):
+    """Place a batch on devices of processes 0, 1, 0, 1, as on a TPU slice of several hosts with 2 x 2 chips each."""
+    jax.distributed.initialize(address, 2, index)
+    first, second = ([device for device in jax.devices() if device.process_index == process] for process in (0, 1))
+    mesh = distributed.make_mesh(devices=[*itertools.chain(*zip(first, second, strict=True))])
+    rows, images = noisy_batch(mesh)
+    np.savez(result, rows=rows, images=images)
+
+
+def test_images_keep_their_noise_on_a_mesh_that_interleaves_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, address]
+    started = [
+        subprocess.Popen([*command, str(index), str(tmp_path / f"{index}.npz")], env=environment) for index in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    _, expected = noisy_batch(distributed.make_mesh(data=1))
+    results = [np.load(tmp_path / f"{index}.npz") for index in (0, 1)]
+    assert [result["rows"].tolist() for result in results] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for result in results:
+        np.testing.assert_array_equal(result["images"], expected)
+
+
+if __name__ == "__main__":
+    in_one_of_two_processes(sys.argv[1], int(sys.argv[2]), sys.argv[3])
