@@ -105,7 +105,7 @@ class Pipeline:
         self.mesh = distributed.local_mesh(settings.devices)
         replicated = distributed.replicated(self.mesh)
         placed = jax.device_put(weights, replicated) if settings.devices > 1 else weights
-        self.runner = StageRunner(placed, on_compile)
+        self.runner = StageRunner(placed, on_compile, mesh=self.mesh if settings.devices > 1 else None)
         self.memory = memory.TileSizePolicy(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
 
     def encode(self, batch: Float[np.ndarray, "b h w 3"], noise: Float[Any, "1 y x c"] | None) -> Any:

@@ -215,7 +215,9 @@ def loss(
     if objective.l2:
         terms["l2"] = losses.l2(images, gt)
     if objective.perceptual:
-        terms["perceptual"] = lpips.distance(frozen.perceptual, images, gt).mean()
+        # Products of float32 on a TPU are of bfloat16 by default, which the difference of features does not survive.
+        with jax.default_matmul_precision("high"):
+            terms["perceptual"] = lpips.distance(frozen.perceptual, images, gt).mean()
     if objective.csd:
         alphas, guidance = frozen.alphas_cumprod, objective.guidance
         terms["csd"] = losses.csd(teacher, z_h, draws.csd_noise, draws.csd_timesteps, alphas, guidance)

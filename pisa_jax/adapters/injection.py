@@ -112,8 +112,9 @@ def _adder(functions: tuple[Decomposition, ...], donate: bool) -> Callable[[Arra
 
     def add(kernel, factors, scales):
         given = total = kernel.astype(jnp.float32)
-        for each, values, scale in zip(functions, factors, scales, strict=True):
-            total = total + scale * each.delta(values, given).astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):  # on a TPU, products are of bfloat16 by default
+            for each, values, scale in zip(functions, factors, scales, strict=True):
+                total = total + scale * each.delta(values, given).astype(jnp.float32)
         return total.astype(kernel.dtype)
 
     return jax.jit(add, donate_argnums=0 if donate else ())

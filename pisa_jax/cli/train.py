@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import tyro
 
 import pisa_jax
+from pisa_jax.cli import compile_only
 from pisa_jax.config import Config
 from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.stop_signals import StopSignals
@@ -22,7 +23,9 @@ USAGE = """usage: {prog} CONFIG [--resume [auto] | --overwrite] [--FIELD VALUE .
 
 CONFIG is a Python file that defines `config`, or the name of one that ships with the package: {names}.
 --config CONFIG is the same. --resume continues the run in --out; --resume auto starts it if there is none; --overwrite
-deletes it and starts again."""
+deletes it and starts again.
+--compile-only [--topology v5e:4x4] [--peak-share 0.4] trains nothing: it compiles the steps, also for a TPU slice that
+is not there, and reports their memory, operations and time."""
 
 
 def config_folder() -> Path:
@@ -129,11 +132,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.unraisablehook = _all_but_abandoned_writes
     try:
-        config, switches = read(sys.argv[1:] if argv is None else argv, prog)
+        arguments, compiling = compile_only.take_options(sys.argv[1:] if argv is None else argv)
+        config, switches = read(arguments, prog)
     except ValueError as error:
         say(f"{prog}: {error}", sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if compiling:
+        return compile_only.run(config, compiling, prog)
     try:
         with StopSignals() as stop:
             return _train(config, switches, prog, stop)

@@ -113,4 +113,7 @@ def evaluate(
     return {name: float(np.mean([values[name] for values in found])) for name in found[0]}, sheet
 
 
-_distance = jax.jit(lpips.distance)
+@jax.jit
+def _distance(weights, result, gt):
+    with jax.default_matmul_precision("highest"):
+        return lpips.distance(weights, result, gt)

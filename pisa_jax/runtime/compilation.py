@@ -79,8 +79,16 @@ class CompiledCache:
 class StageRunner:
     """Run functions of (weights, arrays), each compiled ahead of time, once per static arguments and array shapes."""
 
-    def __init__(self, weights: Any, on_compile: Callable[[str, float], None], max_compiled: int = 64):
+    def __init__(
+        self,
+        weights: Any,
+        on_compile: Callable[[str, float], None],
+        max_compiled: int = 64,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.weights, self.on_compile = weights, on_compile
+        # Kernels are partitioned over this mesh.
+        self.mesh = mesh
         self.compiled = CompiledCache(max_compiled)
 
     def run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
@@ -89,7 +97,9 @@ class StageRunner:
         def compile_stage():
             start = time.perf_counter()
             jitted = jax.jit(functools.partial(stage, *static), compiler_options=compiler_options())
-            compiled = jitted.lower(self.weights, *arrays).compile()
+            mesh = self.mesh.abstract_mesh if self.mesh else jax.sharding.get_abstract_mesh()
+            with jax.sharding.use_abstract_mesh(mesh):
+                compiled = jitted.lower(self.weights, *arrays).compile()
             shape = jax.tree.leaves(arrays)[0].shape
             self.on_compile(f"{stage.__name__} for {shape}", time.perf_counter() - start)
             return compiled

@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pisa_jax.runtime.compilation import target_platform
+from pisa_jax.sd import flash_attention
+
 # Queries per step on a CPU. A map over heads and chunks of 256 queries keeps the scores in the cache: 87 GFLOP/s on 2
 # cores, against 21-29 for one batched product. With fewer positions than that, one product is faster.
 QUERY_CHUNK = 256
+# Scores of one head that an accelerator without a kernel stores: those of 64 x 64 latents.
+MOST_SCORES = 4096**2
 
 
 def group_norm(
@@ -49,24 +54,28 @@ def attention(
 ) -> Float[Array, "b n h d"]:
     """Compute softmax(q k^T / sqrt(d)) v.
 
-    With more than QUERY_CHUNK queries and keys, the score matrix is not stored: CPUs compute it in chunks, GPUs use
-    cuDNN where `cudnn_attention_compiles`.
+    With more than QUERY_CHUNK queries and keys, the score matrix is not stored where that can be avoided: TPUs use a
+    kernel (`flash_attention`), GPUs cuDNN where `cudnn_attention_compiles`, and CPUs compute it in chunks, as the
+    others do without a kernel if a head has more than MOST_SCORES.
 
     Reference: Vaswani et al. 2017, equation 1.
     """
     if min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
         return jax.nn.dot_product_attention(query, key, value)
-    if jax.default_backend() == "cpu":
-        return _chunked_attention(query, key, value)
+    platform, scores = target_platform(), query.shape[1] * key.shape[1]
+    if platform == "tpu" and flash_attention.is_supported(query.shape[1], key.shape[1], query.shape[-1]):
+        return flash_attention.flash_attention(query, key, value)
     even = query.shape[1] % 2 == key.shape[1] % 2 == 0  # cuDNN has no gradient for odd lengths
     kernel = "cudnn" if even and cudnn_attention_compiles(query.dtype, query.shape[-1]) else None
+    if kernel is None and (platform == "cpu" or scores > MOST_SCORES):
+        return _chunked_attention(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
 
 
 @functools.cache
 def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
     """Return True if cuDNN compiles attention and its gradient: not for float32, large heads, or GPUs before Ampere."""
-    if jax.default_backend() != "gpu":
+    if target_platform() != "gpu":
         return False
     heads = jax.ShapeDtypeStruct((1, 64, 1, channels), dtype)
 

@@ -62,13 +62,14 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
     """Estimate the memory of the VAE for a batch of images of `shape` (b, h, w, 3).
 
     The largest activations are four with the channels of the last upsampler at the resolution of the image; a CPU holds
-    two and a half of them at a time (measured, docs/vae_tiling.md). Where attention is not computed in chunks, its
-    scores are added.
+    two and a half of them at a time (measured, docs/vae_tiling.md). On other devices, the scores of attention that is
+    not computed in chunks are added.
     """
     batch, height, width, _ = shape
     channels = backbone.vae.block_out_channels
     per_pixel = 4 * channels[min(1, len(channels) - 1)] * jnp.dtype(backbone.vae.dtype).itemsize
-    scores = 0 if jax.default_backend() == "cpu" else 8 * (height * width // backbone.vae_scale_factor**2) ** 2
+    positions = height * width // backbone.vae_scale_factor**2
+    scores = 0 if jax.default_backend() == "cpu" else 8 * min(positions**2, layers.MOST_SCORES)
     untiled = batch * (per_pixel * height * width + scores)
     return Footprint(untiled, per_pixel, encoder_margin(backbone) * backbone.vae_scale_factor)
 
