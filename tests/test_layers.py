@@ -11,8 +11,8 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity key_value_store messages stop_signals torch_layout "
-    "trees watchdog | checksums failures run_log torch_pickle | agreement tensor_files | "
+    "runtime": "atomic_write chips compilation console file_identity key_value_store messages operations stop_signals "
+    "torch_layout trees watchdog | checksums failures run_log torch_pickle | agreement tensor_files | "
     "checkpoint cluster distributed run_directory stop_step",
     "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
@@ -27,14 +27,17 @@ ROOMS = {
     "degradation latents tfds unusable_files | samples | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
-    "sd": "layers | backbone | vae_tiling | base_model | pretrained | random_model",
+    "sd": "flash_attention | layers | backbone | vae_tiling | base_model | pretrained | random_model",
     "weights": "",
     "inference": "",
     "training_model": "",
+    "training_mesh": "",
     "training_run": "",
+    "training_compile": "",
+    "training_report": "",
     "training_loop": "",
     "training": "",
-    "cli": "arguments infer_names output_files | infer_plan | "
+    "cli": "arguments compile_only infer_names output_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect",
     "__main__": "",
 }

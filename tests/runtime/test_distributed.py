@@ -1,6 +1,5 @@
 """Meshes over topologies that are not there, and batches whose rows belong to several processes."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -9,55 +8,18 @@ import socket
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from mock_devices import THREE_AXES, TWO_AXES, Chip, gpu_hosts, tpu_slices
 
 from pisa_jax import train_step
 from pisa_jax.data.loader import make_loader
 from pisa_jax.data.sources import fake_source
 from pisa_jax.runtime import distributed
 
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """The attributes of a JAX device that a mesh is built from."""
-
-    id: int
-    process_index: int
-    slice_index: int
-    device_kind: str
-    platform: str = "gpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip(Device):
-    coords: tuple[int, int, int] = (0, 0, 0)
-    core_on_chip: int = 0
-
-
-def tpu_slices(kind, chips, host, slices=1):
-    """Devices of TPU slices in the order of `jax.devices()`: by host, then z, y, x."""
-    devices = []
-    counts = [size // part for size, part in zip(chips, host, strict=True)]
-    for index in range(slices):
-        for corner in itertools.product(*(range(count) for count in reversed(counts))):
-            process = len(devices) // int(np.prod(host))
-            for place in itertools.product(*(range(part) for part in reversed(host))):
-                coords = tuple(c * h + p for c, h, p in zip(reversed(corner), host, reversed(place), strict=True))
-                devices.append(Chip(len(devices), process, index, kind, "tpu", coords))
-    return devices
-
-
-def gpu_hosts(hosts, processes_per_host):
-    """Eight GPUs per host; JAX reports every host as a slice."""
-    of_process = 8 // processes_per_host
-    return [Device(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3") for n in range(8 * hosts)]
-
-
-THREE_AXES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
-TWO_AXES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 TOPOLOGIES = {
     f"{slices} x {name}-{chips}": tpu_slices(kind, (*shape, 1)[:3], (2, 2, 1), slices)
     for name, kind, shapes in (
@@ -131,6 +93,7 @@ def test_images_keep_their_noise_on_a_mesh_that_interleaves_processes(tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, address]
     started = [
         subprocess.Popen([*command, str(index), str(tmp_path / f"{index}.npz")], env=environment) for index in (0, 1)
