@@ -29,6 +29,7 @@ from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.training_compile import Programs, compile_stage, explain_out_of_memory, shapes_of
 from pisa_jax.training_loop import outside_steps, stop_before, train_stage
+from pisa_jax.training_mesh import check_mesh
 from pisa_jax.training_model import (
     check,
     crop_in_latents,
@@ -121,6 +122,7 @@ def compile_stages(run: Run, index: int, step: int) -> dict[int, Programs]:
 def open_inputs(config: Config, model: LoadedModel | None, closing: contextlib.ExitStack) -> Inputs:
     """Open and check all inputs of a run; `closing` closes the loader."""
     mesh = distributed.make_mesh(config.mesh_data, config.mesh_fsdp)
+    check_mesh(config, mesh, model)
     batches, given = training_loader(config, mesh, model), load_start(config)
     closing.callback(batches.close)
     images = validation.validation_images(config.validation, config.data.crop)
@@ -128,7 +130,7 @@ def open_inputs(config: Config, model: LoadedModel | None, closing: contextlib.E
     if model is None and config.model != "random":
         model = load_model(config, config.model)
     base, unet = (model.base, model.params["unet"]) if model else random_shapes()
-    check(config, base, unet, mesh)
+    check(config, base, unet)
     if given.trees:
         fit.check_adapters(given.trees, given.specs, injection.target_shapes(unet))
     return Inputs(mesh, batches, given, images, perceptual, model)

@@ -49,10 +49,11 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     batches = _listed(
         f"{count * parts}{_duration(config, count * parts, mesh.size, chip)}" for count in (1, 2, 4) if count * parts
     )
-    estimate = f"; expected at {PEAK_SHARE:.0%} of the peak" if chip else ""
+    estimate = f" (times of the whole run, expected at {PEAK_SHARE:.0%} of the peak)" if chip else ""
     raise ValueError(
         f"batch_size {config.batch_size} cannot be divided over {mesh.size} devices x accumulate {config.accumulate}: "
-        f"use {per_size} devices, where a larger slice is no gain, or --batch-size {batches}{estimate}"
+        f"use a slice of {per_size} devices for this batch, where a larger one is no gain, or --batch-size {batches} "
+        f"here{estimate}"
     )
 
 

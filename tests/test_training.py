@@ -14,7 +14,7 @@ from event_files import events
 from programs import Program, connection, ended, started
 from safetensors.numpy import load_file
 
-from pisa_jax import training, training_loop, training_run
+from pisa_jax import training, training_compile, training_loop, training_run
 from pisa_jax.cli import train
 from pisa_jax.runtime import distributed
 from pisa_jax.train_step import Frozen
@@ -56,29 +56,34 @@ class Interrupted(NamedTuple):
     adapters: Path
     # adapters.safetensors after the pixel stage.
     after_pix: dict[str, np.ndarray]
-    # For every start: the weights of its stage, and the compiled step.
+    # For every start of a stage: its weights.
     frozen: list[Frozen]
+    # Jitted steps, and what happened: ("compile" or "train", index of the stage).
     steps: list[Any]
+    events: list[tuple[str, int]]
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     run, stops = config(tmp_path_factory.mktemp("runs") / "run"), [1, 2, 3]  # in both stages and between them
-    frozen, steps, after_pix = [], [], {}
-    make, compile_step = training_loop.make_frozen, training_loop.jit_train_step
+    frozen, steps, events, after_pix = [], [], [], {}
+    make, jit_step = training_loop.make_frozen, training_compile.jit_train_step
+    compile_stage, train_stage = training.compile_stage, training.train_stage
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training_loop, "asked_to_stop", lambda run, step: step in stops)
         patched.setattr(
             training_loop, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1]
         )
-        patched.setattr(training_loop, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
+        patched.setattr(training_compile, "jit_train_step", lambda *a: steps.append(jit_step(*a)) or steps[-1])
+        patched.setattr(training, "compile_stage", lambda *a: events.append(("compile", a[1])) or compile_stage(*a))
+        patched.setattr(training, "train_stage", lambda *a: events.append(("train", a[1])) or train_stage(*a))
         for index, step in enumerate(stops):
             with pytest.raises(training_run.Stop, match=f"saved at step {step} of 4; continue with --resume"):
                 training.train(run, resume=index > 0)
             if step == 3:
                 after_pix = load_file(Path(run.out) / training.ADAPTERS_FILE)
         adapters = training.train(run, resume=True)
-    return Interrupted(adapters, after_pix, frozen, steps)
+    return Interrupted(adapters, after_pix, frozen, steps, events)
 
 
 def test_a_run_stopped_and_resumed_is_bit_equal(whole, interrupted):
@@ -98,10 +103,13 @@ def test_the_frozen_adapter_and_the_base_stay_as_they_are(whole, interrupted):
     assert all(jax.tree.leaves(same))
 
 
-def test_a_stage_is_traced_once(interrupted):
-    """Neither a new step number nor a restored state triggers another trace."""
-    # The third start found its stage complete.
-    assert [step._cache_size() for step in interrupted.steps] == [1, 1, 0, 1, 1]
+def test_all_stages_are_compiled_before_the_first_step_and_only_then(interrupted):
+    both = [("compile", 0), ("compile", 1), ("train", 0)]
+    # The third start found its stage complete; the last one had only the second stage left.
+    assert interrupted.events == both * 3 + [("train", 1), ("compile", 1), ("train", 1)]
+    # The steps run the programs that were compiled from shapes; a call of a jitted function would compile another.
+    assert len(interrupted.steps) == 7
+    assert [step._cache_size() for step in interrupted.steps] == [0] * 7
 
 
 def test_folders_and_configs_that_do_not_fit(whole, tmp_path):

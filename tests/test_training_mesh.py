@@ -27,9 +27,9 @@ def test_the_published_batch_on_more_chips_than_images():
     message = str(error.value)
     slices = re.findall(r"(\d+) \(([\d.]+) (hours|minutes)\)", message)
     assert [int(size) for size, _, _ in slices] == [4, 8, 16, 64, 128, 256]
-    assert "use 4 (" in message
+    assert "use a slice of 4 (" in message
     assert "or 16 (" in message
-    assert "where a larger slice is no gain" in message
+    assert "where a larger one is no gain" in message
     assert "or --batch-size 64 (" in message
     assert "expected at 40% of the peak" in message
     # 16 images at a time on 16 chips take as long as 64 on 64.
@@ -41,14 +41,14 @@ def test_batches_that_fit_are_accepted():
     check_mesh(PUBLISHED, v5p(16))
     check_mesh(PUBLISHED, v5p(16, fsdp=8))
     accumulated = dataclasses.replace(PUBLISHED, accumulate=4)
-    with pytest.raises(ValueError, match="16 devices x accumulate 4: use 4 "):
+    with pytest.raises(ValueError, match="16 devices x accumulate 4: use a slice of 4 "):
         check_batch(accumulated, v5p(16))
 
 
 def test_devices_of_unknown_speed_get_no_estimate():
     config = Config(out="", stages=(Stage("pix", 1),), batch_size=4)
     unknown = [dataclasses.replace(device, device_kind="other") for device in gpu_hosts(1, 1)]
-    with pytest.raises(ValueError, match=r"use 1, 2 or 4 devices, .* or --batch-size 8, 16 or 32$"):
+    with pytest.raises(ValueError, match=r"a slice of 1, 2 or 4 devices .* or --batch-size 8, 16 or 32 here$"):
         check_batch(config, distributed.make_mesh(devices=unknown))
 
 
