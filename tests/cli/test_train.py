@@ -36,6 +36,13 @@ def test_one_gpu_trains_the_same_in_small_parts():
     assert dataclasses.replace(config, **same) == published
 
 
+def test_a_v5e_slice_trains_the_same_with_less_memory():
+    published, config = (shipped(name)["config"] for name in ("sd21", "sd21_v5e"))
+    assert (config.dtype, config.vae_dtype) == ("bfloat16", "bfloat16")
+    same = {"vae_dtype": "float32", "out": published.out}
+    assert dataclasses.replace(config, **same) == published
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_is_a_record(path):
     """The docstring has the command, the hardware, and the expected and the measured result."""

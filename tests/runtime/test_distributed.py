@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from mock_devices import THREE_AXES, TWO_AXES, Chip, gpu_hosts, tpu_slices
+
+from test_base_model import toy_model
 
 from pisa_jax import train_step
 from pisa_jax.data.loader import make_loader
@@ -70,11 +71,11 @@ def noisy_batch(mesh):
     options = {"batch_size": 8, "crop": 8, "seed": 0, "degrade": lambda gt, rng: gt, "rows": rows}
     batch = next(make_loader(fake_source(20, 16), **options))
     images = distributed.place_batch(mesh, 8, rows, batch["gt"])
-    base = types.SimpleNamespace(latent_channels=3)
+    base = toy_model().base
 
     @functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
     def add(images):
-        return images + train_step.draw(jax.random.key(0), base, (20, 499), images.shape, latents=True).csd_noise
+        return base.encode({}, images, train_step.draw(jax.random.key(0), base, (20, 499), images.shape).posterior)
 
     return rows, np.asarray(add(images))
 

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from tiny import close
 
-from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options, compiling_for
 from pisa_jax.sd import layers
+from pisa_jax.training_report import format_collectives, topology_devices
 
 
 def normal(*shape, seed=0):
@@ -80,6 +83,69 @@ def test_attention_with_cudnn(monkeypatch, positions, kernel):
     allowed = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
     text = jax.export.export(gradient, platforms=["cuda"], disabled_checks=allowed)(heads, heads, heads).mlir_module()
     assert [f"@{call}(" in text for call in calls] == [kernel, kernel]
+
+
+@pytest.mark.parametrize(("queries", "keys", "heads", "channels"), [(384, 512, 2, 64), (512, 384, 1, 256)], ids=str)
+def test_attention_of_a_tpu_equals_the_plain_formula(queries, keys, heads, channels):
+    """The kernel runs in the interpreter of Pallas, forward and backward."""
+    q, k, v = (normal(1, n, heads, channels, seed=n + i) for i, n in enumerate((queries, keys, keys)))
+
+    def loss(attention, q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v)))
+
+    gradient = jax.value_and_grad(loss, argnums=(1, 2, 3))
+    expected = gradient(jax.nn.dot_product_attention, q, k, v)
+    with compiling_for("tpu"), pltpu.force_tpu_interpret_mode():
+        found = gradient(layers.attention, q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((4, 4096, 5, 64), True),
+        ((4, 1024, 10, 64), True),
+        ((4, 4096, 1, 512), True),
+        ((3, 4096, 5, 64), True),  # computed completely by each of four devices
+        ((4, 2500, 5, 64), False),
+        ((4, 256, 20, 64), False),
+    ],
+)
+def test_kernels_of_a_tpu(shape, kernel):
+    """Traced for four devices: the kernel of a device computes its part of the batch."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))
+    heads = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    with compiling_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
+        gradient = jax.grad(lambda *heads: layers.attention(*heads).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        text = str(jax.make_jaxpr(gradient)(heads, heads, heads))
+    assert text.count("pallas_call[") == 3 * kernel
+    if kernel:
+        part = shape[0] // 4 if shape[0] % 4 == 0 else shape[0]
+        assert f"bf16[{part},{shape[2]},{shape[1]},{shape[3]}]" in text
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_large_windows_store_no_score_matrix_without_a_kernel(platform):
+    """10 000 positions, as of 100 x 100 latents, and heads that cuDNN does not support."""
+    q = jax.ShapeDtypeStruct((1, 10_000, 1, 512), jnp.float32)
+    with compiling_for(platform):
+        text = str(jax.make_jaxpr(layers.attention)(q, q, q))
+    assert "10000,10000" not in text
+    assert "256,10000" in text
+
+
+@pytest.mark.slow
+def test_attention_compiled_for_a_tpu_stores_no_scores():
+    """Four images of 64 x 64 latents on four chips: plain products would store 480 MiB per chip."""
+    pytest.importorskip("libtpu", reason="needs pip install libtpu")
+    mesh = distributed.make_mesh(devices=topology_devices("v5e:2x2"))
+    heads = jax.ShapeDtypeStruct((4, 4096, 5, 64), jnp.bfloat16, sharding=distributed.batch_sharding(mesh))
+    gradient = jax.grad(lambda *heads: layers.attention(*heads).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with compiling_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(gradient).lower(heads, heads, heads).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+    assert format_collectives(compiled.as_text()) == "none"
 
 
 def test_long_attention_stores_no_score_matrix():
