@@ -5,7 +5,7 @@
 
 Hardware: v5e-16, or v5e-8 and v5e-4 with `--accumulate` 2 and 4. Memory of a chip: 6.1 of 15.75 GiB in the pixel stage,
 8.4 in the semantic one, from the buffer assignment of the steps compiled for v5e:2x2 and 4 images (2026-11-27).
-Expected: the results of configs/sd21.py, in half an hour at 40 % of the peak. Measured: not yet run.
+Expected: the results of configs/sd21.py, in 22 minutes at 40 % of the peak. Measured: not yet run.
 """
 
 import dataclasses

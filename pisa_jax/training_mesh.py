@@ -14,7 +14,7 @@ from pisa_jax.runtime import distributed
 from pisa_jax.runtime.chips import Chip, chip_of
 from pisa_jax.training_model import expected_shapes, perceptual_shapes
 
-# TFLOP of a training step per image of 512 x 512 pixels with Stable Diffusion 2.1, counted by `count_operations`: for l2,
+# TFLOP of a training step of Stable Diffusion 2.1 per image of 512 x 512 pixels, counted by `count_operations`: for l2,
 # and what the other losses add. VGG16 needs 0.16 for an image, and three times as much for the distance of two and its
 # gradient in one of them.
 STEP_TFLOP, PERCEPTUAL_TFLOP, CSD_TFLOP = 6.88, 0.48, 1.43

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from mock_devices import THREE_AXES, TWO_AXES, Chip, gpu_hosts, tpu_slices
-
 from test_base_model import toy_model
 
 from pisa_jax import train_step
