@@ -22,6 +22,14 @@ from pisa_jax.training_compile import Shapes, explain_out_of_memory, trace_step
 from pisa_jax.training_mesh import check_mesh
 from pisa_jax.training_model import check, expected_shapes, perceptual_shapes
 
+# libtpu otherwise asks the metadata server for the TPUs of this machine, and allows one process at a time.
+LIBTPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
@@ -37,13 +45,17 @@ def topology_devices(name: str) -> Sequence[Any]:
         raise ValueError("--topology compiles with libtpu, which is not installed: pip install libtpu")
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu otherwise asks the metadata server for local TPUs
+    missing = {name: value for name, value in LIBTPU_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"--topology {name!r}: expected a TPU and its chips, such as v5e:4x4, v6e:8x8 or v5p:2x2x4 ({error})"
         ) from error
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def report_compiled(config: Config, topology: str | None, peak_share: float) -> None:

@@ -15,7 +15,7 @@ def count_operations(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
     expensive branch.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _of_equation(equation: Any) -> float:
@@ -31,9 +31,9 @@ def _of_equation(equation: Any) -> float:
         return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[features] / zeros
     inner = [count_operations(body) for body in _bodies(params)]
     if name == "cond":
-        return max(inner)
+        return max(inner, default=0.0)
     times = {"scan": lambda: params["length"], "pallas_call": lambda: math.prod(params["grid_mapping"].grid)}
-    return sum(inner) * times.get(name, lambda: 1)()
+    return sum(inner, 0.0) * times.get(name, lambda: 1)()
 
 
 def _bodies(params: dict[str, Any]) -> Iterator[Any]:

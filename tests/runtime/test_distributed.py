@@ -103,7 +103,8 @@ def test_images_keep_their_noise_on_a_mesh_that_interleaves_processes(tmp_path):
     results = [np.load(tmp_path / f"{index}.npz") for index in (0, 1)]
     assert [result["rows"].tolist() for result in results] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     for result in results:
-        np.testing.assert_array_equal(result["images"], expected)
+        # To rounding: the programs for one and for four devices are compiled separately. The noise is around 0.01.
+        np.testing.assert_allclose(result["images"], expected, rtol=0, atol=1e-6)
 
 
 if __name__ == "__main__":
