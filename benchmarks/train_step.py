@@ -10,7 +10,6 @@ merged weights, the step computes W + dW and differentiates through it.
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import os
@@ -26,7 +25,7 @@ from timing import alternate, seconds
 
 from pisa_jax import train_step
 from pisa_jax.adapters import injection
-from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.compilation import compiler_options, compiling_for
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import random_model
@@ -55,11 +54,7 @@ def compile_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, d
     on_cpu = device.platform == "cpu"
     options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not case.remat}
     start = time.perf_counter()
-    # The implementation of attention is chosen by the default backend, which is not the one that runs the program.
-    backend = (
-        contextlib.nullcontext() if on_cpu else mock.patch.object(jax, "default_backend", return_value=device.platform)
-    )
-    with mock.patch.object(train_step, "loss", PATHS[path]), backend:
+    with mock.patch.object(train_step, "loss", PATHS[path]), compiling_for(device.platform):
         jitted = jax.jit(
             lambda *arrays: step(*arrays),
             in_shardings=jax.sharding.SingleDeviceSharding(device),

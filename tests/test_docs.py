@@ -20,7 +20,7 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from pisa_jax import inference
-from pisa_jax.cli import train
+from pisa_jax.cli import compile_only, train
 from pisa_jax.data.sources import fake_source
 from pisa_jax.sd import random_model
 
@@ -125,7 +125,7 @@ def check(words):
 def read_training(arguments):
     """Parse a command line of train.py. Raises SystemExit if it is wrong."""
     try:
-        train.read(arguments)
+        train.read(compile_only.take_options(arguments)[0])
     except SystemExit as stopped:
         if stopped.code:
             raise
