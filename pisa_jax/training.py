@@ -16,13 +16,22 @@ from pisa_jax.data.degradation import degrade
 from pisa_jax.data.latents import LatentSource, latent_source
 from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
+from pisa_jax.data.workers import default_workers
 from pisa_jax.metrics import validation
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.agreement import agreement
 from pisa_jax.runtime.checkpoint import Checkpoints
 from pisa_jax.runtime.failures import publishing_errors
-from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory, config_fields, holds_run
+from pisa_jax.runtime.performance import DataWait
+from pisa_jax.runtime.profiling import Profiler
+from pisa_jax.runtime.run_directory import (
+    check_run_directory,
+    claim_run_directory,
+    config_fields,
+    holds_run,
+    use_compilation_cache,
+)
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.stop_step import StopStep
@@ -77,6 +86,7 @@ def train(
         Stop: a signal was received and the run is saved.
     """
     with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
+        use_compilation_cache(config)
         # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
         with agreement() as facts:
             facts |= package_versions() | config_fields(config)
@@ -124,10 +134,10 @@ def start_run(
 ) -> tuple[Run, int]:
     """Claim the run directory and open what is in it; returns the run and the step after which it continues."""
     folder = claim_run_directory(config, resume, overwrite, closing)
-    model = inputs.model or load_model(config, make_random_model(config, folder))
+    model = inputs.model or load_model(config, make_random_model(config, folder, closing))
     if inputs.loader.prompts and jax.process_index() == 0:
         report_long_prompts(inputs.loader.prompts, model.count_tokens, model.tokenize([""]).shape[1])
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, config.keep, config.keep_best)
     closing.callback(checkpoints.close)
     first = (checkpoints.recover() or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)
@@ -137,8 +147,10 @@ def start_run(
         if resume:
             log.print_line(f"continuing after step {first} of {total}")
     closing.enter_context(jax.set_mesh(inputs.mesh))
+    profiler = closing.enter_context(Profiler(folder / "tensorboard", config.profile_steps))
     mesh, batches, start, images, perceptual, _ = inputs
-    return Run(config, folder, mesh, model, start, perceptual, batches, checkpoints, images, log, *ending), first
+    watching = (*ending, profiler, DataWait())
+    return Run(config, folder, mesh, model, start, perceptual, batches, checkpoints, images, log, *watching), first
 
 
 def package_versions() -> dict[str, str]:
@@ -164,7 +176,9 @@ def training_source(config: Data) -> sources.Source:
 
 def training_loader(config: Config, model: LoadedModel | None = None) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
-    source = training_source(config.data)
+    source, workers = training_source(config.data), config.data.workers
+    if workers is None:
+        workers = default_workers(len(jax.local_devices()))
     batches = loader.make_loader(
         source,
         batch_size=config.batch_size // jax.process_count(),
@@ -173,7 +187,7 @@ def training_loader(config: Config, model: LoadedModel | None = None) -> loader.
         degrade=degrade,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        workers=config.data.workers,
+        workers=workers,
         prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,
         max_bad_share=config.data.max_bad_share,

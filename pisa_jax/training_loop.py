@@ -15,6 +15,7 @@ from pisa_jax.config import Stage
 from pisa_jax.metrics import validation
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.performance import step_flops
 from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.train_step import Batch, State, jit_train_step, make_frozen
 from pisa_jax.training_run import Run, Stop, how_to_continue, make_objective, make_optimizer, new_state, save
@@ -39,7 +40,8 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
             prompts=bool(config.data.prompts),
         )
         state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = watched(run, jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh))
+    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
+    step_function = watched(run, counted(run, step_function))
     upscale = jax.jit(
         functools.partial(validation.upscale_image, base=base, spec=stage.spec),
         out_shardings=distributed.replicated(run.mesh),
@@ -48,10 +50,11 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     upscale = watched(run, upscale)
 
     def validate(step, state):
-        if run.validation:
-            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
-            with left_out(run):
-                log_validation(run, stage, step, functools.partial(upscale, *weights))
+        if not run.validation:
+            return None
+        weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
+        with left_out(run):
+            return log_validation(run, stage, step, functools.partial(upscale, *weights))
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     if before + int(state.step) == 0:  # the base model without any adapter
@@ -70,27 +73,30 @@ def run_steps(
     trained: dict[str, AdapterTree],
     state: State,
     step_function: Callable[[State, Batch], tuple[State, dict[str, Any]]],
-    validate: Callable[[int, State], None],
+    validate: Callable[[int, State], dict[str, float] | None],
 ) -> State:
     """Run the steps of a stage that are left after `state`, with what happens between them; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     step, in_flight = int(state.step), InFlight(run.watchdog)
     while step < stage.steps:
         in_flight.wait(MAX_IN_FLIGHT - 1)
-        state, measured = step_function(state, next_batch(run))
-        in_flight.add(measured)
+        batch = next_batch(run)
         step += 1
-        last = step == stage.steps
+        run.profiler.before(before + step)
+        state, measured = step_function(state, batch)
+        run.profiler.after(before + step, measured)
+        in_flight.add(measured)
+        last, metrics = step == stage.steps, None
         if last or step % config.log_every == 0:
             log_step(run, stage, before + step, jax.device_get(measured))
         if last or step % config.validation.every == 0:
             in_flight.wait(0)
-            validate(before + step, state)
+            metrics = validate(before + step, state)
         stop = asked_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
             in_flight.wait(0)
             with left_out(run):
-                save(run, index, trained, state)
+                save(run, index, trained, state, metrics)
         if stop and before + step < run.total:
             message = f"stopped and saved at step {before + step} of {run.total}; continue with --resume"
             raise Stop(message, run.stop.number)
@@ -134,6 +140,21 @@ def watched(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def counted(run: Run, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the operations of a jitted step for the log, at its first call."""
+    done = False
+
+    def call(*arguments):
+        nonlocal done
+        if run.log and not done:  # the call uses what is lowered here
+            analysis = function.lower(*arguments).cost_analysis()
+            run.log.step_flops = step_flops(analysis, run.mesh.size, run.config.accumulate)
+        done = True
+        return function(*arguments)
+
+    return call
+
+
 @contextlib.contextmanager
 def outside_steps(run: Run) -> Iterator[None]:
     """Neither limit the time of the body, such as a compilation, nor count it as time of steps."""
@@ -150,8 +171,7 @@ def next_batch(run: Run) -> Batch:
     """Load the next batch and place it on the devices; the time is logged."""
     start = time.perf_counter()
     batch = place_batch(run, next(run.loader))
-    if run.log:
-        run.log.add_data_wait(time.perf_counter() - start)
+    run.wait.add(time.perf_counter() - start)
     return batch
 
 
@@ -170,9 +190,9 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
     Raises:
         FloatingPointError: too many steps in a row were not finite.
     """
-    values = {name: float(value) for name, value in measured.items()}
+    values, waited = {name: float(value) for name, value in measured.items()}, run.wait.gather()
     if run.log:
-        run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
+        run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()}, waited)
     if values["bad_streak"] >= run.config.max_bad_steps:
         raise FloatingPointError(
             f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
@@ -180,14 +200,15 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
         )
 
 
-def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
-    """Measure the validation images; log the metrics and a contact sheet."""
+def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> dict[str, float]:
+    """Measure the validation images; log the metrics, which are returned, and a contact sheet."""
     found, sheet = validation.evaluate(upscale, run.validation, run.perceptual, stage)
     if run.log:
         run.log.log_scalars(step, {f"validation/{name}": value for name, value in found.items()})
         run.log.log_image(step, "validation", sheet)
         values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         run.log.print_line(f"step {step}: validation {values}")
+    return found
 
 
 def asked_to_stop(run: Run, step: int) -> bool:

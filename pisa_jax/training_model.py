@@ -1,7 +1,9 @@
 """The base model and the perceptual loss of a training run: loading, and checks of the config against them."""
 
+import contextlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.console import say
+from pisa_jax.runtime.remote_paths import copy_folder, is_bucket
 from pisa_jax.sd import backbone, pretrained, random_model
 from pisa_jax.sd.base_model import make_base_model
 
@@ -34,8 +37,13 @@ def random_shapes() -> tuple[BaseModel, Any]:
     return random_model.base_model_of_size(RANDOM_SIZE), backbone.param_shapes(modules)["unet"]
 
 
-def make_random_model(config: Config, folder: Path) -> Path:
-    """Write a random base model into the run directory, from one process, unless it exists; returns its folder."""
+def make_random_model(config: Config, folder: Path, scratch: contextlib.ExitStack) -> Path:
+    """Write a random base model into the run directory, from one process, unless it exists; returns its folder.
+
+    For a run directory in a bucket, this is a local copy, which is deleted when `scratch` is closed.
+    """
+    if is_bucket(folder):
+        return _random_model_in_bucket(config, folder / "model", scratch)
     made = folder / "model"
     if jax.process_index() == 0 and not made.exists():
         unfinished = made.with_suffix(".part")  # left over by a killed run, or ours
@@ -44,6 +52,18 @@ def make_random_model(config: Config, folder: Path) -> Path:
         unfinished.rename(made)
     multihost_utils.sync_global_devices("model written")
     return made
+
+
+def _random_model_in_bucket(config: Config, made: Path, scratch: contextlib.ExitStack) -> Path:
+    local = Path(scratch.enter_context(tempfile.TemporaryDirectory())) / "model"
+    complete = made / ".complete"
+    if jax.process_index() == 0 and not complete.exists():
+        random_model.write_random_model(local, RANDOM_SIZE, config.seed)
+        copy_folder(local, made)
+        complete.write_text("")
+    multihost_utils.sync_global_devices("model written")
+    copy_folder(made, local)
+    return local
 
 
 def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:

@@ -17,12 +17,18 @@ from pisa_jax.metrics.validation import ValidationImage
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
+from pisa_jax.runtime.performance import DataWait
+from pisa_jax.runtime.profiling import Profiler
+from pisa_jax.runtime.remote_paths import uploaded
+from pisa_jax.runtime.run_directory import require_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.train_step import Objective, State, init_state
 
 ADAPTERS_FILE = "adapters.safetensors"
+# The adapters of the best checkpoint, with `config.keep_best`.
+BEST_FILE = "best.safetensors"
 
 
 class Stop(Exception):
@@ -51,6 +57,8 @@ class Run(NamedTuple):
     log: RunLog | None
     stop: StopStep
     watchdog: Watchdog
+    profiler: Profiler
+    wait: DataWait
 
     @property
     def total(self) -> int:
@@ -151,20 +159,27 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
 
 
-def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) -> None:
-    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages.
+def save(
+    run: Run, index: int, trained: dict[str, AdapterTree], state: State, metrics: dict[str, float] | None = None
+) -> None:
+    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages; export it if it is the best.
+
+    `metrics` are those of a validation at this step.
 
     Raises:
         FloatingPointError: the adapter is not finite: a run that continues from it could not recover.
-        OSError: the checkpoint cannot be written.
+        OSError: the checkpoint cannot be written, or a program that was started later uses the run directory.
     """
+    require_run_directory(run.config)
     adapter = run.config.stages[index].adapter
     for tree in (state.adapter, state.ema):
         if tree is not None:
             require_finite(run, adapter, jax.device_get(tree))
     progress = Progress(index, run.loader.get_state())
     step = run.before(index) + int(state.step)
-    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
+    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress, metrics)
+    if run.checkpoints.best == step and jax.process_index() == 0:
+        export(run, {**trained, adapter: jax.device_get(exported(state))}, BEST_FILE)
 
 
 def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
@@ -183,9 +198,10 @@ def how_to_continue(run: Run) -> str:
     return f"{intact}; continue with --resume and a lower learning rate, or with float32"
 
 
-def export(run: Run, trained: dict[str, AdapterTree]) -> None:
+def export(run: Run, trained: dict[str, AdapterTree], name: str = ADAPTERS_FILE) -> None:
     """Write the trained adapters for inference."""
     stages = [stage for stage in run.config.stages if stage.adapter in trained]
     specs = run.start.specs | {stage.adapter: stage.spec for stage in stages}
     below = {**run.start.trained_on, **{stage.adapter: stage.frozen for stage in stages if stage.frozen}}
-    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
+    with uploaded(run.folder / name) as file:
+        files.save_adapters(file, Adapters(trained, specs, run.config.model, below))

@@ -11,9 +11,9 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity key_value_store messages stop_signals torch_layout "
-    "trees watchdog | checksums failures run_log torch_pickle | agreement tensor_files | "
-    "checkpoint cluster distributed run_directory stop_step",
+    "runtime": "atomic_write compilation console file_identity key_value_store messages performance stop_signals "
+    "torch_layout trees watchdog | failures remote_paths | agreement checksums mirror profiling run_lock "
+    "torch_pickle | checkpoint run_directory run_log stop_step tensor_files | cluster distributed",
     "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
@@ -23,7 +23,7 @@ ROOMS = {
     "vera | dora files foreign_keys hira interchange tucker | "
     "foreign_files registry | fit start | injection",
     "model": "",
-    "data": "blur_kernels contents folders text_files | prompts sources | "
+    "data": "blur_kernels contents folders text_files workers | prompts sources | "
     "degradation latents tfds unusable_files | samples | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",

@@ -95,6 +95,7 @@ def broken_from(monkeypatch, first, change):
             state, measured = step(*arrays)
             return change(state, measured) if int(state.step) >= first else (state, measured)
 
+        run.lower = step.lower
         return run
 
     monkeypatch.setattr(training_loop, "jit_train_step", compile_broken)

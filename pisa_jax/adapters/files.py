@@ -20,6 +20,7 @@ from pisa_jax.adapters.checks import shorten
 from pisa_jax.adapters.pisa_sr_file import PISA_SR_ALPHA
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.messages import excerpt
+from pisa_jax.runtime.remote_paths import is_bucket, local_copy
 from pisa_jax.runtime.tensor_files import is_safetensors, read_metadata, read_tensors, write_safetensors
 from pisa_jax.runtime.torch_pickle import read_torch
 
@@ -32,7 +33,7 @@ _KEY = re.compile(r"(?P<name>[^/]+)/(?P<path>.+)/(?P<factor>[^/]+)")
 
 
 def load_adapters(path: str | Path) -> Adapters:
-    """Load an adapter file of this project or of the original PiSA-SR, recognized by its content.
+    """Load an adapter file of this project or of the original PiSA-SR, recognized by its content; also in a bucket.
 
     Factors are numpy arrays in Flax layout: float32, or the integers of the file. Those of this project's format are
     checked by `fit.check_adapters`, for which the layers of the base model must be known.
@@ -42,6 +43,9 @@ def load_adapters(path: str | Path) -> Adapters:
         ValueError: it has neither format, or wrong keys or metadata.
         UnsafePickleError: a pickle refers to anything but tensors and plain containers (a ValueError).
     """
+    if is_bucket(path):
+        with local_copy(path) as file:
+            return load_adapters(file)
     if is_safetensors(path):
         tensors = read_tensors(path)
         stated = _parse_metadata(path, read_metadata(path))

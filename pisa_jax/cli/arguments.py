@@ -4,8 +4,31 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
-from pisa_jax.config import Scales, check_scales, check_seed
+from pisa_jax.config import Scales, check_path, check_scales, check_seed
+
+
+def local(text: str) -> str:
+    """Parse a local path, or the name of a model; paths in buckets and with other schemes are refused."""
+    return _checked_path(text, bucket=False)
+
+
+def local_path(text: str) -> Path:
+    """Parse a local path; paths in buckets and with other schemes are refused."""
+    return Path(local(text))
+
+
+def adapter_file(text: str) -> str:
+    """Parse the path of an adapter file, which may be in a bucket."""
+    return _checked_path(text, bucket=True)
+
+
+def _checked_path(text: str, bucket: bool) -> str:
+    try:
+        return check_path("the path", text, bucket)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def scales(text: str) -> Scales:

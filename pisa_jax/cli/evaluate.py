@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 
 from pisa_jax import __version__
-from pisa_jax.cli.arguments import integer_at_least, scales, seed, upscale_factor
+from pisa_jax.cli.arguments import adapter_file, integer_at_least, local, local_path, scales, seed, upscale_factor
 from pisa_jax.cli.output_files import check_output_files
 from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_writing import WRITABLE
@@ -43,31 +43,31 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = p.add_argument
-    add("--sr", type=Path, metavar="PATH", help="results: a folder of images, or one image")
-    add("--gt", type=Path, metavar="PATH", help="ground truths of the results")
-    add("--lq", type=Path, metavar="PATH", help="low-quality inputs; MATLAB's bicubic of them is measured too")
+    add("--sr", type=local_path, metavar="PATH", help="results: a folder of images, or one image")
+    add("--gt", type=local_path, metavar="PATH", help="ground truths of the results")
+    add("--lq", type=local_path, metavar="PATH", help="low-quality inputs; MATLAB's bicubic of them is measured too")
     add("--metrics", metavar="LIST", help="comma-separated names (default: psnr, ssim, niqe and LPIPS with the given "
         "weights, or perceptual without weights)")  # fmt: skip
     add("--color", choices=["y", "rgb"], default="y", help="compute PSNR and SSIM on luma or on RGB (default y)")
     add("--crop-border", type=integer_at_least(0), default=0, metavar="N",
         help="pixels to crop at each side for PSNR and SSIM (default 0; Set5, Set14: upscale factor)")  # fmt: skip
-    add("--lpips-vgg", metavar="FILE|ID", help="VGG16 weights, such as timm/vgg16.tv_in1k")
-    add("--lpips-alex", metavar="FILE|ID", help="AlexNet weights: torchvision's alexnet state dict")
-    add("--perceptual", metavar="FILE", help="SqueezeNet 1.1 weights (default: those of the package)")
-    add("--json", type=Path, metavar="FILE", help="write per_image, mean and settings as JSON")
-    add("--csv", type=Path, metavar="FILE", help="write one row per image as CSV")
-    add("--markdown", type=Path, metavar="FILE", help="write tables as Markdown")
+    add("--lpips-vgg", type=local, metavar="FILE|ID", help="VGG16 weights, such as timm/vgg16.tv_in1k")
+    add("--lpips-alex", type=local, metavar="FILE|ID", help="AlexNet weights: torchvision's alexnet state dict")
+    add("--perceptual", type=local, metavar="FILE", help="SqueezeNet 1.1 weights (default: those of the package)")
+    add("--json", type=local_path, metavar="FILE", help="write per_image, mean and settings as JSON")
+    add("--csv", type=local_path, metavar="FILE", help="write one row per image as CSV")
+    add("--markdown", type=local_path, metavar="FILE", help="write tables as Markdown")
     grid = p.add_argument_group("upscale and measure")
     add = grid.add_argument
-    add("--model", metavar="FOLDER|ID", help="base model, as for infer.py; needs --lq")
-    add("--adapters", metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
+    add("--model", type=local, metavar="FOLDER|ID", help="base model, as for infer.py; needs --lq")
+    add("--adapters", type=adapter_file, metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
     add("--scales", nargs="+", type=scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
-    add("--plot", type=Path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
-    add("--sheet", type=Path, metavar="FILE", help="write a contact sheet of one image by all methods")
+    add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
+    add("--sheet", type=local_path, metavar="FILE", help="write a contact sheet of one image by all methods")
     add("--sheet-of", metavar="NAME", help="file name of the image of the contact sheet (default: the first)")
     return p
 

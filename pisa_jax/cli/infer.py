@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pisa_jax.cli.arguments import (
+    adapter_file,
     integer_at_least,
+    local,
+    local_path,
     megapixels,
     name_part,
     prompt,
@@ -54,9 +57,9 @@ def parser(prog: str = "infer.py") -> argparse.ArgumentParser:
 
 
 def _add_main_arguments(add: Callable[..., Any]) -> None:
-    add("-i", "--input", "--input_image", nargs="+", metavar="PATH",
+    add("-i", "--input", "--input_image", nargs="+", type=local, metavar="PATH",
         help="images, or folders of images (default: the samples of the demo model)")  # fmt: skip
-    add("-o", "--output", "--output_dir", type=Path, default=Path("out"), metavar="FOLDER",
+    add("-o", "--output", "--output_dir", type=local_path, default=Path("out"), metavar="FOLDER",
         help="output folder (default out)")  # fmt: skip
     add("-s", "--scale", "--upscale", type=upscale_factor, default=4.0,
         help="upscale factor, any number >= 1 (default 4)")  # fmt: skip
@@ -71,9 +74,9 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
 
 
 def _add_model_arguments(add: Callable[..., Any]) -> None:
-    add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
+    add("--model", "--pretrained_model_path", type=local, default="demo", metavar="FOLDER|ID",
         help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
-    add("--adapters", "--pretrained_path", nargs="+", metavar="FILE",
+    add("--adapters", "--pretrained_path", nargs="+", type=adapter_file, metavar="FILE",
         help="pisa_sr.pkl or adapters.safetensors; several files are joined in this order (default: the adapters of "
         "the demo model)")  # fmt: skip
     add("--decomposition", nargs="+", default=[], metavar="MODULE:FUNCTION",
@@ -101,7 +104,7 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
         help="images of equal size per call of the model (default 1)")  # fmt: skip
     add("--max-megapixels", type=megapixels, metavar="N",
         help="refuse larger input images before they are decoded (default 178.9)")  # fmt: skip
-    add("--compile-cache", default=None, metavar="DIR|off",
+    add("--compile-cache", type=local, default=None, metavar="DIR|off",
         help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def _add_output_arguments(add: Callable[..., Any]) -> None:
         help="output format (default auto: the format of the input)")  # fmt: skip
     add("--suffix", type=name_part, default="", help="text appended to the stems of output files")
     add("--skip-existing", action="store_true", help="skip inputs whose output files exist")
-    add("--json", type=Path, metavar="FILE", help="write a report of every input file")
+    add("--json", type=local_path, metavar="FILE", help="write a report of every input file")
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
