@@ -4,8 +4,7 @@ import math
 import os
 from pathlib import Path
 
-# A core prepares about as many crops of 512 pixels per second as a quarter of an H100 can train at 40 % of its peak
-# (docs/training.md); slower devices need fewer workers.
+# An estimate that was not measured; benchmarks/data.py gives the images per second of a core.
 WORKERS_PER_DEVICE = 4
 
 
