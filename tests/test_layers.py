@@ -32,7 +32,7 @@ ROOMS = {
     "inference": "",
     "training_model": "",
     "training": "",
-    "cli": "arguments infer_names output_files | infer_plan | "
+    "cli": "arguments infer_names output_files scale_map_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect",
     "__main__": "",
 }
