@@ -33,7 +33,7 @@ ROOMS = {
     "training_model": "",
     "training": "",
     "cli": "arguments infer_names output_files scale_map_files | infer_plan | "
-    "convert degrade evaluate infer_files prepare train | infer inspect",
+    "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
