@@ -73,5 +73,6 @@ def read_scale_map(path: Path, image_size: tuple[int, int]) -> tuple[Float32[np.
     check_aspect_ratio(path, (width, height), image_size)
     if np.ptp(image.rgb, axis=-1).max() > COLORLESS:
         raise ImageError(f"the scale map {path} has colors; save it as a gray image")
-    ignored = image.alpha is not None and image.alpha.min() < 1
-    return np.clip(image.rgb[..., 0], 0, 1), (f"the alpha channel of {path} is ignored",) * ignored
+    transparent = image.alpha is not None and image.alpha.min() < 1
+    notes = (f"the alpha channel of {path} is ignored",) if transparent else ()
+    return np.clip(image.rgb[..., 0], 0, 1), notes
