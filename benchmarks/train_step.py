@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --size half --crop 256                # compiles both and runs them alternately
     python benchmarks/train_step.py --stages pix sem --batch-sizes 1 4    # SD 2.1 at 512: compiles only
     python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU without having one (libtpu)
+    python benchmarks/train_step.py --paths low-rank --decompositions all # the table of docs/decompositions.md
 
 Weights are random. Memory is that of one device during a step, according to the analysis of the compiled program:
 arguments (weights, optimizer state, batch), results that do not reuse the memory of an argument, and temporaries. With
@@ -11,6 +12,7 @@ merged weights, the step computes W + dW and differentiates through it.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -26,6 +28,8 @@ from timing import alternate, seconds
 
 from pisa_jax import train_step
 from pisa_jax.adapters import injection
+from pisa_jax.adapters.registry import DECOMPOSITIONS
+from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["pix"])
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--decompositions", nargs="+", choices=[*DECOMPOSITIONS, "all"], default=["lora"])
     parser.add_argument("--remat", choices=["no", "yes", "both"], default="no")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of UNet and VAE")
     parser.add_argument("--topology", help="compile for this TPU instead of the local device")
@@ -113,11 +118,13 @@ def main() -> None:
     modules = bb.build_modules(*random_model.model_configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
     param_shapes = bb.param_shapes(modules)
     remats = {"no": [False], "yes": [True], "both": [False, True]}[args.remat]
-    for name, batch_size, remat in itertools.product(args.stages, args.batch_sizes, remats):
-        case = StepCase(STAGES[name], args.crop, batch_size, remat, args.dtype, args.dtype)
+    kinds = list(DECOMPOSITIONS) if "all" in args.decompositions else args.decompositions
+    for name, kind, batch_size, remat in itertools.product(args.stages, kinds, args.batch_sizes, remats):
+        stage = dataclasses.replace(STAGES[name], spec=AdapterSpec(kind))
+        case = StepCase(stage, args.crop, batch_size, remat, args.dtype, args.dtype)
         shapes, programs = argument_shapes(modules, param_shapes, case), {}
         for path in args.paths:
-            what = f"{name}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
+            what = f"{name}, {kind:6s}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
             try:
                 programs[path], compiling = compile_step(path, modules, case, shapes, device)
             except jax.errors.JaxRuntimeError as error:
