@@ -106,11 +106,14 @@ class AdapterSpec:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
     # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
     rank_by_target: tuple[tuple[str, int], ...] = ()
+    # Probability with which an element of the input of dW is dropped in training, for decompositions that have dropout.
+    dropout: float = 0.0
 
     def __post_init__(self):
         for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
             _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
+        _require_number("dropout", self.dropout, 0, 1)
         for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
             try:
                 re.compile(pattern)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
@@ -94,13 +94,15 @@ def predict(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     adapter_scales: tuple[float, ...] = (1.0,),
+    dropout_keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual eps(l) = UNet(z_L, 1, c; W + l dW) for every l of `adapter_scales`.
 
     With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
-    runs once, on the batch repeated for each scale.
+    runs once, on the batch repeated for each scale. In training, `dropout_keys` has a key for each sample.
     """
-    return predict_rows(base, unet, (adapter,), (spec,), latents, prompt, tuple((scale,) for scale in adapter_scales))
+    rows = tuple((scale,) for scale in adapter_scales)
+    return _predict_additive(base, unet, (adapter,), (spec,), latents, prompt, rows, dropout_keys)
 
 
 def predict_rows(
@@ -120,13 +122,27 @@ def predict_rows(
     """
     if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
         return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
+    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows)
+
+
+def _predict_additive(
+    base: BaseModel,
+    unet: Params,
+    adapters: Sequence[AdapterTree],
+    specs: Sequence[AdapterSpec],
+    latents: Array,
+    prompt: Array,
+    rows: tuple[tuple[float, ...], ...],
+    dropout_keys: Array | None = None,
+) -> Array:
     count, batch, names = len(rows), latents.shape[0], [str(index) for index in range(len(adapters))]
     columns = {
         name: jnp.repeat(jnp.array(row), batch) for name, row in zip(names, zip(*rows, strict=True), strict=True)
     }
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
     trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
-    with nn.intercept_methods(injection.interceptor(trees, by_name, columns)):
+    keys = None if dropout_keys is None else jnp.tile(dropout_keys, count)
+    with nn.intercept_methods(injection.interceptor(trees, by_name, columns, keys)):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pisa_jax import losses
 from pisa_jax.adapters import injection
@@ -89,6 +89,8 @@ class Draws(NamedTuple):
     posterior: Float[Array, "b y x c"]
     csd_noise: Float[Array, "b y x c"]
     csd_timesteps: Int[Array, " b"]
+    # None without dropout. A key for each sample: its dropout does not depend on how a batch is split or sharded.
+    dropout: Key[Array, " b"] | None = None
 
 
 class State(NamedTuple):
@@ -161,7 +163,12 @@ def make_frozen(
 
 
 def draw(
-    key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tuple[int, ...], latents: bool = False
+    key: Array,
+    base: BaseModel,
+    csd_timesteps: tuple[int, int],
+    images: tuple[int, ...],
+    latents: bool = False,
+    dropout: bool = False,
 ) -> Draws:
     """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images, or of latents, of shape (b, h, w, c)."""
     posterior, noise, timesteps = jax.random.split(key, 3)
@@ -173,6 +180,7 @@ def draw(
         jax.random.normal(posterior, shape),
         jax.random.normal(noise, shape),
         jax.random.randint(timesteps, (batch,), first, last + 1),
+        jax.random.split(jax.random.fold_in(key, 3), batch) if dropout else None,
     )
 
 
@@ -194,7 +202,8 @@ def loss(
         latents, gt = base.encode(frozen.vae, batch.lq, draws.posterior), batch.gt
 
     def upscale(adapter):
-        z_h = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
+        eps = predict(base, frozen.unet, adapter, objective.spec, latents, seen, dropout_keys=draws.dropout)
+        z_h = latents - eps[0]
         return z_h, jnp.clip(base.decode(frozen.vae, z_h), -1, 1)
 
     if objective.remat:
@@ -270,7 +279,14 @@ def train_step(
 
     A step whose loss or gradient is not finite changes the counters only.
     """
-    draws = draw(jax.random.fold_in(key, state.step), base, objective.csd_timesteps, batch.lq.shape, objective.latents)
+    draws = draw(
+        jax.random.fold_in(key, state.step),
+        base,
+        objective.csd_timesteps,
+        batch.lq.shape,
+        objective.latents,
+        dropout=objective.spec.dropout > 0,
+    )
     measured, grads = gradient(state.adapter, frozen, batch, draws, base, objective)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(measured["total"])
@@ -300,19 +316,28 @@ def train_step(
 
 
 def jit_train_step(
-    base: BaseModel, objective: Objective, optimizer: optax.GradientTransformation, frozen: Frozen, mesh: Mesh
+    base: BaseModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    frozen: Frozen,
+    mesh: Mesh,
+    state: State | None = None,
 ) -> Callable[[Frozen, State, Batch, Array], tuple[State, dict[str, Array]]]:
-    """Jit `train_step`: weights sharded as they are, the batch over all devices, the state replicated and donated."""
+    """Jit `train_step`: weights and state sharded as they are, the batch over all devices, the state donated.
+
+    Without `state`, the states are replicated.
+    """
     replicated = distributed.replicated(mesh)
+    state_layout = replicated if state is None else jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         functools.partial(train_step, base=base, objective=objective, optimizer=optimizer),
         in_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, frozen),
-            replicated,
+            state_layout,
             distributed.batch_sharding(mesh),
             None,
         ),
-        out_shardings=(replicated, replicated),
+        out_shardings=(state_layout, replicated),
         donate_argnums=1,
         compiler_options=compiler_options(),
     )

@@ -11,6 +11,7 @@ from pisa_jax.adapters import fit, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.weights_digest import weights_digest
 
 
 class Weights(NamedTuple):
@@ -29,7 +30,8 @@ def make_weights(
 ) -> Weights:
     """Place the weights of a model and of its adapters on the default device, the first adapter merged.
 
-    `notice` is called with a line if the prompt is too long for the text encoder.
+    `notice` is called with a line if the prompt is too long for the text encoder, or if the adapters were trained on
+    other weights than those of the model: of a fine-tuned model, for instance.
 
     Raises:
         ValueError: the adapters do not fit the model or are not finite, or one is missing on top of which another was
@@ -39,6 +41,8 @@ def make_weights(
     fit.check_adapters(adapters.trees, adapters.specs, injection.target_shapes(loaded.params["unet"]))
     fit.check_order(adapters)
     fit.check_finite(adapters.trees)
+    if difference := base_difference(loaded, adapters):
+        notice(difference)
     first, *later = adapters.specs
     # The text encoder is placed first because it is dropped again; then one weight after the other.
     text = distributed.on_device(loaded.params["text"], jnp.float32)
@@ -58,4 +62,15 @@ def make_weights(
         tuple(distributed.on_device(adapters.trees[name], None) for name in later),
         distributed.on_device(loaded.params["vae"], base.vae_dtype),
         embedding,
+    )
+
+
+def base_difference(loaded: LoadedModel, adapters: Adapters) -> str | None:
+    """Describe the model that adapters were trained on, if it is another one than `loaded`; None if it is not known."""
+    digest = weights_digest(loaded.params["unet"]) if adapters.base_digest else None
+    if digest == adapters.base_digest:
+        return None
+    return (
+        f"the adapters were trained on another base model, {adapters.base_model} with the weights "
+        f"{adapters.base_digest}; the UNet of this model has the weights {digest}, and results may be worse"
     )

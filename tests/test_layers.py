@@ -12,9 +12,8 @@ PACKAGE = ROOT / "pisa_jax"
 ROOMS = {
     "config": "",
     "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
-    "checksums run_directory run_log torch_pickle | checkpoint tensor_files | distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags "
-    "xmp | exif image_data | "
+    "checksums run_directory run_log torch_pickle weights_digest | checkpoint tensor_files | distributed",
+    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",

@@ -51,6 +51,8 @@ class Decomposition(NamedTuple):
     no_decay: tuple[str, ...] = ()
     # penalty(factors) -> a scalar that is added to the training loss.
     penalty: Callable[[Factors], Float[Array, ""]] | None = None
+    # Training may drop elements of the input of dW (`AdapterSpec.dropout`), as in the paper of the method.
+    dropout: bool = False
 
 
 def kind_of(kernel_shape: tuple[int, ...]) -> LayerKind:

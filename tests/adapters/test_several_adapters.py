@@ -12,12 +12,13 @@ from tiny import close
 
 from pisa_jax import Objective, Settings, Upscaler, init_adapter, init_state, jit_train_step, make_frozen, make_mesh
 from pisa_jax.adapters import injection, registry
-from pisa_jax.adapters.adapter_tree import Adapters, join_adapters
+from pisa_jax.adapters.adapter_tree import Adapters, join_adapters, summary
 from pisa_jax.adapters.files import load_adapters, load_all_adapters, save_adapters
 from pisa_jax.adapters.fit import check_order
 from pisa_jax.cli import infer
 from pisa_jax.config import AdapterSpec
 from pisa_jax.inference import make_weights
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.train_step import Batch
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -110,8 +111,43 @@ def test_several_files_are_joined_in_order(tmp_path):
     assert infer.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
     with pytest.raises(ValueError, match="a and b both have an adapter 'pix'"):
         join_adapters({"a": joined, "b": joined})
-    with pytest.raises(ValueError, match="b is for the base model other, the others for owner/base"):
+    with pytest.raises(ValueError, match="a is for the base model owner/base, b for other"):
         join_adapters({"a": joined, "b": Adapters({"x": {}}, {"x": AdapterSpec()}, "other")})
+
+
+def test_files_for_other_weights_are_refused(tmp_path):
+    """The digest decides, where both files have one: folders move, and another model may take the place of one."""
+    spec, one = AdapterSpec(), {}
+    for name, source, digest in (("a", "sd21", "1111"), ("b", "moved/sd21", "1111"), ("c", "sd21", "2222")):
+        save_adapters(tmp_path / name, Adapters({name: {}}, {name: spec}, source, {}, digest))
+        one[name] = load_adapters(tmp_path / name)
+    assert "base model: moved/sd21, weights 1111" in summary(one["b"])
+    joined = load_all_adapters([tmp_path / "a", tmp_path / "b"])
+    assert joined.base_digest == "1111"
+    with pytest.raises(
+        ValueError, match=r"a was trained on the weights 1111 \(sd21\), \S+c on the weights 2222 \(sd21\)"
+    ):
+        load_all_adapters([tmp_path / name for name in "abc"])
+    old = Adapters({"d": {}}, {"d": spec}, "sd21")
+    assert join_adapters({"d": old, "a": one["a"]}).base_digest == "1111"
+    with pytest.raises(ValueError, match="d is for the base model sd21, b for moved/sd21"):
+        join_adapters({"d": old, "b": one["b"]})
+
+
+def test_adapters_of_another_model_are_reported():
+    model, lines = toy_model(), []
+    unet = model.params["unet"]
+    half = model._replace(params=model.params | {"unet": jax.tree.map(np.float16, unet)})
+    other = model._replace(params=model.params | {"unet": jax.tree.map(lambda leaf: -leaf, unet)})
+    adapters = random_adapters(["lora"])
+    recorded = adapters._replace(base_model="toy", base_digest=weights_digest(unet))
+    for loaded, given in ((model, recorded), (half, recorded), (other, adapters), (other, recorded)):
+        assert not lines
+        make_weights(loaded, given, notice=lines.append)
+    assert lines == [
+        f"the adapters were trained on another base model, toy with the weights {weights_digest(unet)}; the UNet of "
+        f"this model has the weights {weights_digest(other.params['unet'])}, and results may be worse"
+    ]
 
 
 def test_one_number_holds_for_all_adapters():
