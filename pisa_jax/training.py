@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.imports import import_function
 from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
@@ -136,18 +139,19 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     base, objective = run.model.base, make_objective(config, stage)
+    below = {name: trained[name] for name in stage.frozen}
     frozen = make_frozen(
         run.model,
         run.mesh,
-        {name: trained[name] for name in stage.frozen},
+        below,
         run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
         negative_prompt=config.negative_prompt,
         perceptual=run.perceptual if stage.perceptual else None,
         teacher=bool(stage.csd),
         prompts=bool(config.data.prompts),
     )
-    state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
+    state = new_state(run, index, frozen.unet, below) if state is None else state
+    step_function = jit_train_step(base, objective, make_optimizer(config, stage, below), frozen, run.mesh)
     upscale = jax.jit(
         functools.partial(validation.upscale_image, base=base, spec=stage.spec),
         out_shardings=distributed.replicated(run.mesh),
@@ -203,13 +207,19 @@ def make_objective(config: Config, stage: Stage) -> Objective:
     )
 
 
-def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
-    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage."""
+def make_optimizer(
+    config: Config, stage: Stage, below: Mapping[str, AdapterTree] = MappingProxyType({})
+) -> optax.GradientTransformation:
+    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage, or what `stage.optimizer` makes.
+
+    `below` are the frozen adapters; to restore a run, arrays of the same shapes.
+    """
     b1, b2 = config.betas
     no_decay = registry.get_decomposition(stage.spec).no_decay
     decayed = functools.partial(select_factors, lambda name: name not in no_decay) if no_decay else None
     adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    default = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    return import_function(stage.optimizer)(default, below) if stage.optimizer else default
 
 
 def learning_rate(stage: Stage) -> optax.Schedule:
@@ -304,22 +314,22 @@ def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
 
 
-def new_state(run: Run, index: int, unet: Any) -> State:
+def new_state(run: Run, index: int, unet: Any, below: Mapping[str, AdapterTree]) -> State:
     """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = make_state(run, index, unet)
+    state = make_state(run, index, unet, below)
     return distributed.make_global_arrays(
         jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
     )
 
 
-def make_state(run: Run, index: int, unet: Any) -> State:
-    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes."""
+def make_state(run: Run, index: int, unet: Any, below: Mapping[str, AdapterTree]) -> State:
+    """Make the state before the first step of a stage on the adapters `below`; under `jax.eval_shape`, of shapes."""
     config, stage = run.config, run.config.stages[index]
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
     given = run.start.trees.get(stage.adapter)
     adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
-    return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
+    return init_state(adapter, make_optimizer(config, stage, below), ema=bool(config.ema), spec=stage.spec)
 
 
 def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
@@ -338,14 +348,16 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     replicated = distributed.replicated(run.mesh)
 
     def abstract(index):
-        shapes = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"])
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+        below = {name: shapes[name] for name in run.config.stages[index].frozen}
+        state = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"], below)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), state)
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), run.start.trees
     )
-    shapes |= {name: exported(abstract(index)) for index, name in enumerate(names)}
+    for index, name in enumerate(names):
+        shapes[name] = exported(abstract(index))
     adapters, state = run.checkpoints.restore(shapes, abstract(progress.stage))
     return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
 
