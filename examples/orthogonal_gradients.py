@@ -34,7 +34,12 @@ def project(tree: Mapping[str, Any]) -> optax.GradientTransformation:
     """Return the map of gradients g of B (r, out) to g - g U U^T, for the layers of a LoRA `tree`.
 
     The state holds U, so that it is computed once and saved in checkpoints.
+
+    Raises:
+        ValueError: the factors are not those of LoRA.
     """
+    if any(set(factors) != {"a", "b"} for factors in tree.values()):
+        raise ValueError("gradients can be made orthogonal to LoRA only; set the decomposition of pix to lora")
 
     def init(params):
         return {path: output_basis(**tree[path]) for path in params if path in tree}

@@ -94,13 +94,16 @@ def predict(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     adapter_scales: tuple[float, ...] = (1.0,),
+    below: Sequence[tuple[AdapterTree, AdapterSpec]] = (),
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual eps(l) = UNet(z_L, 1, c; W + l dW) for every l of `adapter_scales`.
 
     With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
-    runs once, on the batch repeated for each scale.
+    runs once, on the batch repeated for each scale. Adapters that cannot be merged into `unet` are given as `below`.
     """
-    return predict_rows(base, unet, (adapter,), (spec,), latents, prompt, tuple((scale,) for scale in adapter_scales))
+    adapters, specs = zip(*below, (adapter, spec), strict=True)
+    rows = tuple((*[1.0] * len(below), scale) for scale in adapter_scales)
+    return predict_rows(base, unet, adapters, specs, latents, prompt, rows)
 
 
 def predict_rows(

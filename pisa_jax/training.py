@@ -16,7 +16,7 @@ import optax
 from pisa_jax.adapters import files, fit, injection, registry
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
 from pisa_jax.adapters.start import load_start
-from pisa_jax.config import Config, Data, Stage
+from pisa_jax.config import AdapterSpec, Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.latents import LatentSource, latent_source
@@ -138,13 +138,14 @@ def train(
 def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
-    base, objective = run.model.base, make_objective(config, stage)
+    specs = run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages}
+    base, objective = run.model.base, make_objective(config, stage, specs)
     below = {name: trained[name] for name in stage.frozen}
     frozen = make_frozen(
         run.model,
         run.mesh,
         below,
-        run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
+        specs,
         negative_prompt=config.negative_prompt,
         perceptual=run.perceptual if stage.perceptual else None,
         teacher=bool(stage.csd),
@@ -153,14 +154,14 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     state = new_state(run, index, frozen.unet, below) if state is None else state
     step_function = jit_train_step(base, objective, make_optimizer(config, stage, below), frozen, run.mesh)
     upscale = jax.jit(
-        functools.partial(validation.upscale_image, base=base, spec=stage.spec),
+        functools.partial(validation.upscale_image, base=base, spec=stage.spec, specs_below=objective.below),
         out_shardings=distributed.replicated(run.mesh),
         compiler_options=compiler_options(),
     )
 
     def validate(step):
         if run.validation:
-            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
+            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below)
             log_validation(run, stage, step, functools.partial(upscale, *weights))
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
@@ -189,8 +190,8 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     return state
 
 
-def make_objective(config: Config, stage: Stage) -> Objective:
-    """Collect what the training step of a stage needs."""
+def make_objective(config: Config, stage: Stage, specs: Mapping[str, AdapterSpec]) -> Objective:
+    """Collect what the training step of a stage needs; `specs` are those of the adapters below it, at least."""
     return Objective(
         spec=stage.spec,
         l2=stage.l2,
@@ -204,6 +205,7 @@ def make_objective(config: Config, stage: Stage) -> Objective:
         accumulate=config.accumulate,
         remat=config.remat,
         ema=config.ema,
+        below=tuple(specs[name] for name in stage.frozen if not fit.is_mergeable(specs[name])),
     )
 
 

@@ -91,8 +91,9 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
 
     Raises:
         ValueError: an unknown decomposition, option or optimizer, layers that it cannot adapt, targets that match no
-            layer, a frozen adapter without a merged weight, a crop that is not a multiple of the VAE's scale factor or
-            is smaller than `latent_window`, or a batch that cannot be divided over the devices.
+            layer, an adapter that depends on the weights on top of one that cannot be merged, a crop that is not a
+            multiple of the VAE's scale factor or is smaller than `latent_window`, or a batch that cannot be divided
+            over the devices.
     """
     if config.data.crop % base.vae_scale_factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
@@ -101,7 +102,9 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
         try:
             registry.import_decomposition(stage.spec.decomposition)
             injection.check_spec(unet, stage.spec)
-            fit.check_mergeable({below.adapter: below.spec for below in config.stages if below.adapter in stage.frozen})
+            if registry.get_decomposition(stage.spec).needs_kernel == "delta":
+                below = {each.adapter: each.spec for each in config.stages if each.adapter in stage.frozen}
+                fit.check_mergeable(below)
             if stage.optimizer:
                 import_function(stage.optimizer)
         except ValueError as error:

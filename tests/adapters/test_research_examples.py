@@ -1,5 +1,6 @@
 """Research variants in `examples/`: a mixture of LoRA experts, and gradients orthogonal to `pix`."""
 
+import dataclasses
 import sys
 
 import flax.linen as nn
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from test_base_model import toy_model
 from test_several_adapters import IMAGE, open_session, random_adapters
 from tiny import close
 
-from pisa_jax import Config, Data, Settings, Stage, Upscaler, train
+from pisa_jax import Config, Data, Settings, Stage, Upscaler, Validation, train
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.adapters.files import load_adapters, save_adapters
@@ -21,6 +23,7 @@ from pisa_jax.adapters.foreign_files import save_foreign
 from pisa_jax.adapters.registry import get_decomposition, import_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.inference import make_weights
+from pisa_jax.model import predict
 
 EXPERTS, ORTHOGONAL = "lora_experts:lora_experts", "orthogonal_gradients:orthogonal_gradients"
 
@@ -114,7 +117,7 @@ def test_what_needs_a_weight_refuses_a_mixture(experts, tmp_path):
     specs = {"pix": spec, "sem": AdapterSpec("dora")}
     with pytest.raises(ValueError, match="has no merged weight"):
         check_order(Adapters({"pix": {}, "sem": {}}, specs, None, {"sem": ("pix",)}))
-    stages = (Stage("pix", steps=1, spec=spec), Stage("sem", steps=1, frozen=("pix",)))
+    stages = (Stage("pix", steps=1, spec=spec), Stage("sem", steps=1, frozen=("pix",), spec=AdapterSpec("dora")))
     with pytest.raises(ValueError, match=r"stage sem: .* has no merged weight"):
         train(Config(out=str(tmp_path / "run"), stages=stages, model="random", data=Data(source="fake", crop=64)))
 
@@ -136,6 +139,45 @@ def test_a_mixture_in_any_place_is_scaled_at_inference(experts, position, tmp_pa
     assert not np.array_equal(*session.eps)
     close(open_session(adapters, adjustable=False).eps_full, session.eps[-1], 2e-5)
     assert session.render(1.0, 0.5).shape == (15, 21, 3)
+
+
+def test_a_stage_trains_on_top_of_a_frozen_mixture(tmp_path):
+    """As in FreqOrtho-SR, whose pixel stage is a mixture: the frozen adapter stays, and the run resumes exactly."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(IMAGE.repeat(8, 0).repeat(8, 1)).save(images / "a.png")
+    spec = AdapterSpec(EXPERTS, rank=2, targets="conv")
+    sem = Stage("sem", steps=4, frozen=("pix",), learning_rate=1e-2, spec=AdapterSpec(rank=3, targets="conv"))
+
+    def config(name, steps):
+        stages = (Stage("pix", steps=2, learning_rate=1e-2, spec=spec), dataclasses.replace(sem, steps=steps))
+        return dataclasses.replace(
+            toy_config(tmp_path / name, 4), stages=stages, validation=Validation(str(images), every=2)
+        )
+
+    whole = load_adapters(train(config("whole", 4), model=toy_model()))
+    train(config("parts", 2), model=toy_model())
+    parts = load_adapters(train(config("parts", 4), resume=True, model=toy_model()))
+    jax.tree.map(np.testing.assert_array_equal, parts.trees, whole.trees)
+    assert np.abs(whole.trees["pix"]["conv_out"]["b"]).max() > 0
+    session = open_session(whole)
+    model = toy_model()
+    base = model.base.predict_noise(model.params["unet"], session.latents, 1, jnp.zeros((1, 1, 3)))
+    assert np.abs(session.eps_pix - base).max() > 1e-4
+    assert np.abs(session.eps_full - session.eps_pix).max() > 1e-4
+
+
+def test_the_loss_sees_the_mixture_below(experts):
+    model, rng = toy_model(), np.random.default_rng(3)
+    trees = random_adapters([EXPERTS, "lora"])
+    latents, prompt = jnp.asarray(rng.normal(size=(2, 5, 6, 12)), jnp.float32), jnp.zeros((1, 1, 3))
+    below = ((trees.trees["pix"], trees.specs["pix"]),)
+    args = (model.base, model.params["unet"], trees.trees["sem"], trees.specs["sem"], latents, prompt)
+    without, found = predict(*args, (0.0, 1.0), below=below)
+    for names, eps in ((("pix",), without), (("pix", "sem"), found)):
+        some = {name: trees.trees[name] for name in names}
+        with nn.intercept_methods(injection.interceptor(some, trees.specs, dict.fromkeys(some, jnp.ones(())))):
+            close(eps, model.base.predict_noise(model.params["unet"], latents, 1, jnp.zeros((2, 1, 3))), 2e-5)
 
 
 # --- gradients orthogonal to pix --------------------------------------------------------------------------------------
@@ -160,6 +202,13 @@ def test_gradients_have_no_part_in_the_outputs_that_pix_changes():
     close(found["conv"]["b"][0, 0] @ u, np.zeros((4, kept)), 1e-5)
     for path, name in (("conv", "a"), ("zero", "b"), ("other", "b")):
         np.testing.assert_allclose(found[path][name], grads[path][name], rtol=1e-6)
+
+
+def test_pix_must_be_lora():
+    from orthogonal_gradients import project
+
+    with pytest.raises(ValueError, match="orthogonal to LoRA only"):
+        project({"conv": {"w": np.ones(3)}})
 
 
 def toy_config(folder, steps, optimizer=ORTHOGONAL):
