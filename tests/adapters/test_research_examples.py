@@ -59,8 +59,9 @@ def run(layer, params, tree, spec, scale, x):
         def __call__(self, x):
             return nn.Conv(6, (3, 3), name="conv")(x) if layer == "conv" else nn.Dense(6, name="dense")(x)
 
+    tree = jax.tree.map(jnp.asarray, tree)
     with nn.intercept_methods(injection.interceptor({"": tree}, {"": spec}, {"": jnp.asarray(scale)})):
-        return np.asarray(Net().apply({"params": {layer: params[layer]}}, x))
+        return np.asarray(Net().apply(jax.tree.map(jnp.asarray, {"params": {layer: params[layer]}}), jnp.asarray(x)))
 
 
 INPUTS = {
@@ -93,11 +94,11 @@ def test_experts_are_weighed_by_the_mean_of_the_input(experts, layer):
 
 def test_the_gradient_reaches_router_and_experts_within_two_steps(experts):
     spec, params, start, _ = experts
-    x, functions = INPUTS["dense"], get_decomposition(spec)
+    x, functions = jnp.asarray(INPUTS["dense"]), get_decomposition(spec)
 
     def loss(tree):
         with nn.intercept_methods(injection.interceptor({"": tree}, {"": spec}, {"": jnp.ones(())})):
-            y = nn.Dense(6, name="dense").apply({"params": params["dense"]}, x)
+            y = nn.Dense(6).apply({"params": jax.tree.map(jnp.asarray, params["dense"])}, x)
         return jnp.sum((y - 1) ** 2)
 
     tree = {"": start["dense"]}
@@ -105,7 +106,7 @@ def test_the_gradient_reaches_router_and_experts_within_two_steps(experts):
     second = jax.grad(loss)(jax.tree.map(lambda leaf, grad: leaf - 0.01 * grad, tree, first))
     assert all(np.abs(grad).max() > 0 for grad in jax.tree.leaves(second))
     with pytest.raises(ValueError, match="no weight difference: what it adds depends on the input"):
-        functions.delta(tree[""], params["dense"]["kernel"])
+        functions.delta(tree[""], jnp.asarray(params["dense"]["kernel"]))
 
 
 def test_what_needs_a_weight_refuses_a_mixture(experts, tmp_path):
@@ -122,20 +123,25 @@ def test_what_needs_a_weight_refuses_a_mixture(experts, tmp_path):
         train(Config(out=str(tmp_path / "run"), stages=stages, model="random", data=Data(source="fake", crop=64)))
 
 
+def additive_eps(adapters, names, latents):
+    """The prediction of the toy model with some of the adapters as additive paths."""
+    unet, trees = jax.tree.map(
+        jnp.asarray, (toy_model().params["unet"], {name: adapters.trees[name] for name in names})
+    )
+    with nn.intercept_methods(injection.interceptor(trees, adapters.specs, dict.fromkeys(trees, jnp.ones(())))):
+        return toy_model().base.predict_noise(unet, latents, 1, jnp.zeros((len(latents), 1, 3)))
+
+
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_mixture_in_any_place_is_scaled_at_inference(experts, position, tmp_path):
     """eps_i is the prediction with the first i adapters, wherever the mixture is; files keep it."""
-    names, model = ["lora", "lora"], toy_model()
+    names = ["lora", "lora"]
     names[position] = EXPERTS
     save_adapters(tmp_path / "x", random_adapters(names))
     adapters = load_adapters(tmp_path / "x")
     session = open_session(adapters)
-    trees = list(adapters.trees)
     for count, eps in enumerate(session.eps, 1):
-        some = {name: adapters.trees[name] for name in trees[:count]}
-        with nn.intercept_methods(injection.interceptor(some, adapters.specs, dict.fromkeys(some, jnp.ones(())))):
-            expected = model.base.predict_noise(model.params["unet"], session.latents, 1, jnp.zeros((1, 1, 3)))
-        close(eps, expected, 2e-5)
+        close(eps, additive_eps(adapters, list(adapters.trees)[:count], session.latents), 2e-5)
     assert not np.array_equal(*session.eps)
     close(open_session(adapters, adjustable=False).eps_full, session.eps[-1], 2e-5)
     assert session.render(1.0, 0.5).shape == (15, 21, 3)
@@ -171,13 +177,12 @@ def test_the_loss_sees_the_mixture_below(experts):
     model, rng = toy_model(), np.random.default_rng(3)
     trees = random_adapters([EXPERTS, "lora"])
     latents, prompt = jnp.asarray(rng.normal(size=(2, 5, 6, 12)), jnp.float32), jnp.zeros((1, 1, 3))
-    below = ((trees.trees["pix"], trees.specs["pix"]),)
-    args = (model.base, model.params["unet"], trees.trees["sem"], trees.specs["sem"], latents, prompt)
+    unet, factors = jax.tree.map(jnp.asarray, (model.params["unet"], trees.trees))
+    below = ((factors["pix"], trees.specs["pix"]),)
+    args = (model.base, unet, factors["sem"], trees.specs["sem"], latents, prompt)
     without, found = predict(*args, (0.0, 1.0), below=below)
-    for names, eps in ((("pix",), without), (("pix", "sem"), found)):
-        some = {name: trees.trees[name] for name in names}
-        with nn.intercept_methods(injection.interceptor(some, trees.specs, dict.fromkeys(some, jnp.ones(())))):
-            close(eps, model.base.predict_noise(model.params["unet"], latents, 1, jnp.zeros((2, 1, 3))), 2e-5)
+    for names, eps in ((["pix"], without), (["pix", "sem"], found)):
+        close(eps, additive_eps(trees, names, latents), 2e-5)
 
 
 # --- gradients orthogonal to pix --------------------------------------------------------------------------------------
