@@ -149,6 +149,9 @@ class Stage:
     schedule: str = "constant"
     # Steps of linear warmup from 0.
     warmup: int = 0
+    # "module:function" of a file of your own: function(default, below) -> the optax optimizer of the stage, from the
+    # default one (clipping and AdamW) and the frozen adapters by name.
+    optimizer: str | None = None
     # Rank, alpha and targets of the adapter.
     spec: AdapterSpec = AdapterSpec()
 
@@ -172,6 +175,10 @@ class Stage:
         known = ("constant", "cosine")
         _require(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
+        )
+        _require(
+            self.optimizer is None or re.fullmatch(r"[\w.]+:\w+", self.optimizer) is not None,
+            f"stage {self.adapter}: optimizer is {self.optimizer!r}; it must be module:function",
         )
         _require(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
 

@@ -4,6 +4,7 @@ A base model is a record of functions, so this module, the training step and inf
 model whose layers are `flax.linen` modules; `pisa_jax.sd` makes the record for Stable Diffusion 2.1.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,15 +95,19 @@ def predict(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     adapter_scales: tuple[float, ...] = (1.0,),
+    below: Sequence[tuple[AdapterTree, AdapterSpec]] = (),
     dropout_keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual eps(l) = UNet(z_L, 1, c; W + l dW) for every l of `adapter_scales`.
 
     With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
-    runs once, on the batch repeated for each scale. In training, `dropout_keys` has a key for each sample.
+    runs once, on the batch repeated for each scale. Adapters that cannot be merged into `unet` are given as `below`. In
+    training, `dropout_keys` has a key for each sample; the adapters below drop nothing.
     """
-    rows = tuple((scale,) for scale in adapter_scales)
-    return _predict_additive(base, unet, (adapter,), (spec,), latents, prompt, rows, dropout_keys)
+    frozen = [(tree, dataclasses.replace(each, dropout=0.0)) for tree, each in below]
+    adapters, specs = zip(*frozen, (adapter, spec), strict=True)
+    rows = tuple((*[1.0] * len(below), scale) for scale in adapter_scales)
+    return predict_rows(base, unet, adapters, specs, latents, prompt, rows, dropout_keys)
 
 
 def predict_rows(
@@ -113,6 +118,7 @@ def predict_rows(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     rows: tuple[tuple[float, ...], ...],
+    dropout_keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual for every row of scales of several adapters, each trained on top of those before it.
 
@@ -122,7 +128,7 @@ def predict_rows(
     """
     if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
         return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
-    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows)
+    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows, dropout_keys)
 
 
 def _predict_additive(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pisa_jax import losses
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree, join, split
+from pisa_jax.adapters.fit import is_mergeable
 from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.metrics import lpips
@@ -51,6 +52,8 @@ class Objective:
     remat: bool = False
     # Decay of the moving average of the adapter; 0: none.
     ema: float = 0.0
+    # Specifications of `Frozen.below`.
+    below: tuple[AdapterSpec, ...] = ()
 
 
 class Frozen(NamedTuple):
@@ -69,6 +72,8 @@ class Frozen(NamedTuple):
     # Network weights of the perceptual loss; None without that loss.
     perceptual: Any
     alphas_cumprod: Float[Array, " steps"]
+    # Adapters of earlier stages that have no weight difference and are not merged.
+    below: tuple[AdapterTree, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -133,6 +138,8 @@ def make_frozen(
 ) -> Frozen:
     """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1 and in order, into its UNet.
 
+    Those without a weight difference are kept beside it; `Objective.below` needs their specifications.
+
     Args:
         perceptual: network weights of the perceptual loss on the devices, where that loss is used.
         teacher: keep the UNet without adapters, for CSD.
@@ -145,9 +152,13 @@ def make_frozen(
         return distributed.make_global_arrays(host, distributed.weight_shardings(mesh, host), dtype)
 
     unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
-    adapted = unet
+    adapted, below = unet, []
     for name, tree in (adapters or {}).items():  # each was trained on top of those before it
-        adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
+        if specs and not is_mergeable(specs[name]):
+            layout = jax.tree.map(lambda _: distributed.replicated(mesh), tree)
+            below.append(distributed.make_global_arrays(tree, layout))
+        else:
+            adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
     encode = jax.jit(base.encode_text)
     null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
     return Frozen(
@@ -159,6 +170,7 @@ def make_frozen(
         negative_prompt=negative,
         perceptual=perceptual,
         alphas_cumprod=losses.schedule_of(model.schedule).alphas_cumprod,
+        below=tuple(below),
     )
 
 
@@ -202,7 +214,9 @@ def loss(
         latents, gt = base.encode(frozen.vae, batch.lq, draws.posterior), batch.gt
 
     def upscale(adapter):
-        eps = predict(base, frozen.unet, adapter, objective.spec, latents, seen, dropout_keys=draws.dropout)
+        below = tuple(zip(frozen.below, objective.below, strict=True))
+        keys = draws.dropout
+        eps = predict(base, frozen.unet, adapter, objective.spec, latents, seen, below=below, dropout_keys=keys)
         z_h = latents - eps[0]
         return z_h, jnp.clip(base.decode(frozen.vae, z_h), -1, 1)
 

@@ -17,9 +17,9 @@ from pisa_jax.runtime.weights_digest import weights_digest
 class Weights(NamedTuple):
     """All arrays of a model: arguments of the jitted stages, never closed over."""
 
-    # With the first adapter merged.
+    # With the first adapter merged, unless it has no merged weight.
     unet: Any
-    # The other adapters, each trained on top of those before it.
+    # The adapters that are not merged, each trained on top of those before it.
     adapters: tuple[AdapterTree, ...]
     vae: Any
     prompt: Float[jax.Array, "1 n d"]
@@ -43,7 +43,8 @@ def make_weights(
     fit.check_finite(adapters.trees)
     if difference := base_difference(loaded, adapters):
         notice(difference)
-    first, *later = adapters.specs
+    first = next(iter(adapters.specs))
+    to_merge = [first] if fit.is_mergeable(adapters.specs[first]) else []
     # The text encoder is placed first because it is dropped again; then one weight after the other.
     text = distributed.on_device(loaded.params["text"], jnp.float32)
     tokens = loaded.tokenize([prompt])
@@ -54,12 +55,12 @@ def make_weights(
     return Weights(
         injection.merge(
             distributed.on_device(loaded.params["unet"], base.unet_dtype),
-            {first: adapters.trees[first]},
+            {name: adapters.trees[name] for name in to_merge},
             adapters.specs,
-            {first: 1.0},
+            dict.fromkeys(to_merge, 1.0),
             donate=True,
         ),
-        tuple(distributed.on_device(adapters.trees[name], None) for name in later),
+        tuple(distributed.on_device(adapters.trees[name], None) for name in adapters.specs if name not in to_merge),
         distributed.on_device(loaded.params["vae"], base.vae_dtype),
         embedding,
     )

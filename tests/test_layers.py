@@ -11,7 +11,7 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
+    "runtime": "atomic_write compilation console file_identity imports messages stop_signals torch_layout trees | "
     "checksums run_directory run_log torch_pickle weights_digest | checkpoint tensor_files | distributed",
     "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
@@ -31,7 +31,7 @@ ROOMS = {
     "inference": "",
     "training_model": "",
     "training": "",
-    "cli": "arguments infer_names output_files scale_map_files | infer_plan | "
+    "cli": "adapter_scales arguments infer_names output_files scale_map_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
     "__main__": "",
 }

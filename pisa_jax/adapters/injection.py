@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from pisa_jax.adapters.adapter_tree import AdapterTree, Factors
 from pisa_jax.adapters.decomposition import Decomposition, LayerCall
-from pisa_jax.adapters.fit import check_adapters, check_names, check_ranks, expected_factors
+from pisa_jax.adapters.fit import check_adapters, check_mergeable, check_names, check_ranks, expected_factors
 from pisa_jax.adapters.layer_maps import has_groups, linear_map
 from pisa_jax.adapters.registry import DECOMPOSITIONS, get_decomposition
 from pisa_jax.config import AdapterSpec
@@ -100,9 +100,11 @@ def merge(
     are donated, so that no two copies of them exist at the same time.
 
     Raises:
-        ValueError: the adapters do not fit `params`, or `scales` does not name exactly the adapters.
+        ValueError: the adapters do not fit `params` or have no merged weight, or `scales` does not name exactly the
+            adapters.
     """
     check_names(list(adapters), scales)
+    check_mergeable({name: specs[name] for name in adapters})
     flat = flatten(params)
     check_adapters(adapters, specs, target_shapes(params))
     for path in dict.fromkeys(path for tree in adapters.values() for path in tree):

@@ -15,7 +15,7 @@ from pisa_jax.adapters import injection, registry
 from pisa_jax.adapters.adapter_tree import Adapters, join_adapters, summary
 from pisa_jax.adapters.files import load_adapters, load_all_adapters, save_adapters
 from pisa_jax.adapters.fit import check_order
-from pisa_jax.cli import infer
+from pisa_jax.cli import adapter_scales
 from pisa_jax.config import AdapterSpec
 from pisa_jax.inference import make_weights
 from pisa_jax.runtime.weights_digest import weights_digest
@@ -60,6 +60,29 @@ def test_predictions_are_those_of_the_nested_merges(decompositions):
     alone = open_session(adapters, adjustable=False)
     close(alone.eps_full, session.eps[-1], 2e-5)
     assert alone.render().shape == (15, 21, 3)
+
+
+@pytest.mark.parametrize("decompositions", [("lora",) * 3, ("lora", "lora", "dora")])
+def test_scales_of_1_cost_one_pass_of_the_unet(decompositions, monkeypatch):
+    """Other scales cost n, in one batch where the adapters are additive."""
+    adapters, passes = random_adapters(decompositions), []
+
+    def count_samples(params, latents, *rest):
+        passes.append(len(latents))
+        return predict_noise(params, latents, *rest)
+
+    model = toy_model()
+    predict_noise = model.base.predict_noise
+    base = dataclasses.replace(model.base, predict_noise=count_samples)
+    upscaler = Upscaler(base, make_weights(model, adapters), adapters.specs, Settings(min_size=8))
+    session = upscaler.open(IMAGE, scale=3, adjustable=False)
+    assert passes == [1]
+    session.render(1, 1, 1)
+    with pytest.raises(ValueError, match="open it with adjustable=True"):
+        session.render(1, 1, 0.5)
+    passes.clear()
+    upscaler.open(IMAGE, scale=3)
+    assert passes == ([3] if "dora" not in decompositions else [1, 1, 1])
 
 
 def test_scales_are_given_in_order_or_by_name():
@@ -108,7 +131,7 @@ def test_several_files_are_joined_in_order(tmp_path):
     joined = load_all_adapters([tmp_path / "pix", tmp_path / "sem"])
     assert list(joined.specs) == ["pix", "sem"]
     assert joined.base_model == "owner/base"
-    assert infer.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
+    assert adapter_scales.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
     with pytest.raises(ValueError, match="a and b both have an adapter 'pix'"):
         join_adapters({"a": joined, "b": joined})
     with pytest.raises(ValueError, match="a is for the base model owner/base, b for other"):
@@ -152,10 +175,10 @@ def test_adapters_of_another_model_are_reported():
 
 def test_one_number_holds_for_all_adapters():
     names = ["pix", "sem", "face"]
-    assert infer.complete_scales(None, names) == [(1.0, 1.0, 1.0)]
-    assert infer.complete_scales([(0.5,), (1.0, 0.5, 0.0)], names) == [(0.5, 0.5, 0.5), (1.0, 0.5, 0.0)]
+    assert adapter_scales.complete_scales(None, names) == [(1.0, 1.0, 1.0)]
+    assert adapter_scales.complete_scales([(0.5,), (1.0, 0.5, 0.0)], names) == [(0.5, 0.5, 0.5), (1.0, 0.5, 0.0)]
     with pytest.raises(ValueError, match=r"expected 3 numbers \(pix, sem, face\)"):
-        infer.complete_scales([(1.0, 0.5)], names)
+        adapter_scales.complete_scales([(1.0, 0.5)], names)
 
 
 def trained_state(spec, steps=2, optimizer=None):
