@@ -206,7 +206,7 @@ def test_every_layer_is_affine_in_the_scale(spec):
 @pytest.mark.parametrize("name", ["conv1", "to_q"])
 def test_the_output_of_a_layer_is_affine_in_the_scale(spec, name):
     """Without merging, with one scale for each sample of a batch of equal samples."""
-    scales, layer = jnp.array([0, 0.5, 1, -2]), params()[name]
+    scales, layer = jnp.array([0, 0.5, 1, -2]), jax.tree.map(jnp.asarray, params()[name])
     module = nn.Conv(12, (3, 3), (2, 2), padding=((1, 1), (1, 1))) if name == "conv1" else nn.Dense(6)
     x = jnp.repeat(X[:1] if name == "conv1" else X[:1, ..., :6], len(scales), axis=0)
 

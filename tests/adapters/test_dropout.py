@@ -149,7 +149,7 @@ def test_validation_and_inference_have_no_dropout():
     tree, prompt = moved(init_adapter(jax.random.key(1), unet, spec)), jnp.zeros((1, 1, 3))
 
     def upscaled(spec):
-        return upscale_image(unet, {}, tree, prompt, image, base=model.base, spec=spec)
+        return upscale_image(unet, {}, tree, prompt, (), image, base=model.base, spec=spec)
 
     np.testing.assert_array_equal(upscaled(spec), upscaled(without))
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 12))
