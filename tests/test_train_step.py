@@ -10,7 +10,7 @@ import pytest
 from recorded import STAGES, gradient_deviations, recorded_case, recorded_gradient
 from tiny import close, random_base
 
-from pisa_jax import losses, train_step, training
+from pisa_jax import losses, train_step, training_run
 from pisa_jax.adapters import injection
 from pisa_jax.config import AdapterSpec, Config, Stage
 from pisa_jax.runtime import distributed
@@ -74,7 +74,9 @@ def random_case():
     """Compile the pixel step of a random model (8 latent channels, factor 4); returns its arguments as well."""
     base, params = random_base("nano")
     objective = Objective(AdapterSpec(rank=2), ema=0.5)
-    optimizer = training.make_optimizer(Config(out="", stages=(Stage("pix", 1),)), Stage("pix", 1, learning_rate=1e-2))
+    optimizer = training_run.make_optimizer(
+        Config(out="", stages=(Stage("pix", 1),)), Stage("pix", 1, learning_rate=1e-2)
+    )
     prompt = jax.random.normal(jax.random.key(0), (1, 5, 32))
     alphas = losses.ddpm_schedule().alphas_cumprod
     frozen = Frozen(params["unet"], None, params["vae"], None, prompt, prompt, None, alphas)
@@ -120,7 +122,7 @@ def test_the_error_of_latents_decodes_nothing():
     ],
 )
 def test_learning_rates(stage, expected):
-    rate = training.learning_rate(stage)
+    rate = training_run.learning_rate(stage)
     assert [float(rate(step)) for step in (0, 2, stage.steps)] == pytest.approx(expected, abs=1e-6)
 
 

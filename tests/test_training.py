@@ -1,15 +1,9 @@
 """Whole runs: stopped, killed, resumed, over devices and processes; the model is tiny and random."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +12,10 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT, shared_data
 from event_files import events
+from programs import Program, connection, ended, started
 from safetensors.numpy import load_file
 
-from pisa_jax import training
+from pisa_jax import training, training_loop, training_run
 from pisa_jax.adapters import files
 from pisa_jax.cli import train
 from pisa_jax.runtime import distributed
@@ -75,13 +70,15 @@ class Interrupted(NamedTuple):
 def interrupted(tmp_path_factory):
     run, stops = config(tmp_path_factory.mktemp("runs") / "run"), [1, 2, 3]  # in both stages and between them
     frozen, steps, after_pix = [], [], {}
-    make, compile_step = training.make_frozen, training.jit_train_step
+    make, compile_step = training_loop.make_frozen, training_loop.jit_train_step
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "asked_to_stop", lambda run, step: step in stops)
-        patched.setattr(training, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1])
-        patched.setattr(training, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
+        patched.setattr(training_loop, "asked_to_stop", lambda run, step: step in stops)
+        patched.setattr(
+            training_loop, "make_frozen", lambda *a, **named: frozen.append(make(*a, **named)) or frozen[-1]
+        )
+        patched.setattr(training_loop, "jit_train_step", lambda *a: steps.append(compile_step(*a)) or steps[-1])
         for index, step in enumerate(stops):
-            with pytest.raises(training.Stop, match=f"saved at step {step} of 4; continue with --resume"):
+            with pytest.raises(training_run.Stop, match=f"saved at step {step} of 4; continue with --resume"):
                 training.train(run, resume=index > 0)
             if step == 3:
                 after_pix = load_file(Path(run.out) / training.ADAPTERS_FILE)
@@ -190,9 +187,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch, whole):
-    batch = training.place_batch
+    batch = training_loop.place_batch
     broken = lambda run, arrays: batch(run, {**arrays, "gt": arrays["gt"] * np.nan})  # noqa: E731
-    monkeypatch.setattr(training, "place_batch", broken)
+    monkeypatch.setattr(training_loop, "place_batch", broken)
     with pytest.raises(FloatingPointError, match="2 steps in a row, up to step 2"):
         training.train(config(tmp_path / "run", "--max-bad-steps", 2))
 
@@ -213,62 +210,17 @@ def test_meshes():
         distributed.make_mesh(data=3, fsdp=4)
 
 
-LONGEST_WAIT = 300  # seconds; what takes longer hangs
-
-
-class Training(subprocess.Popen):
-    """`python train.py` in its own process, killed if it hangs. Both pipes are read, otherwise it would block.
-
-    `fault` is (the fault, the name of the file at which it happens) of faulty.py.
-    """
+class Training(Program):
+    """`python train.py`; `fault` is (the fault, the name of the file at which it happens) of faulty.py."""
 
     def __init__(self, out, *more, fault=(), **environment):
-        named = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        if precision := jax.config.jax_default_matmul_precision:  # tiny.py sets it
-            named["JAX_DEFAULT_MATMUL_PRECISION"] = precision
-        super().__init__(
-            [sys.executable, *self._program(fault), *arguments(out, *more)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", **named, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._watchdog, self._errors = threading.Timer(LONGEST_WAIT, self.kill), []
-        self._reader = threading.Thread(target=lambda: self._errors.extend(self.stderr))
-        self._watchdog.start()
-        self._reader.start()
-
-    @staticmethod
-    def _program(fault):
-        program = str(ROOT / "train.py")
-        return [str(ROOT / "tests" / "faulty.py"), *fault, program] if fault else [program]
-
-    def wait_for(self, beginning):
-        """Read the output up to a line with this beginning."""
-        if not any(line.startswith(beginning) for line in self.stdout):
-            pytest.fail(f"ended before {beginning!r}: {self.end()}")
-
-    def end(self):
-        """Wait for the end of the process; returns its error output."""
-        if not self.stdout.closed:
-            with self:  # waits, and closes the pipes
-                self.stdout.read()
-                self._reader.join()
-            self._watchdog.cancel()
-        return "".join(self._errors)
+        program = [ROOT / "tests" / "faulty.py", *fault, ROOT / "train.py"] if fault else [ROOT / "train.py"]
+        super().__init__(*program, *arguments(out, *more), **environment)
 
 
 def complete(out):
     """Return the steps of the complete checkpoints of a run."""
     return {int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()}
-
-
-def ended(process, code=0):
-    """Wait for the end of a process and check its exit code; returns its error output."""
-    errors = process.end()
-    assert process.returncode == code, errors
-    assert "Traceback" not in errors
-    return errors
 
 
 def test_killed_at_any_point_it_still_ends_with_the_same_adapters(whole, tmp_path):
@@ -303,21 +255,10 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(whole, tmp_path):
     assert training.train(config(tmp_path / "run"), resume=True).read_bytes() == whole.read_bytes()
 
 
-@contextlib.contextmanager
 def started_together(out, *more, fault=()):
-    """Start two processes with two devices each; they are killed at the end of the test in any case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        named = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    named |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")}
-    more = ["--mesh-data", 2, "--mesh-fsdp", 2, *more]
-    processes = [Training(out, *more, fault=fault, **named, JAX_PROCESS_ID=str(index)) for index in range(2)]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.end()
+    """Start two processes with two devices each."""
+    more, named = ["--mesh-data", 2, "--mesh-fsdp", 2, *more], connection()
+    return started([Training(out, *more, fault=fault, **named, JAX_PROCESS_ID=str(index)) for index in range(2)])
 
 
 def test_two_processes_agree_to_rounding_and_one_device_can_resume(whole, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_base_model import SPEC, toy_model
 
-from pisa_jax import training
+from pisa_jax import training, training_loop, training_run
 from pisa_jax.config import Config, Data, Stage, Validation
 from pisa_jax.runtime.stop_signals import StopSignals
 
@@ -86,7 +86,7 @@ def test_the_steps_after_a_damaged_checkpoint_are_repeated(finished, whole, tmp_
 
 def broken_from(monkeypatch, first, change):
     """Let `change` break the state after all steps from `first` on; returns a function that ends this."""
-    compile_step = training.jit_train_step
+    compile_step = training_loop.jit_train_step
 
     def compile_broken(*arguments):
         step = compile_step(*arguments)
@@ -97,8 +97,8 @@ def broken_from(monkeypatch, first, change):
 
         return run
 
-    monkeypatch.setattr(training, "jit_train_step", compile_broken)
-    return lambda: monkeypatch.setattr(training, "jit_train_step", compile_step)
+    monkeypatch.setattr(training_loop, "jit_train_step", compile_broken)
+    return lambda: monkeypatch.setattr(training_loop, "jit_train_step", compile_step)
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5])
@@ -140,8 +140,9 @@ def test_a_run_that_stopped_over_bad_files_continues_with_a_larger_share(tmp_pat
 
 
 def stop_during(monkeypatch, name, count):
-    """Return signals that are received during call number `count` of a function of `training`."""
-    stop, function, calls = StopSignals(), getattr(training, name), []
+    """Return signals that are received during call number `count` of a function of a run."""
+    module = training if name == "export" else training_loop
+    stop, function, calls = StopSignals(), getattr(module, name), []
 
     def interrupted(*arguments, **options):
         calls.append(arguments)
@@ -149,7 +150,7 @@ def stop_during(monkeypatch, name, count):
             stop.received = signal.SIGTERM
         return function(*arguments, **options)
 
-    monkeypatch.setattr(training, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     return stop
 
 
@@ -170,7 +171,7 @@ def test_a_signal_at_any_time_loses_nothing(tmp_path, monkeypatch, photos, whole
     run = config(tmp_path / "run", validation=Validation(str(photos), count=1, every=2))
     stop = stop_during(monkeypatch, function, count)
     message = f"stopped (and saved )?at step {step} of 7; continue with --resume"
-    with pytest.raises(training.Stop, match=message):
+    with pytest.raises(training_run.Stop, match=message):
         train(run, stop=stop)
     assert steps_of(tmp_path / "run")[-1:] == [step] * bool(step)
     assert train(run, resume=True).read_bytes() == whole
@@ -202,14 +203,14 @@ def test_fields_that_a_later_version_added_do_not_end_a_run(finished, whole, tmp
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_and_open_files_do_not_grow(tmp_path, monkeypatch, photos):
     """Over 1000 steps with checkpoints, validation and a worker process."""
-    resident, files, log_step = {}, {}, training.log_step
+    resident, files, log_step = {}, {}, training_loop.log_step
 
     def measured(run, stage, step, values):
         resident[step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         files[step] = len(os.listdir("/proc/self/fd"))
         log_step(run, stage, step, values)
 
-    monkeypatch.setattr(training, "log_step", measured)
+    monkeypatch.setattr(training_loop, "log_step", measured)
     data = Data(source="fake", crop=16, workers=1)
     watched = Validation(str(photos), count=2, every=20)
     train(config(tmp_path / "run", steps=(500, 500), save_every=20, log_every=10, data=data, validation=watched))

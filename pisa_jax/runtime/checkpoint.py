@@ -171,10 +171,6 @@ class Checkpoints:
             ) from error
         return restored["adapters"], restored["state"]
 
-    def preempted(self, step: int) -> bool:
-        """Return True if the processes agreed to stop at this step because one of them received SIGTERM."""
-        return self._manager.reached_preemption(step)
-
     def wait(self) -> None:
         """Wait until the pending checkpoint is written."""
         with _disk_errors(self._folder):

@@ -1,6 +1,5 @@
-"""Processes, meshes, shardings: batches over all devices, frozen weights and large factors of adapters over "fsdp"."""
+"""Meshes and shardings: batches over all devices, frozen weights and large factors of adapters over "fsdp"."""
 
-import os
 from typing import Any
 
 import jax
@@ -20,20 +19,6 @@ MIN_FACTOR_SIZE_TO_SHARD = 2**17
 def default_dtype() -> str:
     """Return the default dtype of the UNet: float32 on CPUs, where bfloat16 is slower; bfloat16 on GPUs and TPUs."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def initialize() -> None:
-    """Connect to the other processes of this run if the environment describes any (TPU pod, SLURM, or JAX_* variables).
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe processes that are started by hand.
-    """
-    named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    if all(named.values()):
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"], int(named["num_processes"]), int(named["process_id"])
-        )
-    elif "TPU_WORKER_HOSTNAMES" in os.environ or "SLURM_JOB_NUM_NODES" in os.environ:
-        jax.distributed.initialize()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
+from pisa_jax.runtime.agreement import gather
 from pisa_jax.runtime.atomic_write import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,20 @@ CHANGEABLE_FIELDS = (
     "data/workers",
     "data/max_bad_share",
     "max_bad_steps",
+    "hang_minutes",
 )
 # Config fields that may change because the same content is in another place; the change is reported.
 MOVABLE_FIELDS = ("model", "data/path", "data/hq_path", "data/prompts", "perceptual_weights")
+
+
+def holds_run(config: Config) -> bool:
+    """Return True if the run directory holds a run that can be resumed, or a damaged one; only process 0 looks."""
+    return gather("holds_run", jax.process_index() == 0 and (Path(config.out) / CONFIG_FILE).exists())[0]
+
+
+def config_fields(config: Config) -> dict[str, Any]:
+    """Flatten a config to path -> value, as in its saved form."""
+    return _leaves(_as_json(config))
 
 
 def check_run_directory(config: Config, resume: bool, overwrite: bool) -> None:

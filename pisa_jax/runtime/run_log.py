@@ -4,7 +4,7 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ class RunLog:
     def add_data_wait(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leave the time of the body, such as a compilation or a validation, out of the time per step."""
+        start, since = time.perf_counter(), self._since
+        yield
+        self._since = since + time.perf_counter() - start  # of a body inside this one, too
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write measurements, images per second, and the time per step: total, data wait and compute."""

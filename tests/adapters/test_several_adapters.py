@@ -220,18 +220,18 @@ def test_a_penalty_is_added_to_the_loss():
 
 
 def test_dora_learns_and_its_magnitudes_do_not_decay():
-    from pisa_jax import training
+    from pisa_jax import training_run
     from pisa_jax.config import Config, Stage
 
     spec = AdapterSpec("dora", rank=3, targets="conv")
     stage = Stage("sem", steps=1, learning_rate=1e-2, spec=spec)
     config = Config(out="", stages=(stage,), weight_decay=0.5)
-    optimizer = training.make_optimizer(config, stage)
+    optimizer = training_run.make_optimizer(config, stage)
     tree = {"conv": {"a": jnp.ones(3), "b": jnp.ones(3), "m": jnp.ones(3)}}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tree), optimizer.init(tree), tree)
     assert float(jnp.abs(updates["conv"]["m"]).max()) == 0
     assert float(updates["conv"]["a"].max()) < 0
-    plain = training.make_optimizer(config, dataclasses.replace(stage, spec=AdapterSpec()))
+    plain = training_run.make_optimizer(config, dataclasses.replace(stage, spec=AdapterSpec()))
     assert jax.tree.structure(plain.init(tree)) != jax.tree.structure(optimizer.init(tree))
     start, state, measured = trained_state(spec)
     assert np.isfinite(float(measured["total"]))

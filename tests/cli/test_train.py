@@ -44,16 +44,30 @@ def test_a_config_is_a_record(path):
     for part in (f"python train.py configs/{path.name}", "Hardware", "Expected", "Measured"):
         assert part in found["__doc__"], part
     assert found["config"].out == f"runs/{path.stem}"
-    assert train.read([str(path)]) == (found["config"], set())
+    assert train.read([str(path)]) == (found["config"], train.Switches())
 
 
 def test_fields_and_switches(monkeypatch):
     monkeypatch.chdir(ROOT)
     line = ["configs/sd21.py", "--resume", "--data.source", "folder", "--data.path", "photos", "--stages.1.csd", "0.5"]
     config, switches = train.read(line)
-    assert switches == {"--resume"}
+    assert switches == train.Switches(resume=True)
     assert (config.data.source, config.data.path, config.data.crop) == ("folder", "photos", 512)
     assert (config.stages[1].csd, config.stages[1].perceptual, config.stages[0].steps) == (0.5, 2.0, 4000)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["--resume", "auto", "--seed", "3"], train.Switches(resume="auto")),
+        (["--seed", "3", "--resume=auto"], train.Switches(resume="auto")),
+        (["--resume", "--seed", "3"], train.Switches(resume=True)),
+        (["--overwrite", "--seed", "3"], train.Switches(overwrite=True)),
+    ],
+)
+def test_resume_takes_auto(line, expected):
+    config, switches = train.read(["debug", *line])
+    assert (config.seed, switches) == (3, expected)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +82,9 @@ def test_fields_and_switches(monkeypatch):
         (["configs/debug.py", "--batch-size", "0"], 2, "batch_size is at least 1, not 0"),
         (["configs/debug.py", "--data.source", "foldr"], 2, "data.source 'foldr' is none of folder, pairs"),
         (["configs/debug.py", "--data.source", "folder"], 2, "data.source folder needs data.path"),
+        (["configs/debug.py", "--resume", "always"], 2, "--resume always: give --resume alone, or --resume auto"),
+        (["configs/debug.py", "--resume=yes"], 2, "--resume yes: give --resume alone, or --resume auto"),
+        (["configs/debug.py", "--hang-minutes", "-1"], 2, "hang_minutes is -1.0; it must be"),
         (["configs/debug.py", "--resume", "--overwrite"], 1, "--resume continues a run and --overwrite deletes it"),
         (["configs/debug.py", "--perceptual", "vg"], 2, "perceptual 'vg' is none of vgg, alex, squeeze"),
         (["configs/debug.py", "--stages.0.spec.decomposition", "lroa"], 1, "unknown decomposition 'lroa'"),

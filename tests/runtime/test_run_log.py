@@ -83,3 +83,17 @@ def test_speed_is_measured_since_the_previous_log(tmp_path, clock, capsys):
     found = events(tmp_path / "tensorboard")
     assert found["time/step"][20].simple_value == pytest.approx(0.1)
     assert found["time/data"][20].simple_value == 0.0
+
+
+def test_other_work_is_no_time_of_steps(tmp_path, clock, capsys):
+    """Neither for the speed nor for the expected end, also if it is nested."""
+    log = run_log.RunLog(tmp_path, batch_size=2, total=40, first=0)
+    clock.sleep(10.0)
+    with log.left_out():
+        clock.sleep(100.0)
+        with log.left_out():
+            clock.sleep(100.0)
+    log.log(20, {})
+    log.close()
+    assert events(tmp_path / "tensorboard")["time/step"][20].simple_value == pytest.approx(0.5)
+    assert capsys.readouterr().out == "step 20/40: 4 images/s, ends Tue 22:17\n"
