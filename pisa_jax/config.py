@@ -95,11 +95,11 @@ def check_scales(scales: Any, names: Sequence[str] | None = ("pix", "sem")) -> S
     return values
 
 
-def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: Mapping[str, float | int]) -> Scales:
+def scales_by_name(names: Sequence[str], scales: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the scales of the adapters `names`: the first ones by position, others by name, the rest 1.
 
     Raises:
-        ValueError: too many scales, two for one adapter, unknown names, or NaN and infinite scales.
+        ValueError: too many scales, two for one adapter, or unknown names.
     """
     given = dict(zip(names, scales, strict=False))
     unknown, twice = [name for name in named if name not in names], [name for name in named if name in given]
@@ -108,7 +108,7 @@ def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: M
         what += [f"{len(scales)} scales for {len(names)} adapters"] * (len(scales) > len(names))
         raise ValueError(f"{'; '.join(what)}; the adapters are {', '.join(names)}, in this order")
     values = dict.fromkeys(names, 1.0) | given | dict(named)
-    return check_scales(tuple(values[name] for name in names), names)
+    return tuple(values[name] for name in names)
 
 
 def check_seed(seed: int | None) -> None:
@@ -133,11 +133,14 @@ class AdapterSpec:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
     # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
     rank_by_target: tuple[tuple[str, int], ...] = ()
+    # Probability with which an element of the input of dW is dropped in training, for decompositions that have dropout.
+    dropout: float = 0.0
 
     def __post_init__(self):
         for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
             _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
+        _require_number("dropout", self.dropout, 0, 1)
         for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
             try:
                 re.compile(pattern)
@@ -173,6 +176,9 @@ class Stage:
     schedule: str = "constant"
     # Steps of linear warmup from 0.
     warmup: int = 0
+    # "module:function" of a file of your own: function(default, below) -> the optax optimizer of the stage, from the
+    # default one (clipping and AdamW) and the frozen adapters by name.
+    optimizer: str | None = None
     # Rank, alpha and targets of the adapter.
     spec: AdapterSpec = AdapterSpec()
 
@@ -196,6 +202,10 @@ class Stage:
         known = ("constant", "cosine")
         _require(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
+        )
+        _require(
+            self.optimizer is None or re.fullmatch(r"[\w.]+:\w+", self.optimizer) is not None,
+            f"stage {self.adapter}: optimizer is {self.optimizer!r}; it must be module:function",
         )
         _require(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
 

@@ -36,6 +36,7 @@ from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.training_loop import train_stage
 from pisa_jax.training_model import (
     check,
@@ -46,6 +47,7 @@ from pisa_jax.training_model import (
     random_shapes,
 )
 from pisa_jax.training_run import ADAPTERS_FILE, Run, Stop, export, exported, require_finite, restore_run
+from pisa_jax.weights import base_difference
 
 # Packages whose versions must be equal in all processes of a run.
 PACKAGES = ("pisa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "diffusers", "numpy", "pillow")
@@ -101,7 +103,7 @@ def train(
             for position in range(index, len(config.stages)):
                 state = train_stage(run, position, trained, state if position == index else None)
                 adapter = config.stages[position].adapter
-                trained[adapter] = jax.device_get(exported(state))
+                trained[adapter] = distributed.to_host(exported(state))
                 require_finite(run, adapter, trained[adapter])
                 if jax.process_index() == 0:
                     export(run, trained)
@@ -146,11 +148,14 @@ def start_run(
         closing.callback(log.close)
         if resume:
             log.print_line(f"continuing after step {first} of {total}")
+        if difference := base_difference(model, inputs.start):
+            log.print_line(f"{config.start} (start): {difference}")
     closing.enter_context(jax.set_mesh(inputs.mesh))
     profiler = closing.enter_context(Profiler(folder / "tensorboard", config.profile_steps))
     mesh, batches, start, images, perceptual, _ = inputs
-    watching = (*ending, profiler, DataWait())
-    return Run(config, folder, mesh, model, start, perceptual, batches, checkpoints, images, log, *watching), first
+    digest, watching = weights_digest(model.params), (*ending, profiler, DataWait())
+    run = Run(config, folder, mesh, model, digest, start, perceptual, batches, checkpoints, images, log, *watching)
+    return run, first
 
 
 def package_versions() -> dict[str, str]:

@@ -27,23 +27,25 @@ MAX_IN_FLIGHT = 2
 def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
-    base, objective = run.model.base, make_objective(config, stage)
+    specs = run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages}
+    base, objective = run.model.base, make_objective(config, stage, specs)
+    below = {name: trained[name] for name in stage.frozen}
     with outside_steps(run):
         frozen = make_frozen(
             run.model,
             run.mesh,
-            {name: trained[name] for name in stage.frozen},
-            run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
+            below,
+            specs,
             negative_prompt=config.negative_prompt,
             perceptual=run.perceptual if stage.perceptual else None,
             teacher=bool(stage.csd),
             prompts=bool(config.data.prompts),
         )
-        state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
+        state = new_state(run, index, frozen.unet, below) if state is None else state
+    step_function = jit_train_step(base, objective, make_optimizer(config, stage, below), frozen, run.mesh, state)
     step_function = watched(run, counted(run, step_function))
     upscale = jax.jit(
-        functools.partial(validation.upscale_image, base=base, spec=stage.spec),
+        functools.partial(validation.upscale_image, base=base, spec=stage.spec, specs_below=objective.below),
         out_shardings=distributed.replicated(run.mesh),
         compiler_options=compiler_options(),
     )
@@ -52,7 +54,7 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     def validate(step, state):
         if not run.validation:
             return None
-        weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
+        weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below)
         with left_out(run):
             return log_validation(run, stage, step, functools.partial(upscale, *weights))
 

@@ -12,6 +12,7 @@ import sys
 
 FAULTS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "terminated": lambda: os.kill(os.getpid(), signal.SIGTERM),
     # No file may grow beyond this size: a full disk that root is not exempt from.
     "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)),
 }

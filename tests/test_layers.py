@@ -11,10 +11,10 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity key_value_store messages performance stop_signals "
-    "torch_layout trees watchdog | failures remote_paths | agreement checksums mirror profiling run_lock "
-    "torch_pickle | checkpoint run_directory run_log stop_step tensor_files | cluster distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
+    "runtime": "atomic_write compilation console file_identity imports key_value_store messages performance "
+    "stop_signals torch_layout trees watchdog | failures remote_paths weights_digest | agreement checksums mirror "
+    "profiling run_lock torch_pickle | checkpoint run_directory run_log stop_step tensor_files | cluster distributed",
+    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
@@ -34,8 +34,8 @@ ROOMS = {
     "training_run": "",
     "training_loop": "",
     "training": "",
-    "cli": "arguments infer_names output_files | infer_plan | "
-    "convert degrade evaluate infer_files prepare train | infer inspect",
+    "cli": "adapter_scales arguments infer_names output_files scale_map_files | infer_plan | "
+    "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}

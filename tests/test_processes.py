@@ -1,7 +1,6 @@
 """Runs of two processes with a toy model: what one process meets ends both, within seconds, with its reason."""
 
 import os
-import shutil
 import signal
 import time
 
@@ -19,10 +18,11 @@ ENDLESS = ["--stages.0.steps", 10**7, "--save-every", 10**7, "--log-every", 1]
 LIMIT = 30
 
 
-def toy(out, *more, **named):
-    """Start one process; options that are not named `cwd` are its environment."""
+def toy(out, *more, fault=(), **named):
+    """Start one process with a fault of faulty.py; options that are not named `cwd` are its environment."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    return Program(TOY, TOY, "--out", out, *more, PYTHONPATH=paths, **named)
+    program = [ROOT / "tests" / "faulty.py", *fault, TOY] if fault else [TOY]
+    return Program(*program, TOY, "--out", out, *more, PYTHONPATH=paths, **named)
 
 
 def pair(out, *more, each=({}, {})):
@@ -112,28 +112,26 @@ def test_a_step_that_does_not_end_shows_the_stacks_of_both(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_preempted_twice_ends_bit_equal(tmp_path):
-    """SIGTERM to the second process, kill -9 of the first one; the same command every time."""
-    steps = ["--stages.0.steps", 60, "--stages.1.steps", 60, "--save-every", 10, "--resume", "auto"]
+    """SIGTERM and kill -9 of the first process while it writes a checkpoint; the same command every time."""
+    steps = ["--stages.0.steps", 30, "--stages.1.steps", 30, "--save-every", 10, "--resume", "auto"]
     with pair(tmp_path / "whole", *steps) as processes:
         for process in processes:
             ended(process)
-    with pair(tmp_path / "run", *steps) as processes:
-        processes[0].wait_for("step 15/")
-        processes[1].send_signal(signal.SIGTERM)
+    with pair(tmp_path / "run", *steps, each=[{"fault": ("terminated", "10")}, {}]) as processes:
         for process in processes:
-            assert "; continue with --resume" in ended(process, 143)
-    with pair(tmp_path / "run", *steps) as processes:
+            assert "train.py: stopped and saved at step " in ended(process, 143)
+    with pair(tmp_path / "run", *steps, each=[{"fault": ("killed", "50")}, {}]) as processes:
         processes[0].wait_for("continuing after step ")
-        processes[0].wait_for("step 72/")
-        processes[0].kill()
+        processes[0].wait_for("step 50/")
         assert seconds_until_the_end(processes) < LIMIT
+        assert processes[0].returncode == -signal.SIGKILL
+        assert processes[1].returncode not in (0, 1, 2)
     with pair(tmp_path / "run", *steps) as processes:
-        processes[0].wait_for("continuing after step 70")
+        processes[0].wait_for("continuing after step 40 of 60")
         for process in processes:
             ended(process)
     whole, found = (tmp_path / name / ADAPTERS_FILE for name in ("whole", "run"))
     assert found.read_bytes() == whole.read_bytes()
-    shutil.rmtree(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -158,5 +158,5 @@ def test_hang_minutes_may_change_at_a_resume(tmp_path, caplog):
     out = tmp_path / "run"
     train(config(out, steps=(1, 1)))
     with caplog.at_level(logging.WARNING):
-        train(config(out, steps=(1, 1), hang_minutes=0), resume=True)
+        train(config(out, steps=(1, 1), hang_minutes=0.0), resume=True)
     assert "hang_minutes" not in caplog.text

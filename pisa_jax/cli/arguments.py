@@ -31,14 +31,6 @@ def _checked_path(text: str, bucket: bool) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def scales(text: str) -> Scales:
-    """Parse "1.0,0.7", or "0.7" for both, to (pix, sem)."""
-    values = scales_of_adapters(text)
-    if len(values) > 2:
-        raise _not_scales(text)
-    return values * (3 - len(values))
-
-
 def scales_of_adapters(text: str) -> Scales:
     """Parse numbers such as "1.0,0.7", one for each adapter; a single number holds for all of them."""
     try:

@@ -63,7 +63,6 @@ def agreement() -> Iterator[dict[str, Any]]:
         failure = failure_of(error)
         publish(failure)
         _require(gather("agreement", _record(failure, facts)), error)
-        raise
     _require(gather("agreement", _record(None, facts)))
 
 

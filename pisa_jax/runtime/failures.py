@@ -62,7 +62,7 @@ def failure_of(error: BaseException) -> Failure:
 
 def publish(failure: Failure) -> None:
     """Publish a failure of this process if there are other processes."""
-    with contextlib.suppress(ConnectionError):  # the first process has ended: the others notice that
+    with contextlib.suppress(ConnectionError, TimeoutError):  # the first process is lost: the others notice that
         if store.connected():
             content = {"host": socket.gethostname(), **failure._asdict()}
             store.put(f"failures/{store.process_index()}", json.dumps(content))
@@ -160,7 +160,7 @@ class FailureWatch:
         """Report a failure, or what is published in its place, and end the program."""
         with self._ending:  # never released: the main thread and the watch do not both report
             if ask and store.connected():
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError, TimeoutError):
                     failure = published() or failure
             say(f"{self._prog}: {failure.message}", sys.stderr)
             if failure.stacks and sys.__stderr__ is not None:
@@ -170,7 +170,7 @@ class FailureWatch:
 
 def leave(code: int) -> NoReturn:
     """End the program at once; the first process waits until the others have read the failures."""
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, TimeoutError):
         if store.connected():
             store.put(f"left/{store.process_index()}", "")
             end = time.monotonic() + FAREWELL
