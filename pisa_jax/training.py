@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from pisa_jax.runtime.checkpoint import Checkpoints
 from pisa_jax.runtime.failures import publishing_errors
 from pisa_jax.runtime.performance import DataWait
 from pisa_jax.runtime.profiling import Profiler
+from pisa_jax.runtime.remote_paths import AnyPath
 from pisa_jax.runtime.run_directory import (
     check_run_directory,
     claim_run_directory,
@@ -74,7 +74,7 @@ def train(
     model: LoadedModel | None = None,
     stop: StopSignals | None = None,
     watchdog: Watchdog | None = None,
-) -> Path:
+) -> AnyPath:
     """Train all stages, or the rest of a resumed run; returns the path of the exported adapters.
 
     `resume="auto"` resumes the run in `config.out` if there is one. `model` takes the place of the one that

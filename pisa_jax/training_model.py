@@ -19,7 +19,7 @@ from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.console import say
 from pisa_jax.runtime.imports import import_function
-from pisa_jax.runtime.remote_paths import copy_folder, is_bucket
+from pisa_jax.runtime.remote_paths import AnyPath, copy_folder, is_bucket
 from pisa_jax.sd import backbone, pretrained, random_model
 from pisa_jax.sd.base_model import make_base_model
 
@@ -38,7 +38,7 @@ def random_shapes() -> tuple[BaseModel, Any]:
     return random_model.base_model_of_size(RANDOM_SIZE), backbone.param_shapes(modules)["unet"]
 
 
-def make_random_model(config: Config, folder: Path, scratch: contextlib.ExitStack) -> Path:
+def make_random_model(config: Config, folder: AnyPath, scratch: contextlib.ExitStack) -> AnyPath:
     """Write a random base model into the run directory, from one process, unless it exists; returns its folder.
 
     For a run directory in a bucket, this is a local copy, which is deleted when `scratch` is closed.
@@ -55,7 +55,7 @@ def make_random_model(config: Config, folder: Path, scratch: contextlib.ExitStac
     return made
 
 
-def _random_model_in_bucket(config: Config, made: Path, scratch: contextlib.ExitStack) -> Path:
+def _random_model_in_bucket(config: Config, made: AnyPath, scratch: contextlib.ExitStack) -> AnyPath:
     local = Path(scratch.enter_context(tempfile.TemporaryDirectory())) / "model"
     complete = made / ".complete"
     if jax.process_index() == 0 and not complete.exists():

@@ -3,7 +3,6 @@
 import functools
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.imports import import_function
 from pisa_jax.runtime.performance import DataWait
 from pisa_jax.runtime.profiling import Profiler
-from pisa_jax.runtime.remote_paths import uploaded
+from pisa_jax.runtime.remote_paths import AnyPath, uploaded
 from pisa_jax.runtime.run_directory import require_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_step import StopStep
@@ -47,7 +46,7 @@ class Run(NamedTuple):
     """Everything that the stages of a run share."""
 
     config: Config
-    folder: Path
+    folder: AnyPath
     mesh: jax.sharding.Mesh
     model: LoadedModel
     # `weights_digest` of all parts of the model.

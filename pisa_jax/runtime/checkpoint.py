@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from pisa_jax.runtime.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from pisa_jax.runtime.messages import error_text
-from pisa_jax.runtime.remote_paths import absolute, is_bucket, rename
+from pisa_jax.runtime.remote_paths import AnyPath, absolute, is_bucket, rename
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Checkpoints:
     With `best`, the name of a validation metric, the best checkpoint of the newest stage that has one is also kept.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, best: str | None = None):
+    def __init__(self, folder: AnyPath, keep: int = 2, best: str | None = None):
         self._folder = absolute(folder) / "checkpoints"
         # The step that is known to be sound, after the first use of a saved checkpoint.
         self._sound: int | None = None
@@ -213,13 +212,13 @@ class Checkpoints:
             self._manager.close()
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: AnyPath) -> bool:
     """Return True if a folder is a complete checkpoint; a name that is a number proves it on a disk only."""
     return folder.name.isdecimal() and (not is_bucket(folder) or (folder / COMMIT_FILE).exists())
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: AnyPath) -> Iterator[None]:
     """Convert the errors of orbax and tensorstore for a full or read-only disk, or a bucket, to one short OSError."""
     try:
         yield
@@ -234,7 +233,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _newest_complete(folder: Path) -> str:
+def _newest_complete(folder: AnyPath) -> str:
     """Describe the newest complete checkpoint; orbax's manager also counts the incomplete one."""
     try:
         complete = [int(path.name) for path in folder.iterdir() if _is_complete(path)]

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
-from pisa_jax.runtime.remote_paths import is_bucket, object_checksums, write_text
+from pisa_jax.runtime.remote_paths import AnyPath, is_bucket, object_checksums, write_text
 
 CHECKSUMS_FILE = "checksums.json"
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: AnyPath) -> None:
     """Write the sizes and checksums of all files in the subfolders of `folder` to its `checksums.json`.
 
     They are SHA-256 sums on a disk, and in a bucket the CRC32C sums that the bucket computes: nothing is read back.
@@ -22,7 +21,7 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / CHECKSUMS_FILE, json.dumps(found, indent=1))
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: AnyPath) -> str | None:
     """Compare the files of `folder` with its `checksums.json`; returns the first difference, or None."""
     try:
         expected = json.loads((folder / CHECKSUMS_FILE).read_text())
@@ -42,10 +41,10 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _size_of(path: Path) -> list[int] | None:
+def _size_of(path: AnyPath) -> list[int] | None:
     return [path.stat().st_size] if path.is_file() else None
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from pisa_jax.runtime.messages import error_text
-from pisa_jax.runtime.remote_paths import copy_file, is_bucket
+from pisa_jax.runtime.remote_paths import AnyPath, copy_file, is_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Mirror:
     objects. An upload that fails is reported once and repeated: logs are no reason to stop a run.
     """
 
-    def __init__(self, target: Path, interval: float = UPLOAD_SECONDS):
+    def __init__(self, target: AnyPath, interval: float = UPLOAD_SECONDS):
         self._target, self._interval = target, interval
         self._temporary = tempfile.TemporaryDirectory(prefix="pisa_jax_") if is_bucket(target) else None
         self.local = Path(self._temporary.name) if self._temporary else target

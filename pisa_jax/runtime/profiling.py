@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pisa_jax.runtime.messages import error_text
-from pisa_jax.runtime.remote_paths import copy_folder
+from pisa_jax.runtime.remote_paths import AnyPath, copy_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Profiler:
     does not stop the run. Signals are handled only if it is entered in the main thread.
     """
 
-    def __init__(self, folder: Path, steps: str | None = None):
+    def __init__(self, folder: AnyPath, steps: str | None = None):
         self._folder = folder
         self._steps = range(0)
         if steps:

@@ -15,6 +15,8 @@ from pisa_jax.runtime.atomic_write import atomic_write
 from pisa_jax.runtime.messages import error_text
 
 BUCKET_PREFIX = "gs://"
+# A path on a disk or in a bucket.
+AnyPath = Path | epath.Path
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
@@ -22,7 +24,7 @@ def is_bucket(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith(BUCKET_PREFIX)
 
 
-def open_path(path: str | os.PathLike) -> Path:
+def open_path(path: str | os.PathLike) -> AnyPath:
     """Return a local path, or one in a bucket, which has the same methods.
 
     Raises:
@@ -38,7 +40,7 @@ def open_path(path: str | os.PathLike) -> Path:
     return epath.Path(path)
 
 
-def absolute(path: Path) -> Path:
+def absolute(path: AnyPath) -> AnyPath:
     """Return the absolute path; paths in a bucket are absolute."""
     return path if is_bucket(path) else path.absolute()
 
@@ -56,7 +58,7 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(f"{os.fspath(path)} cannot be used: {error_text(error)[:300]}") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write a text file as a whole: a bucket shows an object only when it is complete."""
     if is_bucket(path):
         path.write_text(text)
@@ -65,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text)
 
 
-def delete(path: Path) -> None:
+def delete(path: AnyPath) -> None:
     """Delete a file, or a folder with its content."""
     if is_bucket(path):
         epath.Path(path).rmtree()
@@ -75,7 +77,7 @@ def delete(path: Path) -> None:
         path.unlink()
 
 
-def rename(path: Path, target: Path) -> None:
+def rename(path: AnyPath, target: AnyPath) -> None:
     """Rename a folder and replace one of the new name; in a bucket its objects are copied and deleted."""
     if target.exists():
         delete(target)
@@ -87,13 +89,13 @@ def rename(path: Path, target: Path) -> None:
         path.rename(target)
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: AnyPath, target: AnyPath) -> None:
     """Copy a file between a disk and a bucket; replaces `target`."""
     with bucket_errors(target if is_bucket(target) else source):
         epath.Path(source).copy(target, overwrite=True)
 
 
-def copy_folder(source: Path, target: Path) -> None:
+def copy_folder(source: AnyPath, target: AnyPath) -> None:
     """Copy the files of a folder and its subfolders between a disk and a bucket."""
     for child in source.iterdir():
         if child.is_dir():
@@ -128,7 +130,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def uploaded(path: Path) -> Iterator[Path]:
+def uploaded(path: AnyPath) -> Iterator[Path]:
     """Yield the local file to write for `path`: itself, or a temporary file that is uploaded if the block succeeds."""
     if not is_bucket(path):
         yield path
@@ -139,12 +141,12 @@ def uploaded(path: Path) -> Iterator[Path]:
         copy_file(local, path)
 
 
-def _file_system(path: Path) -> tuple[fsspec.AbstractFileSystem, str]:
+def _file_system(path: AnyPath) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the client of a bucket, the same as that of `etils.epath`, and the path without its scheme."""
     return fsspec.core.url_to_fs(os.fspath(path), finalize_on_close=True)
 
 
-def object_checksums(folder: Path) -> dict[str, list]:
+def object_checksums(folder: AnyPath) -> dict[str, list]:
     """Return size and CRC32C of the objects below a folder of a bucket, by name; the bucket keeps these sums."""
     system, root = _file_system(folder)
     found = system.find(root, detail=True)

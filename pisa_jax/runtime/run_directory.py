@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
 from pisa_jax.runtime.agreement import gather
-from pisa_jax.runtime.remote_paths import absolute, bucket_errors, delete, is_bucket, open_path, write_text
+from pisa_jax.runtime.remote_paths import AnyPath, absolute, bucket_errors, delete, is_bucket, open_path, write_text
 from pisa_jax.runtime.run_lock import LOCK_FILE, check_lock, lock, require_lock, write_errors
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def check_run_directory(config: Config, resume: bool, overwrite: bool) -> None:
 
 def claim_run_directory(
     config: Config, resume: bool, overwrite: bool, lifetime: contextlib.ExitStack | None = None
-) -> Path:
+) -> AnyPath:
     """Create the run directory `config.out` with the config in it, or check it for `resume`; returns its path.
 
     The directory is locked against other programs until `lifetime` is closed; without it, during the call only. The
@@ -117,7 +116,7 @@ def _check(config: Config, resume: bool, overwrite: bool) -> None:
     check_lock(folder)
 
 
-def _check_content(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+def _check_content(folder: AnyPath, config: Config, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
     if found := re.search(r"[*?[]", str(absolute(folder))):
@@ -154,7 +153,7 @@ def _claim(config: Config, resume: bool, overwrite: bool, lifetime: contextlib.E
             write_text(folder / CONFIG_FILE, json.dumps(content, indent=1))
 
 
-def _content(folder: Path) -> list[Path]:
+def _content(folder: AnyPath) -> list[AnyPath]:
     """List a directory without what a run that was killed at its start may leave.
 
     These are hidden files, .part folders and compiled programs.
@@ -165,7 +164,7 @@ def _content(folder: Path) -> list[Path]:
     return [path for path in found if path.name != CACHE_FOLDER]
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: AnyPath) -> bool:
     """Return True if the directory has the config of a run; many other programs write a file of this name."""
     try:
         _read_config(folder)
@@ -174,7 +173,7 @@ def _is_run(folder: Path) -> bool:
     return True
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: AnyPath) -> dict[str, Any]:
     """Read the saved config of a run."""
     path = folder / CONFIG_FILE
     if not path.exists():

@@ -7,9 +7,8 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
-from pisa_jax.runtime.remote_paths import bucket_errors, is_bucket
+from pisa_jax.runtime.remote_paths import AnyPath, bucket_errors, is_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ _PROGRAM = uuid.uuid4().hex[:8]
 
 
 @contextlib.contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
+def write_errors(folder: AnyPath) -> Iterator[None]:
     """Add to the errors of a disk or bucket that a run directory is the one that cannot be written."""
     try:
         with bucket_errors(folder):
@@ -28,14 +27,14 @@ def write_errors(folder: Path) -> Iterator[None]:
         raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
 
 
-def check_lock(folder: Path) -> None:
+def check_lock(folder: AnyPath) -> None:
     """Raise OSError if another program holds the lock of a local run directory."""
     if not is_bucket(folder) and (folder / LOCK_FILE).exists():
         with _file_lock(folder):
             pass
 
 
-def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+def lock(folder: AnyPath) -> contextlib.AbstractContextManager[None]:
     """Hold a run directory: on a disk until the process ends in any way, in a bucket until another program starts.
 
     Raises:
@@ -44,7 +43,7 @@ def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     return _mark(folder) if is_bucket(folder) else _file_lock(folder)
 
 
-def require_lock(folder: Path) -> None:
+def require_lock(folder: AnyPath) -> None:
     """Raise OSError if another program has started on this run directory in a bucket; nothing to do on a disk."""
     if is_bucket(folder):
         mark = folder / LOCK_FILE
@@ -55,13 +54,13 @@ def require_lock(folder: Path) -> None:
             )
 
 
-def _describe(folder: Path) -> str:
+def _describe(folder: AnyPath) -> str:
     text = f"process {os.getpid()} on {socket.gethostname()}"
     return f"{text} ({_PROGRAM})" if is_bucket(folder) else text
 
 
 @contextlib.contextmanager
-def _file_lock(folder: Path) -> Iterator[None]:
+def _file_lock(folder: AnyPath) -> Iterator[None]:
     with write_errors(folder):
         file = (folder / LOCK_FILE).open("a+")
     with file:
@@ -83,7 +82,7 @@ def _file_lock(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mark(folder: Path) -> Iterator[None]:
+def _mark(folder: AnyPath) -> Iterator[None]:
     """Mark a run directory in a bucket as ours.
 
     A program that was killed leaves its mark, so a mark is no reason to refuse: the program that started last goes on,

@@ -18,7 +18,7 @@ from tensorboardX.record_writer import RecordWriter
 from pisa_jax.runtime.console import progress_bar, say
 from pisa_jax.runtime.mirror import Mirror
 from pisa_jax.runtime.performance import compile_seconds, device_memory, utilization
-from pisa_jax.runtime.remote_paths import is_bucket, write_text
+from pisa_jax.runtime.remote_paths import AnyPath, is_bucket, write_text
 
 # Measurements that are shown on the terminal only if they are not 0.
 COUNTERS = ("skipped", "bad_streak")
@@ -31,7 +31,7 @@ EVENT_FILE_BYTES = 8 * 2**20
 class RunLog:
     """Scalars and images for TensorBoard, and a progress bar; only the first process of a run has one."""
 
-    def __init__(self, folder: Path, batch_size: int, total: int, first: int):
+    def __init__(self, folder: AnyPath, batch_size: int, total: int, first: int):
         self._mirror = Mirror(folder)
         self._folder = self._mirror.local / "tensorboard"
         self._folder.mkdir(exist_ok=True)
@@ -127,7 +127,7 @@ class RunLog:
         self._mirror.close()
 
 
-def _continue_history(file: Path, first: int) -> dict[str, int]:
+def _continue_history(file: AnyPath, first: int) -> dict[str, int]:
     """Return the history of a run that is started at step `first`, from the file of the start before."""
     try:
         before = json.loads(file.read_text())
