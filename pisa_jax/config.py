@@ -40,12 +40,39 @@ def _require_number(name: str, value: object, least: float | int = -math.inf, be
     _require(inside, f"{name} is {value!r}; it must be {allowed}")
 
 
-def _expand_paths(config: object, names: tuple[str, ...]) -> None:
-    """Turn `pathlib` paths into strings, and a leading ~ into the home folder, in fields of a frozen dataclass."""
+def check_path(name: str, path: str, bucket: bool = False) -> str:
+    """Return a local path, or with `bucket` also a path in a Google Cloud Storage bucket, gs://BUCKET/FOLDER.
+
+    Raises:
+        ValueError: the path has a scheme that cannot be used; the message begins with `name`.
+    """
+    if (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", path)) is None:
+        return path
+    allowed = "a local path, or gs://BUCKET/FOLDER" if bucket else "a local path"
+    _require(found[1] == "gs", f"{name} is {path!r}, and paths with {found[1]}:// are not supported; give {allowed}")
+    _require(
+        bucket,
+        f"{name} is {path!r}, and only a run directory and adapters can be in a bucket; mount the bucket with gcsfuse "
+        "and give the path of the mount",
+    )
+    parts = path.removeprefix("gs://").split("/")
+    _require(
+        path.startswith("gs://") and len(parts) > 1 and all(parts[:2]),
+        f"{name} is {path!r}; a path in a bucket has the form gs://BUCKET/FOLDER",
+    )
+    return path.rstrip("/")
+
+
+def _expand_paths(config: object, names: tuple[str, ...], prefix: str = "", bucket: tuple[str, ...] = ()) -> None:
+    """Turn `pathlib` paths into strings, and a leading ~ into the home folder, in fields of a frozen dataclass.
+
+    The fields `bucket` may be paths in a bucket.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None:
-            object.__setattr__(config, name, os.path.expanduser(os.fspath(value)))
+            path = check_path(f"{prefix}{name}", os.fspath(value), name in bucket)
+            object.__setattr__(config, name, os.path.expanduser(path))
 
 
 def check_scales(scales: Any, names: Sequence[str] | None = ("pix", "sem")) -> Scales:
@@ -68,11 +95,11 @@ def check_scales(scales: Any, names: Sequence[str] | None = ("pix", "sem")) -> S
     return values
 
 
-def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: Mapping[str, float | int]) -> Scales:
+def scales_by_name(names: Sequence[str], scales: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the scales of the adapters `names`: the first ones by position, others by name, the rest 1.
 
     Raises:
-        ValueError: too many scales, two for one adapter, unknown names, or NaN and infinite scales.
+        ValueError: too many scales, two for one adapter, or unknown names.
     """
     given = dict(zip(names, scales, strict=False))
     unknown, twice = [name for name in named if name not in names], [name for name in named if name in given]
@@ -81,7 +108,7 @@ def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: M
         what += [f"{len(scales)} scales for {len(names)} adapters"] * (len(scales) > len(names))
         raise ValueError(f"{'; '.join(what)}; the adapters are {', '.join(names)}, in this order")
     values = dict.fromkeys(names, 1.0) | given | dict(named)
-    return check_scales(tuple(values[name] for name in names), names)
+    return tuple(values[name] for name in names)
 
 
 def check_seed(seed: int | None) -> None:
@@ -106,11 +133,14 @@ class AdapterSpec:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
     # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
     rank_by_target: tuple[tuple[str, int], ...] = ()
+    # Probability with which an element of the input of dW is dropped in training, for decompositions that have dropout.
+    dropout: float = 0.0
 
     def __post_init__(self):
         for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
             _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
+        _require_number("dropout", self.dropout, 0, 1)
         for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
             try:
                 re.compile(pattern)
@@ -146,6 +176,9 @@ class Stage:
     schedule: str = "constant"
     # Steps of linear warmup from 0.
     warmup: int = 0
+    # "module:function" of a file of your own: function(default, below) -> the optax optimizer of the stage, from the
+    # default one (clipping and AdamW) and the frozen adapters by name.
+    optimizer: str | None = None
     # Rank, alpha and targets of the adapter.
     spec: AdapterSpec = AdapterSpec()
 
@@ -170,6 +203,10 @@ class Stage:
         _require(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
         )
+        _require(
+            self.optimizer is None or re.fullmatch(r"[\w.]+:\w+", self.optimizer) is not None,
+            f"stage {self.adapter}: optimizer is {self.optimizer!r}; it must be module:function",
+        )
         _require(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
 
 
@@ -193,20 +230,23 @@ class Data:
     crop: int = 512
     # Probability, per sample, that the trained UNet receives the empty prompt.
     null_prompt_probability: float = 0.5
-    # Worker processes of the loader in each process of the run.
-    workers: int = 2
+    # Worker processes of the loader in each process of the run; None: by its processor cores and devices.
+    workers: int | None = None
     # Fraction of unreadable files above which the run stops.
     max_bad_share: float = 0.01
     # Images whose shorter side is less than this fraction of the crop are left out; others are upscaled to the crop.
     min_size_share: float = 0.5
 
     def __post_init__(self):
-        _expand_paths(self, ("path", "hq_path", "prompts"))
+        _expand_paths(self, ("path", "hq_path", "prompts"), "data.")
         known = ("folder", "pairs", "latents", "list", "tfds", "fake")
         _require(self.source in known, f"data.source {self.source!r} is none of {', '.join(known)}")
         _require(self.source == "fake" or bool(self.path), f"data.source {self.source} needs data.path")
         _require(self.crop >= 1, f"data.crop is at least 1, not {self.crop}")
-        _require(self.workers >= 0, f"data.workers is at least 0 (0: read in the training process), not {self.workers}")
+        _require(
+            self.workers is None or self.workers >= 0,
+            f"data.workers is at least 0 (0: read in the training process), not {self.workers}",
+        )
         for name in ("hq_probability", "null_prompt_probability", "max_bad_share", "min_size_share"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name} is between 0 and 1, not {getattr(self, name)}")
 
@@ -223,7 +263,7 @@ class Validation:
     every: int = 500
 
     def __post_init__(self):
-        _expand_paths(self, ("path",))
+        _expand_paths(self, ("path",), "validation.")
         for name in ("count", "every"):
             _require(getattr(self, name) >= 1, f"validation.{name} is at least 1, not {getattr(self, name)}")
 
@@ -232,7 +272,7 @@ class Validation:
 class Config:
     """A training run."""
 
-    # Run directory: checkpoints, logs, adapters.safetensors.
+    # Run directory: checkpoints, logs, adapters.safetensors. A folder, or gs://BUCKET/FOLDER.
     out: str
     # Stages, in order.
     stages: tuple[Stage, ...]
@@ -275,9 +315,16 @@ class Config:
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
+    # Number of checkpoints that are kept: the newest ones.
+    keep: int = 2
+    # Validation metric ("l2", "psnr", "ssim", "perceptual") by which the best checkpoint of the last stage is also kept
+    # and exported to best.safetensors; every validation must be at a step that is saved. None: none.
+    keep_best: str | None = None
+    # Steps to trace for xprof and TensorBoard, "A:B" with both included; None: none. SIGUSR1 traces the next ones.
+    profile_steps: str | None = None
 
     def __post_init__(self):
-        _expand_paths(self, ("out", "model", "start", "perceptual_weights"))
+        _expand_paths(self, ("out", "model", "start", "perceptual_weights"), bucket=("out", "start"))
         _require(len(self.stages) > 0, "a run needs at least one stage")
         names = [stage.adapter for stage in self.stages]
         _require(len(set(names)) == len(names), f"every stage trains an adapter of its own, not {', '.join(names)}")
@@ -288,7 +335,7 @@ class Config:
                 f"stage {stage.adapter} builds on {', '.join(unknown)}, which no earlier stage trains; set start to an "
                 "adapter file that contains them",
             )
-        for name in ("batch_size", "accumulate", "max_bad_steps", "mesh_fsdp", "log_every", "save_every"):
+        for name in ("batch_size", "accumulate", "max_bad_steps", "mesh_fsdp", "log_every", "save_every", "keep"):
             _require(getattr(self, name) >= 1, f"{name} is at least 1, not {getattr(self, name)}")
         _require(self.mesh_data == -1 or self.mesh_data >= 1, f"mesh_data is -1 or at least 1, not {self.mesh_data}")
         _require(
@@ -308,6 +355,28 @@ class Config:
         _require_number("guidance", self.guidance)
         _require_number("clip", self.clip, 0)
         _require(self.clip > 0, "clip is 0, which would make every update 0; it must be positive")
+        self._check_monitoring()
         _require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in 0..{2**31 - 1}")
         first, last = self.csd_timesteps
         _require(0 <= first <= last < 1000, f"csd_timesteps are within 0..999, not {first}..{last}")
+
+    def _check_monitoring(self) -> None:
+        if self.keep_best is not None:
+            known = ("l2", "psnr", "ssim", "perceptual")
+            _require(self.keep_best in known, f"keep_best {self.keep_best!r} is none of {', '.join(known)}")
+            _require(self.validation.path is not None, "keep_best needs a validation: give validation.path")
+            _require(
+                self.validation.every % self.save_every == 0,
+                f"validation.every {self.validation.every} is not a multiple of save_every {self.save_every}, so the "
+                "best step might not be saved (keep_best)",
+            )
+            _require(
+                self.keep_best != "perceptual" or any(stage.perceptual for stage in self.stages),
+                "keep_best is perceptual, and no stage has a perceptual loss",
+            )
+        if self.profile_steps is not None:
+            found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.profile_steps)
+            _require(
+                found is not None and int(found[1]) <= int(found[2]),
+                f"profile_steps is {self.profile_steps!r}; give the first and the last step, such as 10:12",
+            )

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,17 +15,28 @@ from pisa_jax.data.degradation import degrade
 from pisa_jax.data.latents import LatentSource, latent_source
 from pisa_jax.data.prompts import report_long_prompts
 from pisa_jax.data.tfds import tfds_source
+from pisa_jax.data.workers import default_workers
 from pisa_jax.metrics import validation
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.agreement import agreement
 from pisa_jax.runtime.checkpoint import Checkpoints
 from pisa_jax.runtime.failures import publishing_errors
-from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory, config_fields, holds_run
+from pisa_jax.runtime.performance import DataWait
+from pisa_jax.runtime.profiling import Profiler
+from pisa_jax.runtime.remote_paths import AnyPath
+from pisa_jax.runtime.run_directory import (
+    check_run_directory,
+    claim_run_directory,
+    config_fields,
+    holds_run,
+    use_compilation_cache,
+)
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.training_compile import Programs, compile_stage, explain_out_of_memory, shapes_of
 from pisa_jax.training_loop import outside_steps, stop_before, train_stage
 from pisa_jax.training_mesh import check_mesh
@@ -39,6 +49,7 @@ from pisa_jax.training_model import (
     random_shapes,
 )
 from pisa_jax.training_run import ADAPTERS_FILE, Run, Stop, export, exported, require_finite, restore_run
+from pisa_jax.weights import base_difference
 
 # Packages whose versions must be equal in all processes of a run.
 PACKAGES = ("pisa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "diffusers", "numpy", "pillow")
@@ -65,7 +76,7 @@ def train(
     model: LoadedModel | None = None,
     stop: StopSignals | None = None,
     watchdog: Watchdog | None = None,
-) -> Path:
+) -> AnyPath:
     """Train all stages, or the rest of a resumed run; returns the path of the exported adapters.
 
     `resume="auto"` resumes the run in `config.out` if there is one. `model` takes the place of the one that
@@ -79,6 +90,7 @@ def train(
         Stop: a signal was received and the run is saved.
     """
     with contextlib.ExitStack() as closing:  # each is closed, whatever the others raise
+        use_compilation_cache(config)
         # Validate everything before creating the run directory, and refuse one that is in use before loading anything.
         with agreement() as facts:
             facts |= package_versions() | config_fields(config)
@@ -95,7 +107,7 @@ def train(
                 stage = config.stages[position]
                 with explain_out_of_memory(config, run.mesh, f"stage {stage.adapter}"):
                     state = train_stage(run, position, trained, state, programs.pop(position))
-                trained[stage.adapter], state = jax.device_get(exported(state)), None
+                trained[stage.adapter], state = distributed.to_host(exported(state)), None
                 require_finite(run, stage.adapter, trained[stage.adapter])
                 if jax.process_index() == 0:
                     export(run, trained)
@@ -113,9 +125,7 @@ def compile_stages(run: Run, index: int, step: int) -> dict[int, Programs]:
     for position in range(index, len(run.config.stages)):
         stop_before(run, step)
         with outside_steps(run):
-            programs[position] = compile_stage(
-                run.config, position, shapes, run.mesh, run.start.trees, bool(run.validation)
-            )
+            programs[position] = compile_stage(run.config, position, shapes, run.mesh, run.start, bool(run.validation))
     return programs
 
 
@@ -146,10 +156,10 @@ def start_run(
 ) -> tuple[Run, int]:
     """Claim the run directory and open what is in it; returns the run and the step after which it continues."""
     folder = claim_run_directory(config, resume, overwrite, closing)
-    model = inputs.model or load_model(config, make_random_model(config, folder))
+    model = inputs.model or load_model(config, make_random_model(config, folder, closing))
     if inputs.loader.prompts and jax.process_index() == 0:
         report_long_prompts(inputs.loader.prompts, model.count_tokens, model.tokenize([""]).shape[1])
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, config.keep, config.keep_best)
     closing.callback(checkpoints.close)
     first = (checkpoints.recover() or 0) if resume else 0
     total = sum(stage.steps for stage in config.stages)
@@ -158,9 +168,14 @@ def start_run(
         closing.callback(log.close)
         if resume:
             log.print_line(f"continuing after step {first} of {total}")
+        if difference := base_difference(model, inputs.start):
+            log.print_line(f"{config.start} (start): {difference}")
     closing.enter_context(jax.set_mesh(inputs.mesh))
+    profiler = closing.enter_context(Profiler(folder / "tensorboard", config.profile_steps))
     mesh, batches, start, images, perceptual, _ = inputs
-    return Run(config, folder, mesh, model, start, perceptual, batches, checkpoints, images, log, *ending), first
+    digest, watching = weights_digest(model.params), (*ending, profiler, DataWait())
+    run = Run(config, folder, mesh, model, digest, start, perceptual, batches, checkpoints, images, log, *watching)
+    return run, first
 
 
 def package_versions() -> dict[str, str]:
@@ -186,7 +201,9 @@ def training_source(config: Data) -> sources.Source:
 
 def training_loader(config: Config, mesh: jax.sharding.Mesh, model: LoadedModel | None = None) -> loader.Loader:
     """Build the loader for this process's share of the training batches."""
-    source = training_source(config.data)
+    source, workers = training_source(config.data), config.data.workers
+    if workers is None:
+        workers = default_workers(len(jax.local_devices()))
     batches = loader.make_loader(
         source,
         batch_size=config.batch_size,
@@ -194,7 +211,7 @@ def training_loader(config: Config, mesh: jax.sharding.Mesh, model: LoadedModel 
         seed=config.seed,
         degrade=degrade,
         rows=distributed.batch_rows(mesh, config.batch_size),
-        workers=config.data.workers,
+        workers=workers,
         prompts=loader.read_prompts(config.data.prompts) if config.data.prompts else None,
         null_prompt_probability=config.data.null_prompt_probability,
         max_bad_share=config.data.max_bad_share,

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pisa_jax.adapters.adapter_tree import AdapterTree
+from pisa_jax.adapters.adapter_tree import Adapters
+from pisa_jax.adapters.fit import is_mergeable
 from pisa_jax.config import Config
 from pisa_jax.metrics import validation
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.operations import count_operations
 from pisa_jax.train_step import Batch, Frozen, State, jit_train_step
-from pisa_jax.training_run import make_objective, make_optimizer, make_state
+from pisa_jax.training_run import adapter_shapes, make_objective, make_optimizer, specs_of, state_shapes
 
 
 class Shapes(NamedTuple):
@@ -36,7 +38,9 @@ class Programs(NamedTuple):
     """The compiled functions of one stage."""
 
     step: jax.stages.Compiled
-    # (unet, vae, adapter, prompt, lq) -> images, of `validation.upscale_image`; None without validation.
+    # Of the step, on each device, in FLOP.
+    operations: float
+    # (unet, vae, adapter, prompt, below, lq) -> images, of `validation.upscale_image`; None without validation.
     upscale: jax.stages.Compiled | None
 
 
@@ -54,7 +58,7 @@ def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(shape, tree, shardings)
 
 
-def frozen_shapes(config: Config, index: int, shapes: Shapes, mesh: Mesh) -> Frozen:
+def frozen_shapes(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters) -> Frozen:
     """Return the shapes and shardings of what `train_step.make_frozen` makes for a stage."""
     stage, base, replicated = config.stages[index], shapes.base, distributed.replicated(mesh)
 
@@ -64,7 +68,8 @@ def frozen_shapes(config: Config, index: int, shapes: Shapes, mesh: Mesh) -> Fro
 
     unet, text = part("unet", base.unet_dtype), part("text", jnp.float32)
     prompt = jax.eval_shape(base.encode_text, text, jax.ShapeDtypeStruct((1, shapes.tokens), jnp.int32))
-    prompt = _placed(prompt, replicated)
+    prompt, specs = _placed(prompt, replicated), specs_of(config, start)
+    trained = adapter_shapes(config, index, start.trees, unet)
     return Frozen(
         unet=unet,
         teacher=unet if stage.csd else None,
@@ -74,16 +79,17 @@ def frozen_shapes(config: Config, index: int, shapes: Shapes, mesh: Mesh) -> Fro
         negative_prompt=prompt,
         perceptual=_placed(shapes.perceptual, replicated) if stage.perceptual else None,
         alphas_cumprod=jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=replicated),
+        below=tuple(_placed(trained[name], replicated) for name in stage.frozen if not is_mergeable(specs[name])),
     )
 
 
 def stage_shapes(
-    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree]
+    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters
 ) -> tuple[Frozen, State, Batch, Any]:
     """Return the shapes and shardings of the arguments of a stage's step; `start` has the adapters given to the run."""
-    frozen = frozen_shapes(config, index, shapes, mesh)
-    state = jax.eval_shape(functools.partial(make_state, config, index, start), frozen.unet)
-    state = _placed(state, distributed.replicated(mesh))
+    frozen = frozen_shapes(config, index, shapes, mesh, start)
+    state = state_shapes(config, index, start.trees, frozen.unet)
+    state = _placed(state, distributed.factor_shardings(mesh, state))
     side, channels, size = config.data.crop, 3, config.batch_size
     if config.data.source == "latents":
         side, channels = side // shapes.base.vae_scale_factor, shapes.base.latent_channels
@@ -93,37 +99,37 @@ def stage_shapes(
     return frozen, state, _placed(batch, distributed.batch_sharding(mesh)), jax.eval_shape(jax.random.key, 0)
 
 
-def trace_step(
-    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree]
-) -> jax.stages.Traced:
+def trace_step(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters) -> jax.stages.Traced:
     """Trace the step of a stage."""
     arguments, stage = stage_shapes(config, index, shapes, mesh, start), config.stages[index]
-    objective, optimizer = make_objective(config, stage), make_optimizer(config, stage)
-    return jit_train_step(shapes.base, objective, optimizer, arguments[0], mesh).trace(*arguments)
+    frozen, state, *_ = arguments
+    trained = adapter_shapes(config, index, start.trees, frozen.unet)
+    optimizer = make_optimizer(config, stage, {name: trained[name] for name in stage.frozen})
+    objective = make_objective(config, stage, specs_of(config, start))
+    return jit_train_step(shapes.base, objective, optimizer, frozen, mesh, state).trace(*arguments)
 
 
-def _compile_upscale(config: Config, index: int, shapes: Shapes, mesh: Mesh, arguments: tuple) -> jax.stages.Compiled:
-    frozen, state, _, _ = arguments
-    replicated, spec = distributed.replicated(mesh), config.stages[index].spec
-    upscale = functools.partial(validation.upscale_image, base=shapes.base, spec=spec)
-    jitted = jax.jit(upscale, out_shardings=replicated, compiler_options=compiler_options())
+def _compile_upscale(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters) -> jax.stages.Compiled:
+    frozen, state, *_ = stage_shapes(config, index, shapes, mesh, start)
+    stage = config.stages[index]
+    below = make_objective(config, stage, specs_of(config, start)).below
+    upscale = functools.partial(validation.upscale_image, base=shapes.base, spec=stage.spec, specs_below=below)
+    jitted = jax.jit(upscale, out_shardings=distributed.replicated(mesh), compiler_options=compiler_options())
     image = jax.ShapeDtypeStruct((1, config.data.crop, config.data.crop, 3), jnp.float32)
-    return jitted.lower(frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, image).compile()
+    return jitted.lower(frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below, image).compile()
 
 
-def compile_stage(
-    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Mapping[str, AdapterTree], validated: bool
-) -> Programs:
+def compile_stage(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters, validated: bool) -> Programs:
     """Compile the functions of one stage from shapes.
 
     Raises:
         ValueError: the step does not fit into the memory of a device.
     """
     with explain_out_of_memory(config, mesh, f"stage {config.stages[index].adapter}"):
-        arguments = stage_shapes(config, index, shapes, mesh, start)
-        step = trace_step(config, index, shapes, mesh, start).lower().compile()
-        upscale = _compile_upscale(config, index, shapes, mesh, arguments) if validated else None
-    return Programs(step, upscale)
+        traced = trace_step(config, index, shapes, mesh, start)
+        step, operations = traced.lower().compile(), count_operations(traced.jaxpr) / mesh.size
+        upscale = _compile_upscale(config, index, shapes, mesh, start) if validated else None
+    return Programs(step, operations, upscale)
 
 
 @contextlib.contextmanager

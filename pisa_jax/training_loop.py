@@ -17,7 +17,7 @@ from pisa_jax.runtime import distributed
 from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.train_step import Batch, State, make_frozen
 from pisa_jax.training_compile import Programs
-from pisa_jax.training_run import Run, Stop, how_to_continue, new_state, save
+from pisa_jax.training_run import Run, Stop, how_to_continue, new_state, save, specs_of
 
 # Steps that are dispatched and have not ended.
 MAX_IN_FLIGHT = 2
@@ -28,26 +28,30 @@ def train_stage(
 ) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
+    below = {name: trained[name] for name in stage.frozen}
     with outside_steps(run):
         frozen = make_frozen(
             run.model,
             run.mesh,
-            {name: trained[name] for name in stage.frozen},
-            run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
+            below,
+            specs_of(config, run.start),
             negative_prompt=config.negative_prompt,
             perceptual=run.perceptual if stage.perceptual else None,
             teacher=bool(stage.csd),
             prompts=bool(config.data.prompts),
         )
-        state = new_state(run, index, frozen.unet) if state is None else state
+        state = new_state(run, index, frozen.unet, below) if state is None else state
+    if run.log:
+        run.log.step_flops = programs.operations
     step_function = watched(run, programs.step)
 
     def validate(step, state):
-        if programs.upscale:
-            upscale = watched(run, programs.upscale)
-            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
-            with left_out(run):
-                log_validation(run, stage, step, functools.partial(upscale, *weights))
+        if not programs.upscale:
+            return None
+        upscale = watched(run, programs.upscale)
+        weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below)
+        with left_out(run):
+            return log_validation(run, stage, step, functools.partial(upscale, *weights))
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     if before + int(state.step) == 0:  # the base model without any adapter
@@ -70,27 +74,30 @@ def run_steps(
     trained: dict[str, AdapterTree],
     state: State,
     step_function: Callable[[State, Batch], tuple[State, dict[str, Any]]],
-    validate: Callable[[int, State], None],
+    validate: Callable[[int, State], dict[str, float] | None],
 ) -> State:
     """Run the steps of a stage that are left after `state`, with what happens between them; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
     step, in_flight = int(state.step), InFlight(run.watchdog)
     while step < stage.steps:
         in_flight.wait(MAX_IN_FLIGHT - 1)
-        state, measured = step_function(state, next_batch(run))
-        in_flight.add(measured)
+        batch = next_batch(run)
         step += 1
-        last = step == stage.steps
+        run.profiler.before(before + step)
+        state, measured = step_function(state, batch)
+        run.profiler.after(before + step, measured)
+        in_flight.add(measured)
+        last, metrics = step == stage.steps, None
         if last or step % config.log_every == 0:
             log_step(run, stage, before + step, jax.device_get(measured))
         if last or step % config.validation.every == 0:
             in_flight.wait(0)
-            validate(before + step, state)
+            metrics = validate(before + step, state)
         stop = asked_to_stop(run, before + step)
         if last or stop or step % config.save_every == 0:
             in_flight.wait(0)
             with left_out(run):
-                save(run, index, trained, state)
+                save(run, index, trained, state, metrics)
         if stop and before + step < run.total:
             message = f"stopped and saved at step {before + step} of {run.total}; continue with --resume"
             raise Stop(message, run.stop.number)
@@ -144,8 +151,7 @@ def next_batch(run: Run) -> Batch:
     """Load the next batch and place it on the devices; the time is logged."""
     start = time.perf_counter()
     batch = place_batch(run, next(run.loader))
-    if run.log:
-        run.log.add_data_wait(time.perf_counter() - start)
+    run.wait.add(time.perf_counter() - start)
     return batch
 
 
@@ -163,9 +169,9 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
     Raises:
         FloatingPointError: too many steps in a row were not finite.
     """
-    values = {name: float(value) for name, value in measured.items()}
+    values, waited = {name: float(value) for name, value in measured.items()}, run.wait.gather()
     if run.log:
-        run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()})
+        run.log.log(step, {f"{stage.adapter}/{name}": value for name, value in values.items()}, waited)
     if values["bad_streak"] >= run.config.max_bad_steps:
         raise FloatingPointError(
             f"{values['bad_streak']:.0f} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
@@ -173,14 +179,15 @@ def log_step(run: Run, stage: Stage, step: int, measured: dict[str, Any]) -> Non
         )
 
 
-def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> None:
-    """Measure the validation images; log the metrics and a contact sheet."""
+def log_validation(run: Run, stage: Stage, step: int, upscale: Any) -> dict[str, float]:
+    """Measure the validation images; log the metrics, which are returned, and a contact sheet."""
     found, sheet = validation.evaluate(upscale, run.validation, run.perceptual, stage)
     if run.log:
         run.log.log_scalars(step, {f"validation/{name}": value for name, value in found.items()})
         run.log.log_image(step, "validation", sheet)
         values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         run.log.print_line(f"step {step}: validation {values}")
+    return found
 
 
 def asked_to_stop(run: Run, step: int) -> bool:

@@ -1,7 +1,9 @@
 """The base model and the perceptual loss of a training run: loading, and checks of the config against them."""
 
+import contextlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from pisa_jax.adapters import injection, registry
+from pisa_jax.adapters import fit, injection, registry
 from pisa_jax.config import Config
 from pisa_jax.data.latents import LatentSource
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.console import say
+from pisa_jax.runtime.imports import import_function
+from pisa_jax.runtime.remote_paths import AnyPath, copy_folder, is_bucket
 from pisa_jax.sd import backbone, pretrained, random_model
 from pisa_jax.sd.base_model import make_base_model
 
@@ -54,8 +58,13 @@ def random_shapes() -> tuple[BaseModel, Any]:
     return random_model.base_model_of_size(RANDOM_SIZE), backbone.param_shapes(modules)["unet"]
 
 
-def make_random_model(config: Config, folder: Path) -> Path:
-    """Write a random base model into the run directory, from one process, unless it exists; returns its folder."""
+def make_random_model(config: Config, folder: AnyPath, scratch: contextlib.ExitStack) -> AnyPath:
+    """Write a random base model into the run directory, from one process, unless it exists; returns its folder.
+
+    For a run directory in a bucket, this is a local copy, which is deleted when `scratch` is closed.
+    """
+    if is_bucket(folder):
+        return _random_model_in_bucket(config, folder / "model", scratch)
     made = folder / "model"
     if jax.process_index() == 0 and not made.exists():
         unfinished = made.with_suffix(".part")  # left over by a killed run, or ours
@@ -64,6 +73,18 @@ def make_random_model(config: Config, folder: Path) -> Path:
         unfinished.rename(made)
     multihost_utils.sync_global_devices("model written")
     return made
+
+
+def _random_model_in_bucket(config: Config, made: AnyPath, scratch: contextlib.ExitStack) -> AnyPath:
+    local = Path(scratch.enter_context(tempfile.TemporaryDirectory())) / "model"
+    complete = made / ".complete"
+    if jax.process_index() == 0 and not complete.exists():
+        random_model.write_random_model(local, RANDOM_SIZE, config.seed)
+        copy_folder(local, made)
+        complete.write_text("")
+    multihost_utils.sync_global_devices("model written")
+    copy_folder(made, local)
+    return local
 
 
 def load_perceptual(config: Config, mesh: jax.sharding.Mesh) -> Any:
@@ -109,8 +130,9 @@ def check(config: Config, base: BaseModel, unet: Any) -> None:
     """Check all stages of the config against the model, whose UNet has the leaves (or shapes) `unet`.
 
     Raises:
-        ValueError: an unknown decomposition or option, layers that it cannot adapt, targets that match no layer, or a
-            crop that is not a multiple of the VAE's scale factor or is smaller than `latent_window`.
+        ValueError: an unknown decomposition, option or optimizer, layers that it cannot adapt, targets that match no
+            layer, an adapter that depends on the weights on top of one that cannot be merged, or a crop that is not a
+            multiple of the VAE's scale factor or is smaller than `latent_window`.
     """
     if config.data.crop % base.vae_scale_factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
@@ -119,6 +141,11 @@ def check(config: Config, base: BaseModel, unet: Any) -> None:
         try:
             registry.import_decomposition(stage.spec.decomposition)
             injection.check_spec(unet, stage.spec)
+            if registry.get_decomposition(stage.spec).needs_kernel == "delta":
+                below = {each.adapter: each.spec for each in config.stages if each.adapter in stage.frozen}
+                fit.check_mergeable(below)
+            if stage.optimizer:
+                import_function(stage.optimizer)
         except ValueError as error:
             raise ValueError(f"stage {stage.adapter}: {error}") from error
         if stage.latent_window > latents:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.adapters.start import load_start
 from pisa_jax.config import Config
 from pisa_jax.runtime import distributed
@@ -70,13 +71,15 @@ def report_compiled(config: Config, topology: str | None, peak_share: float) -> 
     check_mesh(config, mesh)
     base, params, tokens = expected_shapes(config)
     check(config, base, params["unet"])
-    start = load_start(config).trees
+    start = load_start(config)
     shapes = Shapes(base, params, tokens, perceptual_shapes(config))
     for index in range(len(config.stages)):
         print("\n".join(report_stage(config, index, shapes, mesh, start, peak_share)), flush=True)
 
 
-def report_stage(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Any, peak_share: float) -> list[str]:
+def report_stage(
+    config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters, peak_share: float
+) -> list[str]:
     """Compile the step of a stage; returns the lines of its report."""
     stage, device = config.stages[index], mesh.devices.flat[0]
     began = time.perf_counter()

@@ -3,7 +3,7 @@
 import functools
 import signal
 from collections.abc import Mapping
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,18 +12,26 @@ import optax
 
 from pisa_jax.adapters import files, fit, injection, registry
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
-from pisa_jax.config import Config, Stage
+from pisa_jax.config import AdapterSpec, Config, Stage
 from pisa_jax.data.loader import Loader
 from pisa_jax.metrics.validation import ValidationImage
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
+from pisa_jax.runtime.imports import import_function
+from pisa_jax.runtime.performance import DataWait
+from pisa_jax.runtime.profiling import Profiler
+from pisa_jax.runtime.remote_paths import AnyPath, uploaded
+from pisa_jax.runtime.run_directory import require_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.train_step import Objective, State, init_state
 
 ADAPTERS_FILE = "adapters.safetensors"
+# The adapters of the best checkpoint, with `config.keep_best`.
+BEST_FILE = "best.safetensors"
 
 
 class Stop(Exception):
@@ -38,9 +46,11 @@ class Run(NamedTuple):
     """Everything that the stages of a run share."""
 
     config: Config
-    folder: Path
+    folder: AnyPath
     mesh: jax.sharding.Mesh
     model: LoadedModel
+    # `weights_digest` of all parts of the model.
+    digest: str
     # Adapters that the run starts from; none without `config.start`.
     start: Adapters
     # Weights of the perceptual loss on the devices; None if no stage uses it.
@@ -52,6 +62,8 @@ class Run(NamedTuple):
     log: RunLog | None
     stop: StopStep
     watchdog: Watchdog
+    profiler: Profiler
+    wait: DataWait
 
     @property
     def total(self) -> int:
@@ -63,8 +75,8 @@ class Run(NamedTuple):
         return sum(stage.steps for stage in self.config.stages[:index])
 
 
-def make_objective(config: Config, stage: Stage) -> Objective:
-    """Collect what the training step of a stage needs."""
+def make_objective(config: Config, stage: Stage, specs: Mapping[str, AdapterSpec]) -> Objective:
+    """Collect what the training step of a stage needs; `specs` are those of the adapters below it, at least."""
     return Objective(
         spec=stage.spec,
         l2=stage.l2,
@@ -78,16 +90,28 @@ def make_objective(config: Config, stage: Stage) -> Objective:
         accumulate=config.accumulate,
         remat=config.remat,
         ema=config.ema,
+        below=tuple(specs[name] for name in stage.frozen if not fit.is_mergeable(specs[name])),
     )
 
 
-def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
-    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage."""
+def make_optimizer(
+    config: Config, stage: Stage, below: Mapping[str, AdapterTree] = MappingProxyType({})
+) -> optax.GradientTransformation:
+    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage, or what `stage.optimizer` makes.
+
+    `below` are the frozen adapters; to restore a run, arrays of the same shapes.
+    """
     b1, b2 = config.betas
     no_decay = registry.get_decomposition(stage.spec).no_decay
     decayed = functools.partial(select_factors, lambda name: name not in no_decay) if no_decay else None
     adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    default = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    return import_function(stage.optimizer)(default, below) if stage.optimizer else default
+
+
+def specs_of(config: Config, start: Adapters) -> dict[str, AdapterSpec]:
+    """Return the specifications of all adapters of a run that starts from the adapters `start`."""
+    return start.specs | {stage.adapter: stage.spec for stage in config.stages}
 
 
 def learning_rate(stage: Stage) -> optax.Schedule:
@@ -101,25 +125,50 @@ def learning_rate(stage: Stage) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, stage.warmup), after], [stage.warmup])
 
 
-def new_state(run: Run, index: int, unet: Any) -> State:
-    """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
+def new_state(run: Run, index: int, unet: Any, below: Mapping[str, AdapterTree]) -> State:
+    """Return the state before the first step of a stage on the weights `unet`, with large factors sharded."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = make_state(run.config, index, run.start.trees, unet)
-    return distributed.make_global_arrays(
-        jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
-    )
+    adapter = jax.device_get(new_adapter(run.config, index, run.start.trees, unet))
+    make = functools.partial(make_state, run.config, index)
+    layout = distributed.factor_shardings(run.mesh, jax.eval_shape(make, adapter, below))
+    if run.config.stages[index].optimizer:
+        # Not under jit: on CPUs, a program with many QR or singular value decompositions can wait for itself.
+        return distributed.make_global_arrays(jax.device_get(make(adapter, below)), layout)
+    adapter = distributed.make_global_arrays(adapter, distributed.factor_shardings(run.mesh, adapter))
+    return jax.jit(make, out_shardings=layout)(adapter, below)
 
 
-def make_state(config: Config, index: int, start: Mapping[str, AdapterTree], unet: Any) -> State:
-    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes.
+def new_adapter(config: Config, index: int, start: Mapping[str, AdapterTree], unet: Any) -> AdapterTree:
+    """Return the adapter that a stage starts from; under `jax.eval_shape`, `unet` may be shapes.
 
     `start` has the adapters that the run starts from.
     """
     stage = config.stages[index]
     key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
     given = start.get(stage.adapter)
-    adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
-    return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
+    return injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
+
+
+def make_state(config: Config, index: int, adapter: AdapterTree, below: Mapping[str, AdapterTree]) -> State:
+    """Make the state before the first step of a stage, which starts from `adapter` on top of the adapters `below`."""
+    stage = config.stages[index]
+    return init_state(adapter, make_optimizer(config, stage, below), ema=bool(config.ema), spec=stage.spec)
+
+
+def adapter_shapes(config: Config, count: int, start: Mapping[str, AdapterTree], unet: Any) -> dict[str, AdapterTree]:
+    """Return the shapes of all adapters after the first `count` stages; `start` as for `new_adapter`."""
+    found = dict(start)
+    for index, stage in enumerate(config.stages[:count]):
+        found[stage.adapter] = jax.eval_shape(functools.partial(new_adapter, config, index, start), unet)
+    return found
+
+
+def state_shapes(config: Config, index: int, start: Mapping[str, AdapterTree], unet: Any) -> State:
+    """Return the shapes of the state of a stage; `start` as for `new_adapter`."""
+    before = adapter_shapes(config, index, start, unet)
+    below = {name: before[name] for name in config.stages[index].frozen}
+    adapter = jax.eval_shape(functools.partial(new_adapter, config, index, start), unet)
+    return jax.eval_shape(functools.partial(make_state, config, index), adapter, below)
 
 
 def exported(state: State) -> AdapterTree:
@@ -131,45 +180,56 @@ def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     """Restore the newest sound checkpoint: its stage, the adapters finished before it, and the training state.
 
     Raises:
-        ValueError: the checkpoint belongs to a longer run, or to other data or adapters.
+        ValueError: the checkpoint belongs to a longer run, or to another model, other data or adapters.
     """
     progress = run.checkpoints.progress()
+    if progress.model not in (None, run.digest):
+        raise ValueError(
+            f"{run.config.model} is not the model of this run: its weights are {run.digest}, and checkpoint "
+            f"{run.checkpoints.latest} was trained on {progress.model}; give the model that the run was started with"
+        )
     if (latest := run.checkpoints.latest or 0) > run.total:
         raise ValueError(
             f"checkpoint {latest} is from a later step than the {run.total} steps of this run; move it to another "
             "folder to continue from an older one"
         )
     run.loader.set_state(progress.loader)
-    replicated = distributed.replicated(run.mesh)
 
-    def abstract(index):
-        make = functools.partial(make_state, run.config, index, run.start.trees)
-        shapes = jax.eval_shape(make, run.model.params["unet"])
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+    given, unet = run.start.trees, run.model.params["unet"]
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), run.start.trees
+    shapes = (
+        adapter_shapes(run.config, len(names), given, unet),
+        state_shapes(run.config, progress.stage, given, unet),
     )
-    shapes |= {name: exported(abstract(index)) for index, name in enumerate(names)}
-    adapters, state = run.checkpoints.restore(shapes, abstract(progress.stage))
-    return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
+    adapters, state = run.checkpoints.restore(*(distributed.factor_shapes(run.mesh, tree) for tree in shapes))
+    before = {name: tree for name, tree in adapters.items() if name != names[-1]}
+    return progress.stage, distributed.to_host(before), state
 
 
-def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) -> None:
-    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages.
+def save(
+    run: Run, index: int, trained: dict[str, AdapterTree], state: State, metrics: dict[str, float] | None = None
+) -> None:
+    """Save a checkpoint of stage `index`, with the adapters `trained` in earlier stages; export it if it is the best.
+
+    `metrics` are those of a validation at this step.
 
     Raises:
         FloatingPointError: the adapter is not finite: a run that continues from it could not recover.
-        OSError: the checkpoint cannot be written.
+        OSError: the checkpoint cannot be written, or a program that was started later uses the run directory.
     """
+    require_run_directory(run.config)
     adapter = run.config.stages[index].adapter
     for tree in (state.adapter, state.ema):
         if tree is not None:
-            require_finite(run, adapter, jax.device_get(tree))
-    progress = Progress(index, run.loader.get_state())
+            require_finite(run, adapter, distributed.to_host(tree))
+    progress = Progress(index, run.loader.get_state(), run.digest)
     step = run.before(index) + int(state.step)
-    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
+    run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress, metrics)
+    if run.checkpoints.best == step:
+        best = distributed.to_host(exported(state))  # of all processes
+        if jax.process_index() == 0:
+            export(run, {**trained, adapter: best}, BEST_FILE)
 
 
 def require_finite(run: Run, name: str, tree: AdapterTree) -> None:
@@ -188,9 +248,11 @@ def how_to_continue(run: Run) -> str:
     return f"{intact}; continue with --resume and a lower learning rate, or with float32"
 
 
-def export(run: Run, trained: dict[str, AdapterTree]) -> None:
+def export(run: Run, trained: dict[str, AdapterTree], name: str = ADAPTERS_FILE) -> None:
     """Write the trained adapters for inference."""
     stages = [stage for stage in run.config.stages if stage.adapter in trained]
     specs = run.start.specs | {stage.adapter: stage.spec for stage in stages}
     below = {**run.start.trained_on, **{stage.adapter: stage.frozen for stage in stages if stage.frozen}}
-    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
+    digest = weights_digest(run.model.params["unet"])
+    with uploaded(run.folder / name) as file:
+        files.save_adapters(file, Adapters(trained, specs, run.config.model, below, digest))

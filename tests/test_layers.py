@@ -11,10 +11,11 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write chips compilation console file_identity key_value_store messages operations stop_signals "
-    "torch_layout trees watchdog | checksums failures run_log torch_pickle | agreement tensor_files | "
-    "checkpoint cluster distributed run_directory stop_step",
-    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
+    "runtime": "atomic_write chips compilation console file_identity imports key_value_store messages operations "
+    "stop_signals torch_layout trees watchdog | failures performance remote_paths weights_digest | agreement checksums "
+    "mirror profiling run_lock torch_pickle | checkpoint run_directory run_log stop_step tensor_files | "
+    "cluster distributed",
+    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
@@ -23,7 +24,7 @@ ROOMS = {
     "vera | dora files foreign_keys hira interchange tucker | "
     "foreign_files registry | fit start | injection",
     "model": "",
-    "data": "blur_kernels contents folders text_files | prompts sources | "
+    "data": "blur_kernels contents folders text_files workers | prompts sources | "
     "degradation latents tfds unusable_files | samples | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
@@ -37,8 +38,8 @@ ROOMS = {
     "training_report": "",
     "training_loop": "",
     "training": "",
-    "cli": "arguments compile_only infer_names output_files | infer_plan | "
-    "convert degrade evaluate infer_files prepare train | infer inspect",
+    "cli": "adapter_scales arguments compile_only infer_names output_files scale_map_files | infer_plan | "
+    "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}

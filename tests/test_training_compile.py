@@ -10,6 +10,7 @@ from conftest import ROOT
 from tiny import random_base
 
 from pisa_jax import train_step, training_report
+from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.cli import compile_only, train
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
 from pisa_jax.metrics import lpips
@@ -25,6 +26,7 @@ STAGES = (
     Stage("pix", steps=10, spec=AdapterSpec(rank=2)),
     Stage("sem", steps=20, frozen=("pix",), perceptual=2.0, csd=1.0, spec=AdapterSpec(rank=2)),
 )
+NO_ADAPTERS = Adapters({}, {})
 NANO = Config("", STAGES, "random", data=Data("fake", crop=32), batch_size=4, perceptual="squeeze")
 
 
@@ -117,7 +119,7 @@ def test_a_report_of_the_local_devices(capsys):
     report = capsys.readouterr().out
     assert report.startswith("stage pix on 2 x cpu (data 2 x fsdp 1), batch 4, crops of 32, UNet float32, VAE float32,")
     tflop = float(re.search(r"operations per chip: (\S+) TFLOP", report)[1])
-    alone = trace_step(config, 0, shapes(config), distributed.make_mesh(data=1), {})
+    alone = trace_step(config, 0, shapes(config), distributed.make_mesh(data=1), NO_ADAPTERS)
     assert tflop == pytest.approx(count_operations(alone.jaxpr) / 2e12, rel=1e-2)
     assert re.search(r"memory per chip: 0\.\d\d GiB, 0\.\d\d held", report)
     assert re.search(r"collectives: \d+ all-reduce", report)
@@ -126,18 +128,18 @@ def test_a_report_of_the_local_devices(capsys):
 def test_shapes_are_those_of_the_arguments():
     config = dataclasses.replace(NANO, data=dataclasses.replace(NANO.data, prompts="prompts.jsonl"))
     mesh = distributed.make_mesh(data=2, fsdp=2)
-    frozen, state, batch, _ = stage_shapes(config, 1, shapes(config), mesh, {})
+    frozen, state, batch, _ = stage_shapes(config, 1, shapes(config), mesh, NO_ADAPTERS)
     assert frozen.teacher is frozen.unet
     assert frozen.null_prompt.shape == (1, 77, 32)
     assert batch.token_ids.shape == (4, 77)
     assert batch.lq.sharding.shard_shape(batch.lq.shape) == (1, 32, 32, 3)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((state, frozen.perceptual)))
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(frozen.unet))
-    first = frozen_shapes(config, 0, shapes(config), mesh)
+    first = frozen_shapes(config, 0, shapes(config), mesh, NO_ADAPTERS)
     assert first.teacher is None
     assert first.perceptual is None
     latents = dataclasses.replace(config, data=Data("latents", "folder", crop=32))
-    assert stage_shapes(latents, 0, shapes(latents), mesh, {})[2].lq.shape == (4, 8, 8, 8)
+    assert stage_shapes(latents, 0, shapes(latents), mesh, NO_ADAPTERS)[2].lq.shape == (4, 8, 8, 8)
 
 
 def test_the_perceptual_loss_asks_for_float32_products():

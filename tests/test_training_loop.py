@@ -57,6 +57,7 @@ def slow_device(monkeypatch, seconds):
             state, measured = step(*arrays)
             return state, device.dispatch(measured)
 
+        run.lower = step.lower
         return run
 
     monkeypatch.setattr(training_loop, "jit_train_step", compile_slow)
@@ -111,6 +112,7 @@ def test_every_step_is_a_beat_and_a_compilation_is_none(tmp_path, monkeypatch):
             expected.append(watchdog._due is not None)
             return step(*arrays)
 
+        run.lower = step.lower
         return run
 
     monkeypatch.setattr(training_loop, "jit_train_step", recorded)
@@ -156,5 +158,5 @@ def test_hang_minutes_may_change_at_a_resume(tmp_path, caplog):
     out = tmp_path / "run"
     train(config(out, steps=(1, 1)))
     with caplog.at_level(logging.WARNING):
-        train(config(out, steps=(1, 1), hang_minutes=0), resume=True)
+        train(config(out, steps=(1, 1), hang_minutes=0.0), resume=True)
     assert "hang_minutes" not in caplog.text

@@ -4,16 +4,31 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
-from pisa_jax.config import Scales, check_scales, check_seed
+from pisa_jax.config import Scales, check_path, check_scales, check_seed
 
 
-def scales(text: str) -> Scales:
-    """Parse "1.0,0.7", or "0.7" for both, to (pix, sem)."""
-    values = scales_of_adapters(text)
-    if len(values) > 2:
-        raise _not_scales(text)
-    return values * (3 - len(values))
+def local(text: str) -> str:
+    """Parse a local path, or the name of a model; paths in buckets and with other schemes are refused."""
+    return _checked_path(text, bucket=False)
+
+
+def local_path(text: str) -> Path:
+    """Parse a local path; paths in buckets and with other schemes are refused."""
+    return Path(local(text))
+
+
+def adapter_file(text: str) -> str:
+    """Parse the path of an adapter file, which may be in a bucket."""
+    return _checked_path(text, bucket=True)
+
+
+def _checked_path(text: str, bucket: bool) -> str:
+    try:
+        return check_path("the path", text, bucket)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def scales_of_adapters(text: str) -> Scales:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pisa_jax.cli.arguments import adapter_file, local
 from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.messages import error_text
 
@@ -37,12 +38,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
         epilog=FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("source", metavar="IN", help="pisa_sr.pkl, a safetensors file, or a folder of PEFT")
-    p.add_argument("target", metavar="OUT", help="safetensors file to write; for peft, a folder")
+    p.add_argument(
+        "source", type=adapter_file, metavar="IN", help="pisa_sr.pkl, a safetensors file, or a folder of PEFT"
+    )
+    p.add_argument("target", type=local, metavar="OUT", help="safetensors file to write; for peft, a folder")
     p.add_argument("--to", choices=["adapters", "original", "peft", "diffusers", "kohya"], default="adapters",
         help="format of OUT (%(default)s)")  # fmt: skip
     p.add_argument("--adapter", metavar="NAME", help="the adapter of a format that holds one (default pix, if read)")
-    p.add_argument("--model", metavar="FOLDER|ID", help="base model of the adapters, for formats of other programs")
+    p.add_argument(
+        "--model", type=local, metavar="FOLDER|ID", help="base model of the adapters, for formats of other programs"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return p
 
@@ -74,7 +79,11 @@ def read(source: str, model: str | None, name: str | None) -> "Adapters":
     """Load adapters of any format; an adapter of another program gets the name `name`, by default pix."""
     from pisa_jax.adapters.files import load_adapters
     from pisa_jax.adapters.foreign_keys import is_foreign
+    from pisa_jax.runtime.remote_paths import is_bucket, local_copy
 
+    if is_bucket(source):
+        with local_copy(source) as file:
+            return read(str(file), model, name)
     if not is_foreign(source):
         return load_adapters(source)
     from pisa_jax.adapters.fit import check_adapters

@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pisa_jax.cli.arguments import local_path
 from pisa_jax.data.degradation import PISA_SR, degrade_and_downscale
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.image_data import from_array
@@ -100,8 +101,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gt", type=Path, required=True, metavar="DIR", help="folder of high-quality images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder of the folders lq and gt")
+    parser.add_argument("--gt", type=local_path, required=True, metavar="DIR", help="folder of high-quality images")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="output folder of the folders lq and gt"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT/lq and OUT/gt if they exist")
     arguments = parser.parse_args(argv)

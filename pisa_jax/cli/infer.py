@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
+    adapter_file,
     integer_at_least,
+    local,
+    local_path,
     megapixels,
     name_part,
     prompt,
@@ -21,7 +25,6 @@ from pisa_jax.cli.arguments import (
     upscale_factor,
 )
 from pisa_jax.cli.output_files import check_output_files
-from pisa_jax.config import Scales, check_scales
 from pisa_jax.runtime.console import progress_bar, say, show_any_name
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 # Sample images of the demo model, the default input.
 SAMPLES = Path(__file__).parents[1] / "assets" / "demo" / "samples"
+
+# Adapters whose scales a map can multiply.
+MAPPED = ("pix", "sem")
 
 
 def parse_vae_tile(text: str) -> int | str:
@@ -54,15 +60,19 @@ def parser(prog: str = "infer.py") -> argparse.ArgumentParser:
 
 
 def _add_main_arguments(add: Callable[..., Any]) -> None:
-    add("-i", "--input", "--input_image", nargs="+", metavar="PATH",
+    add("-i", "--input", "--input_image", nargs="+", type=local, metavar="PATH",
         help="images, or folders of images (default: the samples of the demo model)")  # fmt: skip
-    add("-o", "--output", "--output_dir", type=Path, default=Path("out"), metavar="FOLDER",
+    add("-o", "--output", "--output_dir", type=local_path, default=Path("out"), metavar="FOLDER",
         help="output folder (default out)")  # fmt: skip
     add("-s", "--scale", "--upscale", type=upscale_factor, default=4.0,
         help="upscale factor, any number >= 1 (default 4)")  # fmt: skip
     add("--scales", nargs="+", type=scales_of_adapters, metavar="PIX,SEM",
         help="strength of the adapters pix (fidelity) and sem (detail), one or more pairs (default 1,1); with other "
         "adapters one number each, in the order of the file")  # fmt: skip
+    for name in MAPPED:
+        add(f"--{name}-map", type=Path, metavar="FILE|FOLDER",
+            help=f"gray image that multiplies the scale of {name} place by place (white 1, black 0), or a folder with "
+            "such a file of equal name for each image")  # fmt: skip
     add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
     add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
     add("--default", action="store_true", help=argparse.SUPPRESS)
@@ -71,9 +81,9 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
 
 
 def _add_model_arguments(add: Callable[..., Any]) -> None:
-    add("--model", "--pretrained_model_path", default="demo", metavar="FOLDER|ID",
+    add("--model", "--pretrained_model_path", type=local, default="demo", metavar="FOLDER|ID",
         help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
-    add("--adapters", "--pretrained_path", nargs="+", metavar="FILE",
+    add("--adapters", "--pretrained_path", nargs="+", type=adapter_file, metavar="FILE",
         help="pisa_sr.pkl or adapters.safetensors; several files are joined in this order (default: the adapters of "
         "the demo model)")  # fmt: skip
     add("--decomposition", nargs="+", default=[], metavar="MODULE:FUNCTION",
@@ -101,7 +111,7 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
         help="images of equal size per call of the model (default 1)")  # fmt: skip
     add("--max-megapixels", type=megapixels, metavar="N",
         help="refuse larger input images before they are decoded (default 178.9)")  # fmt: skip
-    add("--compile-cache", default=None, metavar="DIR|off",
+    add("--compile-cache", type=local, default=None, metavar="DIR|off",
         help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
 
 
@@ -110,7 +120,7 @@ def _add_output_arguments(add: Callable[..., Any]) -> None:
         help="output format (default auto: the format of the input)")  # fmt: skip
     add("--suffix", type=name_part, default="", help="text appended to the stems of output files")
     add("--skip-existing", action="store_true", help="skip inputs whose output files exist")
-    add("--json", type=Path, metavar="FILE", help="write a report of every input file")
+    add("--json", type=local_path, metavar="FILE", help="write a report of every input file")
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -124,34 +134,17 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
     if args.lambda_pix is not None or args.lambda_sem is not None:
         args.scales = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
+    names = adapter_names(args.adapters)
+    args.maps = {name: path for name in MAPPED if (path := getattr(args, f"{name}_map"))}
+    for name in args.maps.keys() - set(names):
+        p.error(f"argument --{name}-map: there is no adapter {name!r}; the adapters are {', '.join(names)}")
     try:
-        args.scales = complete_scales([] if args.default else args.scales, adapter_names(args.adapters))
+        args.scales = complete_scales([] if args.default else args.scales, names)
     except ValueError as error:
         p.error(f"argument --scales: {error}")
     args.color_fix = {"nofix": "none"}.get(args.color_fix, args.color_fix)
     args.vae_tile = choose_vae_tile(args)
     return args
-
-
-def adapter_names(paths: Sequence[str] | None) -> list[str]:
-    """Names of the adapters in the files, in order; those of the method for the demo model and for unreadable files."""
-    from pisa_jax.adapters.adapter_tree import with_sem
-    from pisa_jax.adapters.files import load_all_adapters
-
-    try:
-        return list(with_sem(load_all_adapters(paths)).specs) if paths else ["pix", "sem"]
-    except (OSError, ValueError):  # reported when the model is loaded
-        return ["pix", "sem"]
-
-
-def complete_scales(given: Sequence[Scales] | None, names: Sequence[str]) -> list[Scales]:
-    """Return one scale for each adapter: none given, all are 1; a single number holds for all.
-
-    Raises:
-        ValueError: another number of scales.
-    """
-    rows = [row * len(names) if len(row) == 1 else row for row in given or [(1.0,)]]
-    return list(dict.fromkeys(check_scales(row, names) for row in rows))
 
 
 def choose_vae_tile(args: argparse.Namespace) -> int | str:
@@ -174,9 +167,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         inputs = list_inputs(args.input)
-        if args.json:
-            check_output_files({"--json": args.json}, inputs)
         plan = make_plan(inputs, upscale_options(args), args.json)
+        if args.json:
+            check_output_files(
+                {"--json": args.json}, [*inputs, *(path for file in plan.files for path in file.maps.values())]
+            )
         upscaler = load_upscaler(args)
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
@@ -210,6 +205,7 @@ def upscale_options(args: argparse.Namespace) -> "UpscaleOptions":
         output=args.output,
         scale=args.scale,
         scales=tuple(args.scales),
+        maps=args.maps,
         seed=args.seed,
         batch_size=args.batch_size,
         ext=args.ext,

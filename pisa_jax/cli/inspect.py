@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pisa_jax.adapters.adapter_tree import summary
+from pisa_jax.cli.arguments import adapter_file, local
 from pisa_jax.cli.convert import read
 from pisa_jax.runtime.console import say, show_any_name
 from pisa_jax.runtime.messages import error_text
@@ -26,9 +27,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr inspect") -> in
         description="Print the adapters of a file of any format that `pisa-sr convert` reads: decomposition, rank, "
         "layers, and the norm of the factors per block. With two files, print how they differ.",
     )
-    parser.add_argument("file", metavar="FILE")
-    parser.add_argument("other", metavar="OTHER", nargs="?", help="file to compare with")
-    parser.add_argument("--model", metavar="FOLDER|ID", help="base model, as for `pisa-sr convert`")
+    parser.add_argument("file", type=adapter_file, metavar="FILE")
+    parser.add_argument("other", type=adapter_file, metavar="OTHER", nargs="?", help="file to compare with")
+    parser.add_argument("--model", type=local, metavar="FOLDER|ID", help="base model, as for `pisa-sr convert`")
     args = parser.parse_args(argv)
     try:
         found = [read(path, args.model, None) for path in (args.file, args.other) if path]

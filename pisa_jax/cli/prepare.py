@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pisa_jax.cli.arguments import local_path
 from pisa_jax.data.sources import FileSource, folder_source, pair_source
 from pisa_jax.runtime.console import say, show_any_name
 
@@ -92,9 +93,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, help="folder of images and subfolders; with --paired, folder of lq/ and gt/"
+        "folder", type=local_path, help="folder of images and subfolders; with --paired, folder of lq/ and gt/"
     )
-    parser.add_argument("--out", type=Path, required=True, help="output folder; the data set is written to OUT/NAME")
+    parser.add_argument(
+        "--out", type=local_path, required=True, help="output folder; the data set is written to OUT/NAME"
+    )
     parser.add_argument("--name", help="name of the data set (default: name of the folder in lower case)")
     parser.add_argument("--split", default="train", help="name of the split (default: train)")
     parser.add_argument("--paired", action="store_true", help="pack pairs lq/NAME and gt/NAME")

@@ -3,46 +3,64 @@
 import contextlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from pisa_jax.runtime.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from pisa_jax.runtime.messages import error_text
+from pisa_jax.runtime.remote_paths import AnyPath, absolute, is_bucket, rename
 
 logger = logging.getLogger(__name__)
 
 # Items of a checkpoint that hold arrays.
 ARRAYS = ("adapters", "state")
+# The last file of a checkpoint that orbax writes into a bucket, where a folder cannot be renamed at once.
+COMMIT_FILE = "commit_success.txt"
+HIGHER_IS_BETTER = ("psnr", "ssim")
 
 
 class Progress(NamedTuple):
-    """Position of a run: the index of its stage, and the state of the data loader."""
+    """Position of a run: the index of its stage, the state of the data loader, and the model."""
 
     stage: int
     loader: dict[str, Any]
+    # Digest of the weights of the base model; None: from a program that did not record it.
+    model: str | None = None
 
 
 class Checkpoints:
     """The checkpoints of a run, written asynchronously; the newest `keep` are kept. Steps count over all stages.
 
     A checkpoint has the items `adapters` (all adapters trained so far), `state` (of the training step) and `progress`.
-    The checksums of its files are written before it receives its final name. A checkpoint that does not match them is
-    renamed to `damaged_STEP` when the run is resumed, and the newest sound one is used.
+    The checksums of its files are written before it is complete: on a disk it then receives its final name, in a bucket
+    the file commit_success.txt. A checkpoint that does not match its checksums is renamed to `damaged_STEP` when the
+    run is resumed, and the newest sound one is used.
+
+    With `best`, the name of a validation metric, the best checkpoint of the newest stage that has one is also kept.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self._folder = folder.absolute() / "checkpoints"
+    def __init__(self, folder: AnyPath, keep: int = 2, best: str | None = None):
+        self._folder = absolute(folder) / "checkpoints"
         # The step that is known to be sound, after the first use of a saved checkpoint.
         self._sound: int | None = None
+        self._best = best
+        kept: list[Any] = [policies.LatestN(keep)]
+        if best:
+
+            def rank(metrics: Mapping[str, Any]) -> Any:
+                value = metrics[best]
+                return metrics["stage"], value if best in HIGHER_IS_BETTER else -value
+
+            kept.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            best_fn=rank if best else None,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             create=True,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # of a run that was killed; the run directory is locked
@@ -55,8 +73,22 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, adapters: Any, state: Any, progress: Progress) -> None:
+    @property
+    def best(self) -> int | None:
+        """Step of the best checkpoint; None without `best` or a checkpoint with metrics."""
+        return self._manager.best_step() if self._best else None
+
+    def save(
+        self,
+        step: int,
+        adapters: Any,
+        state: Any,
+        progress: Progress,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Start to write a checkpoint; the arrays may be donated as soon as this returns.
+
+        `metrics` are those of a validation at this step.
 
         Raises:
             OSError: there is a checkpoint of this step or a later one, or this checkpoint or the previous one could
@@ -72,16 +104,17 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "progress": ocp.args.JsonSave(progress._asdict()),
         }
+        ranked = {"stage": progress.stage, **metrics} if metrics and self._best else None
         with _disk_errors(self._folder):
-            if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked):
                 raise OSError(f"orbax skipped checkpoint {step}")
 
     def _write_checksums(self) -> None:
-        """Add the checksums to the checkpoint that is complete but not yet renamed; orbax calls this."""
+        """Add the checksums to the checkpoint that has all its files and is not yet marked as complete; for orbax."""
         if jax.process_index() == 0:
-            for unfinished in self._folder.iterdir():
-                if unfinished.name.partition(".")[0].isdecimal() and not unfinished.name.isdecimal():
-                    write_checksums(unfinished)
+            for folder in self._folder.iterdir():
+                if folder.name.partition(".")[0].isdecimal() and not _is_complete(folder):
+                    write_checksums(folder)
 
     def recover(self) -> int | None:
         """Return the step of the newest sound checkpoint, or None if there is none yet; rename newer, damaged ones.
@@ -137,9 +170,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step, reason in damaged.items():
                 folder, renamed = self._folder / str(step), self._folder / f"damaged_{step}"
-                if renamed.exists():  # damaged before at the same step
-                    shutil.rmtree(renamed)
-                folder.rename(renamed)
+                rename(folder, renamed)  # replaces one that was damaged before at the same step
                 logger.warning("checkpoint %s is damaged (%s); it was renamed to %s", folder, reason, renamed.name)
             repeated = max(damaged) - sound
             logger.warning("continuing from checkpoint %d; repeated steps: %d", sound, repeated)
@@ -181,16 +212,31 @@ class Checkpoints:
             self._manager.close()
 
 
+def _is_complete(folder: AnyPath) -> bool:
+    """Return True if a folder is a complete checkpoint; a name that is a number proves it on a disk only."""
+    return folder.name.isdecimal() and (not is_bucket(folder) or (folder / COMMIT_FILE).exists())
+
+
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Convert the errors of orbax and tensorstore for a full or read-only disk to one short OSError."""
+def _disk_errors(folder: AnyPath) -> Iterator[None]:
+    """Convert the errors of orbax and tensorstore for a full or read-only disk, or a bucket, to one short OSError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        # A checkpoint is renamed to its number once it is complete; the manager also counts the incomplete one.
-        complete = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-        intact = f"checkpoint {max(complete)} is intact" if complete else "there is none yet"
+    except Exception as error:
+        if not (is_bucket(folder) or isinstance(error, OSError | ValueError | RuntimeError)):
+            raise
+        advice = "check the bucket" if is_bucket(folder) else "free space"
         text = error_text(error)[:300]
         raise OSError(
-            f"a checkpoint could not be written ({intact}); free space and continue with --resume: {text}"
+            f"a checkpoint could not be written ({_newest_complete(folder)}); {advice} and continue with --resume: "
+            f"{text}"
         ) from error
+
+
+def _newest_complete(folder: AnyPath) -> str:
+    """Describe the newest complete checkpoint; orbax's manager also counts the incomplete one."""
+    try:
+        complete = [int(path.name) for path in folder.iterdir() if _is_complete(path)]
+    except Exception:  # of a bucket that cannot be reached
+        return "older ones are intact"
+    return f"checkpoint {max(complete)} is intact" if complete else "there is none yet"

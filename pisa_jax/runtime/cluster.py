@@ -60,7 +60,9 @@ def connect() -> None:
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(f"the processes of the run did not connect: {error_text(error)[:300]}") from error
     except Exception as error:  # the detection raises errors of many types: no metadata server, no rights in a cluster
-        if count is not None or "coordinator_address should be defined" not in str(error):
+        # Nothing was detected, or nothing was looked for: this process has used JAX before, as a notebook does.
+        alone = "coordinator_address should be defined", "before any JAX calls"
+        if count is not None or not any(text in str(error) for text in alone):
             raise ValueError(
                 f"the processes of the run cannot be found ({error_text(error)[:300]}); {BY_HAND}"
             ) from error
@@ -115,7 +117,7 @@ def _without(names: list[str]) -> Iterator[None]:
 
 def _require_alone() -> None:
     """Raise ValueError if there are other processes, each of which would believe to be the first; report idle nodes."""
-    for size, _ in NUMBERS:
+    for size in ("SLURM_STEP_NUM_TASKS", *(size for size, _ in NUMBERS)):
         if os.environ.get(size, "1") not in ("", "1"):
             raise ValueError(f"{size}={os.environ[size]}, and JAX does not find the first process; {BY_HAND}")
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:

@@ -2,15 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 import re
-import shutil
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +14,14 @@ from jax.experimental import multihost_utils
 
 from pisa_jax.config import Config
 from pisa_jax.runtime.agreement import gather
-from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.remote_paths import AnyPath, absolute, bucket_errors, delete, is_bucket, open_path, write_text
+from pisa_jax.runtime.run_lock import LOCK_FILE, check_lock, lock, require_lock, write_errors
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-LOCK_FILE = ".lock"
+# Compiled programs of a run in a bucket, so that a restarted run compiles nothing again.
+CACHE_FOLDER = "compilation_cache"
 # Config fields that may change when a run is resumed: they do not affect the result. Another mesh, `accumulate` or
 # `remat` changes the adapters only by rounding.
 CHANGEABLE_FIELDS = (
@@ -35,6 +32,9 @@ CHANGEABLE_FIELDS = (
     "remat",
     "log_every",
     "save_every",
+    "keep",
+    "keep_best",
+    "profile_steps",
     "validation",
     "data/workers",
     "data/max_bad_share",
@@ -47,7 +47,7 @@ MOVABLE_FIELDS = ("model", "data/path", "data/hq_path", "data/prompts", "percept
 
 def holds_run(config: Config) -> bool:
     """Return True if the run directory holds a run that can be resumed, or a damaged one; only process 0 looks."""
-    return gather("holds_run", jax.process_index() == 0 and (Path(config.out) / CONFIG_FILE).exists())[0]
+    return gather("holds_run", jax.process_index() == 0 and (open_path(config.out) / CONFIG_FILE).exists())[0]
 
 
 def config_fields(config: Config) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def check_run_directory(config: Config, resume: bool, overwrite: bool) -> None:
 
 def claim_run_directory(
     config: Config, resume: bool, overwrite: bool, lifetime: contextlib.ExitStack | None = None
-) -> Path:
+) -> AnyPath:
     """Create the run directory `config.out` with the config in it, or check it for `resume`; returns its path.
 
     The directory is locked against other programs until `lifetime` is closed; without it, during the call only. The
@@ -78,15 +78,32 @@ def claim_run_directory(
     """
     with contextlib.ExitStack() as call:
         _on_first_process(config, lambda: _claim(config, resume, overwrite, lifetime or call))
-    return Path(config.out)
+    return open_path(config.out)
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Keep compiled programs of a run in a bucket in its run directory, unless JAX was told to keep them elsewhere.
+
+    Call it before anything is compiled. JAX's own variable JAX_COMPILATION_CACHE_DIR may name a bucket, too.
+    """
+    if is_bucket(config.out) and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(open_path(config.out) / CACHE_FOLDER))
+
+
+def require_run_directory(config: Config) -> None:
+    """Raise OSError in all processes if a program that was started later uses the run directory, in a bucket."""
+    if is_bucket(config.out):
+        _on_first_process(config, lambda: require_lock(open_path(config.out)))
 
 
 def _on_first_process(config: Config, function: Callable[[], None]) -> None:
     """Call a function in process 0; its OSError or ValueError ends all processes."""
     error = None
+    open_path(config.out)  # an error of all processes
     if jax.process_index() == 0:
         try:
-            function()
+            with bucket_errors(config.out):
+                function()
         except (OSError, ValueError) as raised:
             error = raised
     if multihost_utils.broadcast_one_to_all(np.bool_(error is not None)):
@@ -94,19 +111,17 @@ def _on_first_process(config: Config, function: Callable[[], None]) -> None:
 
 
 def _check(config: Config, resume: bool, overwrite: bool) -> None:
-    folder = Path(config.out)
+    folder = open_path(config.out)
     _check_content(folder, config, resume, overwrite)
-    if (folder / LOCK_FILE).exists():
-        with _locked(folder):
-            pass
+    check_lock(folder)
 
 
-def _check_content(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+def _check_content(folder: AnyPath, config: Config, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: give only one of them")
-    if found := re.search(r"[*?[]", str(folder.absolute())):
+    if found := re.search(r"[*?[]", str(absolute(folder))):
         raise ValueError(
-            f"the path of the run directory, {str(folder.absolute())!r}, contains {found[0]!r}, which orbax takes "
+            f"the path of the run directory, {str(absolute(folder))!r}, contains {found[0]!r}, which orbax takes "
             "for a pattern; give another with --out"
         )
     if resume:
@@ -121,63 +136,35 @@ def _check_content(folder: Path, config: Config, resume: bool, overwrite: bool) 
 
 
 def _claim(config: Config, resume: bool, overwrite: bool, lifetime: contextlib.ExitStack) -> None:
-    folder, content = Path(config.out), _as_json(config)
+    folder, content = open_path(config.out), _as_json(config)
     _check_content(folder, config, resume, overwrite)
-    with _write_errors():
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lifetime.enter_context(_locked(folder))
+    lifetime.enter_context(lock(folder))
     _check_content(folder, config, resume, overwrite)  # another program may have been faster
     if resume and (changes := check_same_config(_read_config(folder), config)):
         logger.warning("the resumed run continues with another config: %s", "; ".join(changes))
-    with _write_errors():
+    with write_errors(folder):
         if not resume and _content(folder):  # an older run; its config is replaced at the end
             for path in folder.iterdir():
                 if path.name not in (LOCK_FILE, CONFIG_FILE):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    delete(path)
         if not resume or _read_config(folder) != content:
-            with atomic_write(folder / CONFIG_FILE) as file:
-                file.write_text(json.dumps(content, indent=1))
+            write_text(folder / CONFIG_FILE, json.dumps(content, indent=1))
 
 
-@contextlib.contextmanager
-def _write_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"the run directory cannot be written, give another with --out: {error}") from error
+def _content(folder: AnyPath) -> list[AnyPath]:
+    """List a directory without what a run that was killed at its start may leave.
 
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run directory; the operating system releases it when the process ends in any way."""
-    with _write_errors():
-        file = (folder / LOCK_FILE).open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise OSError(
-                f"{folder} is in use by {file.read() or 'another program'}; wait until it ends, or give another "
-                "directory with --out"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second program on it", folder, error)
-        with contextlib.suppress(OSError):  # a full disk; the text serves only the message above
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield
-
-
-def _content(folder: Path) -> list[Path]:
-    """List a directory without what a run that was killed at its start may leave: hidden files and .part folders."""
+    These are hidden files, .part folders and compiled programs.
+    """
     if not folder.exists():
         return []
-    return [path for path in folder.iterdir() if path.suffix != ".part" and not path.name.startswith(".")]
+    found = [path for path in folder.iterdir() if path.suffix != ".part" and not path.name.startswith(".")]
+    return [path for path in found if path.name != CACHE_FOLDER]
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: AnyPath) -> bool:
     """Return True if the directory has the config of a run; many other programs write a file of this name."""
     try:
         _read_config(folder)
@@ -186,7 +173,7 @@ def _is_run(folder: Path) -> bool:
     return True
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: AnyPath) -> dict[str, Any]:
     """Read the saved config of a run."""
     path = folder / CONFIG_FILE
     if not path.exists():

@@ -170,3 +170,43 @@ def test_a_new_run_has_no_checkpoint(tmp_path):
     assert run.latest is None
     assert run.recover() is None
     run.close()
+
+
+def kept(folder, best, values, stages=None, keep=1):
+    """Save one checkpoint per value of a validation metric (None: no validation); returns the steps that are kept."""
+    run = Checkpoints(folder, keep=keep, best=best)
+    for step, value in enumerate(values, 1):
+        metrics = None if value is None else {"l2": value, "psnr": value}
+        run.save(step, tree(step), tree(step), Progress(stages[step - 1] if stages else 0, {}), metrics)
+        run.wait()
+    found = sorted(int(path.name) for path in (folder / "checkpoints").iterdir()), run.best
+    run.close()
+    return found
+
+
+def test_the_number_of_checkpoints(tmp_path):
+    assert kept(tmp_path, None, [None] * 5, keep=3) == ([3, 4, 5], None)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    assert kept(tmp_path / "l2", "l2", [5.0, 2.0, None, 3.0]) == ([2, 4], 2)
+    assert kept(tmp_path / "psnr", "psnr", [5.0, 2.0, None, 3.0]) == ([1, 4], 1)
+    assert kept(tmp_path / "none", "psnr", [None, None]) == ([2], None)
+
+
+def test_the_best_checkpoint_of_the_newest_stage_is_kept(tmp_path):
+    assert kept(tmp_path, "psnr", [9.0, 8.0, 2.0, 3.0, 1.0], stages=[0, 0, 1, 1, 1]) == ([4, 5], 4)
+
+
+def test_the_best_checkpoint_is_known_after_a_resume(tmp_path):
+    save(tmp_path, 1)  # of a run without keep_best
+    run = Checkpoints(tmp_path, keep=1, best="l2")
+    for step, value in ((2, 1.0), (3, 2.0)):
+        run.save(step, {"pix": tree(step)}, tree(step), Progress(0, {"batches": step}), {"l2": value})
+    run.close()
+    run = Checkpoints(tmp_path, keep=1, best="l2")
+    run.save(4, {"pix": tree(4)}, tree(4), Progress(0, {"batches": 4}), {"l2": 3.0})
+    assert run.best == 2
+    run.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert restored(tmp_path) == 4
