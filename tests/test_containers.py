@@ -101,9 +101,9 @@ def test_jobset_starts_one_process_per_host_and_stops_at_errors():
     assert (
         job["parallelism"] == job["completions"] == rows * columns // container["resources"]["limits"]["google.com/tpu"]
     )
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 134, 137, 143]
 
 
 def training_commands():
