@@ -84,22 +84,29 @@ def test_the_steps_after_a_damaged_checkpoint_are_repeated(finished, whole, tmp_
     assert repeated == "continuing from checkpoint 6; repeated steps: 1"
 
 
+def replace_steps(monkeypatch, replacement):
+    """Let `replacement(step)` take the place of every compiled step; returns a function that ends this."""
+    compile_stage = training.compile_stage
+
+    def compile_replaced(*arguments):
+        programs = compile_stage(*arguments)
+        return programs._replace(step=replacement(programs.step))
+
+    monkeypatch.setattr(training, "compile_stage", compile_replaced)
+    return lambda: monkeypatch.setattr(training, "compile_stage", compile_stage)
+
+
 def broken_from(monkeypatch, first, change):
     """Let `change` break the state after all steps from `first` on; returns a function that ends this."""
-    compile_step = training_loop.jit_train_step
 
-    def compile_broken(*arguments):
-        step = compile_step(*arguments)
-
+    def break_step(step):
         def run(*arrays):
             state, measured = step(*arrays)
             return change(state, measured) if int(state.step) >= first else (state, measured)
 
-        run.lower = step.lower
         return run
 
-    monkeypatch.setattr(training_loop, "jit_train_step", compile_broken)
-    return lambda: monkeypatch.setattr(training_loop, "jit_train_step", compile_step)
+    return replace_steps(monkeypatch, break_step)
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5])
@@ -142,7 +149,7 @@ def test_a_run_that_stopped_over_bad_files_continues_with_a_larger_share(tmp_pat
 
 def stop_during(monkeypatch, name, count):
     """Return signals that are received during call number `count` of a function of a run."""
-    module = training if name == "export" else training_loop
+    module = training if name in ("export", "compile_stage") else training_loop
     stop, function, calls = StopSignals(), getattr(module, name), []
 
     def interrupted(*arguments, **options):
@@ -159,7 +166,7 @@ def stop_during(monkeypatch, name, count):
     ("function", "count", "step"),
     [
         ("log_validation", 1, 0),  # before the first step
-        ("jit_train_step", 1, 0),
+        ("compile_stage", 1, 0),
         ("place_batch", 2, 2),
         ("log_validation", 2, 2),
         ("save", 2, 3),  # while a checkpoint is written: the next step is saved as well

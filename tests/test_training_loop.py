@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from event_files import events
-from test_training_faults import config, steps_of, train
+from test_training_faults import config, replace_steps, steps_of, train
 
 from pisa_jax import training, training_loop
 from pisa_jax.runtime.watchdog import Watchdog
@@ -48,19 +48,16 @@ class Pending:
 
 def slow_device(monkeypatch, seconds):
     """Let the steps of a run take some seconds on a device that works beside the loop."""
-    device, compile_step = Device(seconds), training_loop.jit_train_step
+    device = Device(seconds)
 
-    def compile_slow(*arguments):
-        step = compile_step(*arguments)
-
+    def slow_down(step):
         def run(*arrays):
             state, measured = step(*arrays)
             return state, device.dispatch(measured)
 
-        run.lower = step.lower
         return run
 
-    monkeypatch.setattr(training_loop, "jit_train_step", compile_slow)
+    replace_steps(monkeypatch, slow_down)
     return device
 
 
@@ -103,21 +100,22 @@ def test_validations_and_checkpoints_are_left_out_of_the_time_per_step(tmp_path,
 def test_every_step_is_a_beat_and_a_compilation_is_none(tmp_path, monkeypatch):
     """Compilations may take longer than the time in which a step must end."""
     watchdog = Watchdog(10, lambda: None)
-    expected, compile_step = [], training_loop.jit_train_step
+    limited, compile_stage = [], training.compile_stage
 
-    def recorded(*arguments):
-        step = compile_step(*arguments)
+    def recorded(kind, function):
+        def run(*arguments):
+            limited.append((kind, watchdog._due is not None))
+            return function(*arguments)
 
-        def run(*arrays):
-            expected.append(watchdog._due is not None)
-            return step(*arrays)
-
-        run.lower = step.lower
         return run
 
-    monkeypatch.setattr(training_loop, "jit_train_step", recorded)
+    def compile_recorded(*arguments):
+        programs = recorded("compilation", compile_stage)(*arguments)
+        return programs._replace(step=recorded("step", programs.step))
+
+    monkeypatch.setattr(training, "compile_stage", compile_recorded)
     train(config(tmp_path / "run"), watchdog=watchdog)
-    assert expected == [False, True, True, False, True, True, True]
+    assert limited == [("compilation", False)] * 2 + [("step", True)] * 7
 
 
 def test_auto_starts_where_there_is_nothing_and_resumes_where_there_is_a_run(tmp_path, capsys):
