@@ -112,6 +112,7 @@ def test_collectives_are_counted_with_their_bytes():
     assert training_report.format_collectives("ROOT %t = f32[] add(%a, %b)") == "none"
 
 
+@pytest.mark.slow
 def test_a_report_of_the_local_devices(capsys):
     """The pixel step, compiled for two devices: half of the operations on each, and one or more all-reduces."""
     config = dataclasses.replace(NANO, stages=STAGES[:1], mesh_data=2, remat=True)
