@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import logging
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from asset_paths import DATA, ROOT, SHARED, golden
+from emulated_bucket import emulated_bucket
 
 # Set once, by the process that starts the workers; they and the programs that tests start inherit it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -50,23 +50,9 @@ def interruptible():
 
 @pytest.fixture(scope="session")
 def emulator():
-    """An emulated Google Cloud Storage with the bucket "tests", in a thread, for this process and its children."""
-    reason = "needs pip install gcp-storage-emulator"
-    create_server = pytest.importorskip("gcp_storage_emulator.server", reason=reason).create_server
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    server = create_server("127.0.0.1", 0, True, default_bucket="tests")
-    server.start()
-    server._api._httpd.handle_error = lambda *_: None  # clients that close their connection early
-    url = "http://{}:{}".format(*server._api._httpd.server_address)
-    # gcsfs asks Google for the type of a bucket unless told not to, which it reads when it is imported.
-    environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "NO_GCE_CHECK": "true"}
-    environment["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        pytest.importorskip("gcsfs", reason="needs pip install gcsfs")
-        yield server._storage
-    server.stop()
+    """The storage of an emulated Google Cloud Storage with the bucket "tests"."""
+    with emulated_bucket() as storage:
+        yield storage
 
 
 @pytest.fixture
