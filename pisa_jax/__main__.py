@@ -14,6 +14,7 @@ COMMANDS = {
     "degrade": "make fixed LQ/GT evaluation sets",
     "prepare": "pack a folder of images into array_record files",
     "convert": "convert adapter files",
+    "app": "open a page with live scales",
     "inspect": "describe and compare adapter files",
 }
 
