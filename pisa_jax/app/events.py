@@ -68,7 +68,7 @@ class Events:
 
         with _messages(), self.lock:
             visitor.open(check_range("the upscale factor", factor, 1, 64), self._setting(None, values), on_stage)
-        return visitor.view(visitor.describe()), visitor.command(ext)
+            return visitor.view(visitor.describe()), visitor.command(ext)
 
     def redraw(self, request: gr.Request, ext: str, *values: Any) -> tuple[Any, str]:
         """Render the image at the values of the sliders."""
@@ -77,7 +77,7 @@ class Events:
             return visitor.view(), ""
         with _messages(), self.lock:
             visitor.render(self._setting(visitor.area, values))
-        return visitor.view(visitor.describe()), visitor.command(ext)
+            return visitor.view(visitor.describe()), visitor.command(ext)
 
     def paint(self, request: gr.Request, event: gr.EventData, ext: str, *values: Any) -> tuple[Any, str]:
         """Take the painted area from the viewer, and render with it."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,13 +20,6 @@ from pisa_jax.inference import Upscaler
 
 # Routes of gradio that this page does not need: they write the state of a window to the disk, or ask other servers.
 CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/stream")
-RELEASE_BY_KEY = "<script>{}</script>"
-
-
-class Users(NamedTuple):
-    """Names and passwords that may use the page."""
-
-    pairs: tuple[tuple[str, str], ...] = ()
 
 
 class App(NamedTuple):
@@ -114,9 +108,7 @@ def serve(app: App, host: str, port: int, on_start: Callable[[str], None]) -> No
 
 
 def _attachment(name: str) -> str:
-    from urllib.parse import quote
-
-    return f"attachment; filename*=UTF-8''{quote(name)}"
+    return f"attachment; filename*=UTF-8''{urllib.parse.quote(name)}"
 
 
 def _theme() -> gr.themes.Base:

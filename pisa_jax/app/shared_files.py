@@ -25,9 +25,8 @@ class SharedFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def add(self, data: bytes | SharedFile, media_type: str = "image/png", name: str = "") -> str:
+    def add(self, file: SharedFile) -> str:
         """Keep a file, and return its address: 128 random bits."""
-        file = data if isinstance(data, SharedFile) else SharedFile(data, media_type, name)
         url = PREFIX + secrets.token_urlsafe(16)
         with self._lock:
             self._files[url] = file

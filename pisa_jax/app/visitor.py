@@ -15,7 +15,7 @@ from PIL import Image
 
 from pisa_jax.app.command import infer_command
 from pisa_jax.app.settings import ScaleMap, Setting
-from pisa_jax.app.shared_files import SharedFiles
+from pisa_jax.app.shared_files import SharedFile, SharedFiles
 from pisa_jax.cli.infer_files import sheet_of_results
 from pisa_jax.cli.infer_plan import UpscaleOptions, result_suffix
 from pisa_jax.config import Scales
@@ -55,6 +55,7 @@ class Visitor:
         self._ids = itertools.count(1)
         self._image = 0
         self._folder: tempfile.TemporaryDirectory | None = None
+        self._closed = False
 
     @property
     def is_open(self) -> bool:
@@ -103,9 +104,8 @@ class Visitor:
     def pin(self) -> None:
         """Keep the shown result for the comparison."""
         self._need(self._result)
-        _, label = self._shown["result"]
-        self._forget("pinned")
-        self._shown["pinned"] = Shown(self.files.add(self.files.get(self._shown["result"].url)), label)
+        url, label = self._shown["result"]
+        self._publish("pinned", label, self.files.get(url))
 
     def sheet(self, rows: Sequence[Scales], on_progress: Callable[[int], None] = lambda done: None) -> str:
         """Make a contact sheet of the input and the results at other scales, and return its address."""
@@ -116,10 +116,8 @@ class Visitor:
         image = sheet_of_results(self._need(self.source), results, rows)
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=1)
-        self._forget("sheet")
-        url = self.files.add(file.getvalue(), "image/png", f"{Path(self.name).stem}_grid.png")
-        self._shown["sheet"] = Shown(url, "contact sheet")
-        return url
+        name = f"{Path(self.name).stem}_grid.png"
+        return self._publish("sheet", name, SharedFile(file.getvalue(), "image/png", name))
 
     def write(self, ext: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
         """Write the shown result as `pisa-sr infer --ext` does; return the file and notes on what it does not hold."""
@@ -134,10 +132,8 @@ class Visitor:
         """Return the address of the shown result as a file, and notes on what the file does not hold."""
         with tempfile.TemporaryDirectory() as folder:
             path, notes = self.write(ext, Path(folder))
-            url = self.files.add(path.read_bytes(), MEDIA_TYPES[path.suffix], path.name)
-        self._forget("download")
-        self._shown["download"] = Shown(url, path.name)
-        return url, notes
+            file = SharedFile(path.read_bytes(), MEDIA_TYPES[path.suffix], path.name)
+        return self._publish("download", path.name, file), notes
 
     def map_files(self) -> dict[str, ScaleMap]:
         """Return the painted scale maps by the flag of `pisa-sr infer` that takes them."""
@@ -150,9 +146,8 @@ class Visitor:
         found = self.map_files().get(flag)
         if found is None:
             raise ValueError(f"there is no map for {flag}: paint an area, and give it another scale")
-        self._forget(flag)
-        self._shown[flag] = Shown(self.files.add(found.png(), "image/png", self.map_name(flag)), flag)
-        return self._shown[flag].url
+        name = self.map_name(flag)
+        return self._publish(flag, name, SharedFile(found.png(), "image/png", name))
 
     def map_name(self, flag: str) -> str:
         """Return the file name of a painted map, such as "photo_sem.png"."""
@@ -193,6 +188,7 @@ class Visitor:
 
     def close(self) -> None:
         """Free everything."""
+        self._closed = True
         self._session = self._result = self.source = self.area = None
         self._forget(*self._shown)
         self._close_folder()
@@ -215,8 +211,16 @@ class Visitor:
         return session.render_all(*values)[0]
 
     def _show(self, role: str, label: str, pixels: np.ndarray) -> None:
+        self._publish(role, label, SharedFile(preview_png(pixels), "image/png"))
+
+    def _publish(self, role: str, label: str, file: SharedFile) -> str:
+        """Make a file available in place of the previous one of its role, and return its address."""
         self._forget(role)
-        self._shown[role] = Shown(self.files.add(preview_png(pixels), "image/png"), label)
+        self._shown[role] = Shown(self.files.add(file), label)
+        if self._closed:  # during a computation
+            self._forget(role)
+            raise ValueError("this page was closed")
+        return self._shown[role].url
 
     def _forget(self, *roles: str) -> None:
         for role in roles:

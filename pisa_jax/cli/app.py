@@ -4,10 +4,13 @@ import argparse
 import importlib.util
 import ipaddress
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pisa_jax.app.command import changed_flags
 from pisa_jax.cli.arguments import megapixels
 from pisa_jax.cli.infer import (
     add_model_arguments,
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     show_any_name()
     p = parser(prog)
     args = p.parse_args(argv)
+    model_flags = changed_flags(p, args, skip=OWN_FLAGS)
     complete_model_arguments(p, args)
     if importlib.util.find_spec("gradio") is None:
         say(f"{prog}: the page needs gradio; to install it: pip install 'pisa_jax[app]'", sys.stderr)
@@ -87,24 +91,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
             say(f"anybody who can reach {args.host} can use this page; --auth adds a login", sys.stderr)
         limit_megapixels(args.max_megapixels)
         enable_compilation_cache(args.compile_cache)
-        run(args, changed_model_flags(p, args), users)
+        run(args, model_flags, users)
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        say("the page is closed", sys.stderr)
     return 0
-
-
-def changed_model_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return the flags of the model that differ from their defaults, for the command line that the page shows."""
-    from pisa_jax.app.command import changed_flags
-
-    return changed_flags(p, args, skip=OWN_FLAGS)
 
 
 def run(args: argparse.Namespace, model_flags: Sequence[str], users: Sequence[tuple[str, str]]) -> None:
     """Load the model and serve the page until SIGINT or SIGTERM."""
     from pisa_jax.app.server import make_app, serve, temporary_folder
 
+    warnings.filterwarnings("ignore", module="gradio")  # of its use of other libraries
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT: so that the temporary files are removed
+        signal.signal(number, signal.default_int_handler)
     upscaler = load_upscaler(args)
     with temporary_folder():
         app = make_app(upscaler, args.max_megapixels, model_flags, users)
