@@ -1,4 +1,4 @@
-"""The program `pisa-sr`, also `python -m pisa_jax`: one sub-command per module of `pisa_jax.cli`."""
+"""The program `pisa-sr`, also `python -m pisa_jax`: one sub-command per module of `pisa_jax.cli`, and the page."""
 
 import argparse
 import importlib
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only the first argument is parsed here: everything after it belongs to the command.
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(arguments[:1]).command
-    return importlib.import_module(f"pisa_jax.cli.{command}").main(arguments[1:], prog=f"pisa-sr {command}")
+    module = "pisa_jax.app.main" if command == "app" else f"pisa_jax.cli.{command}"
+    return importlib.import_module(module).main(arguments[1:], prog=f"pisa-sr {command}")
 
 
 if __name__ == "__main__":

@@ -68,11 +68,11 @@ def check_scales(scales: Any, names: Sequence[str] | None = ("pix", "sem")) -> S
     return values
 
 
-def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: Mapping[str, float | int]) -> Scales:
+def scales_by_name(names: Sequence[str], scales: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the scales of the adapters `names`: the first ones by position, others by name, the rest 1.
 
     Raises:
-        ValueError: too many scales, two for one adapter, unknown names, or NaN and infinite scales.
+        ValueError: too many scales, two for one adapter, or unknown names.
     """
     given = dict(zip(names, scales, strict=False))
     unknown, twice = [name for name in named if name not in names], [name for name in named if name in given]
@@ -81,7 +81,7 @@ def scales_by_name(names: Sequence[str], scales: Sequence[float | int], named: M
         what += [f"{len(scales)} scales for {len(names)} adapters"] * (len(scales) > len(names))
         raise ValueError(f"{'; '.join(what)}; the adapters are {', '.join(names)}, in this order")
     values = dict.fromkeys(names, 1.0) | given | dict(named)
-    return check_scales(tuple(values[name] for name in names), names)
+    return tuple(values[name] for name in names)
 
 
 def check_seed(seed: int | None) -> None:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from pisa_jax import model
 from pisa_jax.adapters import files
 from pisa_jax.adapters.adapter_tree import with_sem
-from pisa_jax.config import AdapterSpec, Scales, check_scales, check_seed, scales_by_name
-from pisa_jax.imaging import network_input
+from pisa_jax.config import AdapterSpec, check_seed, scales_by_name
+from pisa_jax.imaging import network_input, scale_maps
 from pisa_jax.imaging.any_image import to_image_data
 from pisa_jax.imaging.arrays import stack_images
 from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
@@ -142,20 +142,29 @@ class Pipeline:
         return Predictions(latents, tuple(eps if adjustable else eps * count))
 
     def render(
-        self, predictions: Predictions, scales: Scales, style: Float[np.ndarray, "b h w 3"], size: tuple[int, int]
+        self,
+        predictions: Predictions,
+        scales: Sequence[float | Float[np.ndarray, "#b _ _ 1"]],
+        style: Float[np.ndarray, "b h w 3"],
+        size: tuple[int, int],
     ) -> Float[np.ndarray, "b y x 3"]:
-        """Decode images in [-1, 1] at given scales, cropped to `size`, with the colors of the inputs `style`."""
-        values = np.asarray(scales, np.float32)
+        """Decode images in [-1, 1] at given scales, cropped to `size`, with the colors of the inputs `style`.
+
+        A scale is a number or has a value for each latent. Numbers are repeated for each latent, too: one compiled
+        function serves both, and a constant map gives the same bits as its number.
+        """
+        shape = (*predictions.latents.shape[:3], 1)
+        maps = [np.broadcast_to(np.asarray(scale, np.float32), shape) for scale in scales]
         height, width = size
 
         def untiled():
             static = (self.base, self.settings.color_fix, (height, width))
-            arrays = (self._spread(predictions), values, self._spread(style))
+            arrays = (self._spread(predictions), self._spread(maps), self._spread(style))
             return np.asarray(self.runner.run(render, static, *arrays))
 
         def tiled(tile):
             results = []
-            combined = np.asarray(model.combine(*predictions, jnp.asarray(values)))
+            combined = np.asarray(model.combine(*predictions, [jnp.asarray(each) for each in maps]))
             for latents, source in zip(combined, style, strict=True):
                 decoded = self._tiled_vae("decoder", latents, tile)[:height, :width]
                 results.append(self._recolored(decoded, source[:height, :width], tile))
@@ -246,26 +255,34 @@ class Session:
         """Residual of the UNet with all adapters."""
         return self._predictions.eps_full
 
-    def render(self, *scales: float | int, **named: float | int) -> Any:
+    def render(self, *scales: Any, **named: Any) -> Any:
         """Return the (first) image, in the type of the image that was opened.
 
-        The scales are given in the order of the adapters or by their names, `render(0.8, sem=0.5)`; others are 1.
+        The scales are given in the order of the adapters or by their names, `render(0.8, sem=0.5)`; others are 1. A
+        scale is a number, or a map: an array (h, w) of any resolution that covers the image and whose values are the
+        scales, `render(sem=mask)`.
 
         Raises:
-            ValueError: unknown names, too many scales, or scales that are not finite; other scales than 1 in a session
-                opened with adjustable=False.
+            ValueError: unknown names, too many scales, scales that are not finite, or maps that are empty or not
+                (h, w); other scales than 1 in a session opened with adjustable=False.
         """
         return self._convert(self.render_all(*scales, **named)[0])
 
-    def render_all(self, *scales: float | int, **named: float | int) -> list[ImageData]:
-        """Return all images of the session at given scales; raises as `render` does."""
-        values = scales_by_name(list(self._pipeline.specs), scales, named)
-        if not self._adjustable and set(values) != {1.0}:
+    def render_all(self, *scales: Any, **named: Any) -> list[ImageData]:
+        """Return all images of the session at given scales; raises as `render` does.
+
+        In place of a scale, a list has one number or map for each image.
+        """
+        names = list(self._pipeline.specs)
+        values = scale_maps.check_scales_or_maps(scales_by_name(names, scales, named), names, len(self._images))
+        if not self._adjustable and not scale_maps.are_one(values):
             raise ValueError(
-                f"scales {', '.join(map(str, values))} need all predictions, and this session holds eps_full alone; "
-                "open it with adjustable=True"
+                "scales other than 1 need all predictions, and this session holds eps_full alone; open it with "
+                "adjustable=True"
             )
-        arrays = self._pipeline.render(self._predictions, values, self._inputs, self._plans[0].working)
+        size, padded, grid = self._plans[0].working, self._inputs.shape[1:3], self.latents.shape[1:3]
+        at_latents = [scale_maps.scale_at_latents(value, size, padded, grid) for value in values]
+        arrays = self._pipeline.render(self._predictions, at_latents, self._inputs, size)
         return [network_input.finish_output(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
 
 
@@ -342,18 +359,21 @@ class Upscaler:
         self,
         image: Any,
         scale: float | int = 4,
-        scales: Sequence[float | int] | None = None,
+        scales: Sequence[Any] | None = None,
         seed: int | None = None,
     ) -> Any:
         """Upscale `image` at one scale for each adapter, such as (pix, sem), or all 1: one `open` and one `render`.
 
+        A scale is a number or a map, as for `Session.render`.
+
         A list of images gives the list of their results; all images are converted before the first is upscaled.
         """
         names = self.adapter_names
-        values = check_scales([1.0] * len(names) if scales is None else scales, names)
+        values = scale_maps.check_scales_or_maps([1.0] * len(names) if scales is None else scales, names)
+        adjustable = not scale_maps.are_one(values)
         several = isinstance(image, list | tuple)
         sources = [to_image_data(each) for each in (image if several else [image])]
-        sessions = (Session(self.pipeline, [data], scale, seed, set(values) != {1.0}, like) for data, like in sources)
+        sessions = (Session(self.pipeline, [data], scale, seed, adjustable, like) for data, like in sources)
         results = [session.render(*values) for session in sessions]
         return results if several else results[0]
 

@@ -141,11 +141,14 @@ def _predict_merged(
 
 
 def combine(
-    latents: Float[Array, "b h w c"], eps: Sequence[Float[Array, "b h w c"]], scales: Float[Array, " n"]
+    latents: Float[Array, "b h w c"],
+    eps: Sequence[Float[Array, "b h w c"]],
+    scales: Float[Array, " n"] | Sequence[Float[Array, "b h w 1"]],
 ) -> Float[Array, "b h w c"]:
     """Compute z_H = z_L - sum_i l_i (eps_i - eps_(i-1)), where eps_i is predicted with the first i adapters, eps_0 = 0.
 
-    With (eps_pix, eps_full) and scales (l_pix, l_sem) this is PiSA-SR, eq. 8.
+    The scales l_i are numbers, or maps with one number for each latent. With (eps_pix, eps_full) and the numbers
+    (l_pix, l_sem) this is PiSA-SR, eq. 8.
     """
     residual = scales[0] * eps[0]
     for index in range(1, len(eps)):

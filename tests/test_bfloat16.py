@@ -40,6 +40,7 @@ def test_upscaler(dtype, vae_dtype):
         a, b = (session.render(*scales).astype(int) for session in (found, exact))
         assert np.abs(a - b).max() <= 4  # 2 gray levels
         assert np.mean((a - b) ** 2) < 0.6  # 0.32: 53 dB
+    assert np.array_equal(found.render(1, sem=np.zeros((3, 3))), found.render(1, 0))
 
 
 @functools.cache

@@ -195,6 +195,7 @@ def workspace(model, tmp_path, monkeypatch):
             image = fake_source(2, side, seed=int(folder == "out"))[index].image
             Image.fromarray(image).save(tmp_path / folder / f"{index}.png")
     Image.fromarray(fake_source(1, 16)[0].image).save(tmp_path / "photo.jpg")
+    Image.linear_gradient("L").save(tmp_path / "mask.png")
     for name, target in (("MODEL", model), ("pisa_sr.pkl", golden("pisa_sr.pkl")), ("tests", ROOT / "tests")):
         (tmp_path / name).symlink_to(target)
     monkeypatch.setattr(inference, "Settings", functools.partial(inference.Settings, min_size=64))

@@ -13,7 +13,8 @@ ROOMS = {
     "config": "",
     "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
     "checksums run_directory run_log torch_pickle | checkpoint tensor_files | distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges tiff_tags xmp | exif image_data | "
+    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags "
+    "xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
@@ -31,8 +32,9 @@ ROOMS = {
     "inference": "",
     "training_model": "",
     "training": "",
-    "cli": "arguments infer_names output_files | infer_plan | "
-    "convert degrade evaluate infer_files prepare train | infer inspect",
+    "cli": "arguments infer_names output_files scale_map_files | infer_plan | "
+    "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
+    "app": "settings shared_files | visitor | visitors | events | page | server | main",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
@@ -51,6 +53,7 @@ DOORS = {
     "tensorflow_datasets": {"data.tfds"},
     "tensorboardX": {"runtime.run_log"},
     "tifffile": {"imaging.decode_tiff"},
+    "gradio": {"app.events", "app.page", "app.server"},
     "torch": set(),
     "tensorflow": set(),
 }

@@ -109,14 +109,14 @@ class Events:
             url, notes = visitor.download(ext)
         return visitor.view("; ".join([f"{visitor.files.get(url).name} is ready", *notes]), url)
 
-    def save_map(self, flag: str) -> Callable[[gr.Request], Any]:
-        """Make the event that lets the browser save the painted map of a flag."""
+    def save_map(self, adapter: str) -> Callable[[gr.Request], Any]:
+        """Make the event that lets the browser save the painted map of an adapter."""
 
         def save(request: gr.Request) -> Any:
             visitor = self._visitor(request)
             with _messages():
-                url = visitor.map_download(flag)
-            return visitor.view(f"{visitor.map_name(flag)} is ready", url)
+                url = visitor.map_download(adapter)
+            return visitor.view(f"{visitor.map_name(adapter)} is ready", url)
 
         return save
 

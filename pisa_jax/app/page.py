@@ -10,6 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from pisa_jax.app.events import FORMATS, LARGEST_SCALE, Events, samples
+from pisa_jax.cli.infer import MAPPED
 
 ASSETS = Path(__file__).parents[1] / "assets" / "app"
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one computation at a time
@@ -29,7 +30,7 @@ class Controls(NamedTuple):
     scales: list[gr.Slider]
     painted: list[gr.Slider]
     softness: gr.Slider
-    maps: list[gr.Button]
+    maps: dict[str, gr.Button]
     grids: list[gr.Textbox]
     sheet_button: gr.Button
     sheet: gr.HTML
@@ -68,7 +69,7 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
         painted = [_slider(f"{name}, painted", None, f"painted-{name}") for name in names]
         softness = gr.Slider(0, 20, 4, step=0.5, label="Softness of the edge (% of the shorter side)", elem_id="softness")
         with gr.Row():
-            maps = [gr.Button(f"Save {name} map", size="sm") for name in names if name in ABOUT]
+            maps = {name: gr.Button(f"Save {name} map", size="sm") for name in names if name in MAPPED}
     with gr.Accordion("Contact sheet", open=False, elem_id="sheet"):
         with gr.Row():
             grids = [gr.Textbox("0, 0.5, 1" if name == "sem" else "1", label=name, min_width=80) for name in names]
@@ -103,8 +104,8 @@ def _connect(c: Controls, events: Events) -> None:
     c.viewer.pin(events.pin, None, c.viewer, **quick)
     c.save.click(events.download, c.ext, c.viewer, api_visibility="private", show_progress="minimal", **MODEL)
     c.sheet_button.click(events.sheet, c.grids, c.sheet, api_visibility="private", **MODEL)
-    for name, button in zip(ABOUT, c.maps, strict=True):
-        button.click(events.save_map(f"--{name}-map"), None, c.viewer, **quick)
+    for name, button in c.maps.items():
+        button.click(events.save_map(name), None, c.viewer, **quick)
     c.ext.change(events.command, c.ext, c.command, **quick)
 
 

@@ -4,8 +4,8 @@ import contextlib
 import os
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import fastapi
 import gradio as gr
@@ -33,13 +33,13 @@ class App(NamedTuple):
 def make_app(
     upscaler: Upscaler,
     megapixels: float,
-    model_flags: Sequence[str] = (),
+    model_options: Mapping[str, Any] | None = None,
     users: Sequence[tuple[str, str]] = (),
     max_bytes: int | None = None,
 ) -> App:
     """Make the application. Uploads are written to the folder of `temporary_folder`, within which this is called."""
     files = SharedFiles()
-    visitors = Visitors(lambda: Visitor(upscaler, files, megapixels, model_flags))
+    visitors = Visitors(lambda: Visitor(upscaler, files, megapixels, model_options))
     page = make_page(Events(visitors, upscaler.adapter_names))
     page.state_session_capacity = 100  # windows whose settings gradio keeps; it never forgets one by itself
     asgi = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

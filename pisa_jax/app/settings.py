@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from pisa_jax.config import Scales
+from pisa_jax.imaging.ranges import uint8_to_unit
 from pisa_jax.runtime.messages import number_text
 
 LARGEST_MASK = 4096  # pixels a side; the viewer sends at most 1024
@@ -25,7 +26,7 @@ class ScaleMap(NamedTuple):
 
     def values(self) -> Float32[np.ndarray, "h w"]:
         """Return the scale at every pixel."""
-        return self.gray.astype(np.float32) / np.float32(255) * np.float32(self.white)
+        return np.float32(self.white) * uint8_to_unit(self.gray)
 
     def png(self) -> bytes:
         """Encode the gray image."""

@@ -4,7 +4,7 @@ import io
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pisa_jax.app.command import infer_command
 from pisa_jax.app.settings import ScaleMap, Setting
 from pisa_jax.app.shared_files import SharedFile, SharedFiles
+from pisa_jax.cli.infer_command import infer_command
 from pisa_jax.cli.infer_files import sheet_of_results
 from pisa_jax.cli.infer_plan import UpscaleOptions, result_suffix
 from pisa_jax.config import Scales
@@ -39,11 +39,13 @@ class Shown(NamedTuple):
 class Visitor:
     """State of one page. `files` delivers images to this visitor only; `limit` is the largest result in megapixels.
 
-    Methods that need an image raise ValueError where there is none. `model_flags` are those of `pisa-sr infer`.
+    Methods that need an image raise ValueError where there is none. `model_options` are options of `infer_command`.
     """
 
-    def __init__(self, upscaler: Upscaler, files: SharedFiles, limit: float, model_flags: Sequence[str] = ()):
-        self.upscaler, self.files, self.limit, self.model_flags = upscaler, files, limit, tuple(model_flags)
+    def __init__(
+        self, upscaler: Upscaler, files: SharedFiles, limit: float, model_options: Mapping[str, Any] | None = None
+    ):
+        self.upscaler, self.files, self.limit, self.model_options = upscaler, files, limit, dict(model_options or {})
         self.name = ""
         self.source: ImageData | None = None
         self.factor = 4.0
@@ -136,30 +138,30 @@ class Visitor:
         return self._publish("download", path.name, file), notes
 
     def map_files(self) -> dict[str, ScaleMap]:
-        """Return the painted scale maps by the flag of `pisa-sr infer` that takes them."""
-        names = self.upscaler.adapter_names
-        pairs = zip(names, self.setting.maps(), strict=True)
-        return {f"--{name}-map": each for name, each in pairs if isinstance(each, ScaleMap)}
+        """Return the painted scale maps of the result by adapter."""
+        pairs = zip(self.upscaler.adapter_names, self.setting.maps(), strict=True)
+        return {name: each for name, each in pairs if isinstance(each, ScaleMap)}
 
-    def map_download(self, flag: str) -> str:
+    def map_download(self, adapter: str) -> str:
         """Return the address of a painted map as a gray PNG."""
-        found = self.map_files().get(flag)
+        found = self.map_files().get(adapter)
         if found is None:
-            raise ValueError(f"there is no map for {flag}: paint an area, and give it another scale")
-        name = self.map_name(flag)
-        return self._publish(flag, name, SharedFile(found.png(), "image/png", name))
+            raise ValueError(f"there is no map of {adapter}: paint an area, and give it another scale")
+        name = self.map_name(adapter)
+        return self._publish(f"map of {adapter}", name, SharedFile(found.png(), "image/png", name))
 
-    def map_name(self, flag: str) -> str:
+    def map_name(self, adapter: str) -> str:
         """Return the file name of a painted map, such as "photo_sem.png"."""
-        return f"{Path(self.name).stem}_{flag[2:-4]}.png"
+        return f"{Path(self.name).stem}_{adapter}.png"
 
     def command(self, ext: str) -> str:
         """Return the command line that writes the same file."""
         if self._result is None:
             return ""
-        whites = [each.white if isinstance(each, ScaleMap) else each for each in self.setting.maps()]
-        maps = {flag: self.map_name(flag) for flag in self.map_files()}
-        return infer_command(self.name, self.factor, whites, ext, maps, self.model_flags)
+        whites = tuple(each.white if isinstance(each, ScaleMap) else each for each in self.setting.maps())
+        maps = {f"{adapter}_map": self.map_name(adapter) for adapter in self.map_files()}
+        options = self.model_options | maps | {"ext": ext}
+        return infer_command(input=[self.name], scale=self.factor, scales=[whites], **options)
 
     def view(self, status: str = "", download: str = "") -> dict[str, Any]:
         """Return what viewer.js shows."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Sample images of the demo model, the default input.
 SAMPLES = Path(__file__).parents[1] / "assets" / "demo" / "samples"
 
+# Adapters whose scales a map can multiply.
+MAPPED = ("pix", "sem")
+
 
 def parse_vae_tile(text: str) -> int | str:
     """Parse "auto", or an integer of at least 0 (pixels)."""
@@ -64,6 +67,10 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
     add("--scales", nargs="+", type=scales_of_adapters, metavar="PIX,SEM",
         help="strength of the adapters pix (fidelity) and sem (detail), one or more pairs (default 1,1); with other "
         "adapters one number each, in the order of the file")  # fmt: skip
+    for name in MAPPED:
+        add(f"--{name}-map", type=Path, metavar="FILE|FOLDER",
+            help=f"gray image that multiplies the scale of {name} place by place (white 1, black 0), or a folder with "
+            "such a file of equal name for each image")  # fmt: skip
     add("--lambda_pix", type=float, metavar="PIX", help=argparse.SUPPRESS)
     add("--lambda_sem", type=float, metavar="SEM", help=argparse.SUPPRESS)
     add("--default", action="store_true", help=argparse.SUPPRESS)
@@ -128,8 +135,12 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
     if args.lambda_pix is not None or args.lambda_sem is not None:
         args.scales = [tuple(1.0 if value is None else value for value in (args.lambda_pix, args.lambda_sem))]
+    names = adapter_names(args.adapters)
+    args.maps = {name: path for name in MAPPED if (path := getattr(args, f"{name}_map"))}
+    for name in args.maps.keys() - set(names):
+        p.error(f"argument --{name}-map: there is no adapter {name!r}; the adapters are {', '.join(names)}")
     try:
-        args.scales = complete_scales([] if args.default else args.scales, adapter_names(args.adapters))
+        args.scales = complete_scales([] if args.default else args.scales, names)
     except ValueError as error:
         p.error(f"argument --scales: {error}")
     return args
@@ -184,9 +195,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         inputs = list_inputs(args.input)
-        if args.json:
-            check_output_files({"--json": args.json}, inputs)
         plan = make_plan(inputs, upscale_options(args), args.json)
+        if args.json:
+            check_output_files(
+                {"--json": args.json}, [*inputs, *(path for file in plan.files for path in file.maps.values())]
+            )
         upscaler = load_upscaler(args)
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
@@ -220,6 +233,7 @@ def upscale_options(args: argparse.Namespace) -> "UpscaleOptions":
         output=args.output,
         scale=args.scale,
         scales=tuple(args.scales),
+        maps=args.maps,
         seed=args.seed,
         batch_size=args.batch_size,
         ext=args.ext,

@@ -5,14 +5,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from pisa_jax.cli.infer_plan import Plan, PlannedFile, UpscaleOptions, result_suffix
+from pisa_jax.cli.scale_map_files import read_scale_map
 from pisa_jax.config import Scales
 from pisa_jax.imaging.contact_sheet import contact_sheet
 from pisa_jax.imaging.image_data import ImageData, to_pil
 from pisa_jax.imaging.image_reading import from_pil, read_image
 from pisa_jax.imaging.image_writing import output_suffix, write_image
+from pisa_jax.imaging.scale_maps import Map, ScaleOrMap, are_one
 from pisa_jax.inference import Upscaler
 from pisa_jax.runtime.messages import error_text, number_text
 from pisa_jax.tiling.memory import is_out_of_memory
@@ -30,6 +33,8 @@ class FileReport:
     output_size: tuple[int, int] | None = None
     scale: float | None = None
     scales: list[Scales] = field(default_factory=list)
+    # Files of scale maps, by adapter.
+    maps: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -42,6 +47,8 @@ class _PendingFile:
     file: PlannedFile
     report: FileReport
     image: ImageData
+    # Scale maps with values in [0, 1], by adapter.
+    maps: dict[str, Map]
 
 
 def upscale_files(
@@ -55,6 +62,7 @@ def upscale_files(
     options, reports, queue = plan.options, [], []
     for file in plan.files:
         report = FileReport(str(file.input), scale=options.scale, scales=list(options.scales), error=file.problem)
+        report.maps = {name: str(path) for name, path in file.maps.items()}
         reports.append(report)
         if file.problem:
             on_report(report)
@@ -91,6 +99,10 @@ def _decoded(
             report.notes += image.notes
             suffix = output_suffix(image, plan.options.ext)
             plan.set_suffix(file, result_suffix(suffix, (width, height), plan.options))
+            maps = {}
+            for name, path in file.maps.items():
+                maps[name], notes = read_scale_map(path, (width, height))
+                report.notes += notes
         except Exception as error:
             report.error = _explain(error)
             on_report(report)
@@ -98,8 +110,8 @@ def _decoded(
         if file.skipped:
             on_report(_skip(file, report))
         else:
-            yield _PendingFile(file, report, image)
-        del image
+            yield _PendingFile(file, report, image, maps)
+        del image, maps
 
 
 def _skip(file: PlannedFile, report: FileReport) -> FileReport:
@@ -124,7 +136,7 @@ def _batches(files: Iterable[_PendingFile], batch_size: int) -> Iterator[list[_P
 def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler) -> None:
     """Upscale images of equal size, write the results and complete the reports."""
     start = time.perf_counter()
-    results, error = _compute([pending.image for pending in batch], plan.options, upscaler)
+    results, error = _compute(batch, plan.options, upscaler)
     if results is None and len(batch) > 1:
         # One image, or the size of the batch, must not be the failure of the others.
         for pending in batch:
@@ -138,15 +150,27 @@ def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler
 
 
 def _compute(
-    images: Sequence[ImageData], options: UpscaleOptions, upscaler: Upscaler
+    batch: Sequence[_PendingFile], options: UpscaleOptions, upscaler: Upscaler
 ) -> tuple[list[list[ImageData]] | None, str | None]:
     """Return the results of a batch for each pair of scales, or None and the reason of the failure."""
     try:
-        adjustable = any(set(scales) != {1.0} for scales in options.scales)
+        settings = [_with_maps(scales, batch, upscaler) for scales in options.scales]
+        adjustable = not all(map(are_one, settings))
+        images = [pending.image for pending in batch]
         session = upscaler.open_all(images, options.scale, options.seed, adjustable)
-        return [session.render_all(*pair) for pair in options.scales], None
+        return [session.render_all(*scales) for scales in settings], None
     except Exception as error:
         return None, _explain(error)
+
+
+def _with_maps(scales: Scales, batch: Sequence[_PendingFile], upscaler: Upscaler) -> list[ScaleOrMap]:
+    """Multiply the scales of adapters that have maps with the map of each image: white is the scale, black is 0."""
+    if not batch[0].maps:  # all files of a run have maps of the same adapters
+        return list(scales)
+    return [
+        [np.float32(scale) * pending.maps[name] for pending in batch] if name in batch[0].maps else scale
+        for name, scale in zip(upscaler.adapter_names, scales, strict=True)
+    ]
 
 
 def _write(pending: _PendingFile, results: Sequence[ImageData], options: UpscaleOptions) -> None:
@@ -157,7 +181,7 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
             report.notes += [note for note in write_image(path, image) if note not in report.notes]
             report.outputs.append(str(path))
         if file.sheet:
-            sheet = sheet_of_results(pending.image, results, options.scales)
+            sheet = sheet_of_results(pending.image, results, options.scales, mapped=bool(pending.maps))
             write_image(file.sheet, from_pil(sheet))
             report.outputs.append(str(file.sheet))
     except Exception as error:
@@ -167,12 +191,17 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
     report.outcome, report.output_size = "ok", (width, height)
 
 
-def sheet_of_results(source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales]) -> Image.Image:
-    """Draw a labeled contact sheet of an image, upscaled bicubically, and its results at the scales `pairs`."""
+def sheet_of_results(
+    source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales], mapped: bool = False
+) -> Image.Image:
+    """Draw a labeled contact sheet of an image, upscaled bicubically, and its results at the scales `pairs`.
+
+    With `mapped`, the labels tell that scale maps multiply the scales.
+    """
     size = results[0].rgb.shape[1::-1]
     bicubic = to_pil(source).resize(size, Image.Resampling.BICUBIC)
     names = ("pix ", "sem ") if len(pairs[0]) == 2 else ("",) * len(pairs[0])
-    labels = ["  ".join(map("{}{}".format, names, map(number_text, scales))) for scales in pairs]
+    labels = ["  ".join(map("{}{}".format, names, map(number_text, scales))) + "  x map" * mapped for scales in pairs]
     cells = [("input, bicubic", bicubic), *zip(labels, map(to_pil, results), strict=True)]
     return contact_sheet(cells, columns=min(len(cells), 4))
 

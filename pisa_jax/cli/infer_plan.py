@@ -7,13 +7,14 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from pisa_jax.cli.infer_names import scale_marks
+from pisa_jax.cli.scale_map_files import check_aspect_ratio, map_finder
 from pisa_jax.config import Scales
 from pisa_jax.imaging.decode_tiff import is_tiff
 from pisa_jax.imaging.image_data import ImageError
@@ -33,6 +34,8 @@ class UpscaleOptions:
     scale: float = 4.0
     # Pairs (pix, sem); every input gets one output file per pair.
     scales: tuple[Scales, ...] = ((1.0, 1.0),)
+    # Scale maps {name of the adapter: file, or folder with a file for each input}; they multiply all pairs.
+    maps: Mapping[str, Path] = field(default_factory=dict)
     # Seed with which the latent is sampled; None: its mean.
     seed: int | None = None
     # Images of equal size per call of the model.
@@ -57,6 +60,8 @@ class PlannedFile:
     sheet: Path | None = None
     # (width, height) in the file's header, before the orientation is applied; None if the header is unreadable.
     size: tuple[int, int] | None = None
+    # Scale maps {name of the adapter: file}.
+    maps: dict[str, Path] = field(default_factory=dict)
     # All output files exist and are to be kept.
     skipped: bool = False
     problem: str | None = None
@@ -95,14 +100,16 @@ class Plan:
 def make_plan(inputs: Sequence[Path], options: UpscaleOptions, report: Path | None = None) -> Plan:
     """Name the output files of all inputs; `PlannedFile.problem` says which inputs cannot be upscaled.
 
-    No output may replace an input, the file `report` of the run, or an output of another input. The file system itself
-    is asked which names and files are equal.
+    No output may replace an input, a scale map, the file `report` of the run, or an output of another input. The file
+    system itself is asked which names and files are equal.
 
     Raises:
-        OSError: nothing can be written to the output folder.
+        OSError: nothing can be written to the output folder, or the file or folder of scale maps does not exist.
     """
-    files = [_plan_file(path, options) for path in inputs]
-    kept = dict.fromkeys(inputs, "an input") | ({report: "the report of this run"} if report else {})
+    finders = {name: map_finder(path) for name, path in options.maps.items()}
+    files = [_plan_file(path, options, finders) for path in inputs]
+    kept = dict.fromkeys([path for file in files for path in file.maps.values()], "a scale map")
+    kept |= dict.fromkeys(inputs, "an input") | ({report: "the report of this run"} if report else {})
     protected = {identity: text for path, text in kept.items() if (identity := file_id(path))}
     with probe_names(options.output) as probe:
         for path, text in kept.items():
@@ -129,7 +136,7 @@ def result_suffix(suffix: str, size: tuple[int, int], options: UpscaleOptions) -
     raise ImageError(f"{kind} allows at most {limit} pixels per side, not {side}; use --ext png or tiff")
 
 
-def _plan_file(path: Path, options: UpscaleOptions) -> PlannedFile:
+def _plan_file(path: Path, options: UpscaleOptions, finders: Mapping[str, Callable[[Path], Path]]) -> PlannedFile:
     """Name the outputs of one input from its name and the header of its content."""
     file = PlannedFile(path)
     try:
@@ -139,6 +146,9 @@ def _plan_file(path: Path, options: UpscaleOptions) -> PlannedFile:
         suffix = SUFFIXES.get(image_format if options.ext == "auto" else options.ext, ".png")
         if file.size:
             suffix = result_suffix(suffix, file.size, options)
+        for name, find in finders.items():
+            file.maps[name] = find(path)
+            _check_map(file.maps[name], file.size)
     except Exception as error:  # such as the OverflowError of an enormous --scale
         file.problem = error_text(error)
         return file
@@ -146,6 +156,13 @@ def _plan_file(path: Path, options: UpscaleOptions) -> PlannedFile:
     file.sheet = options.output / f"{path.stem}_grid{options.suffix}.png" if options.grid else None
     file.skipped = _is_done(file, options)
     return file
+
+
+def _check_map(path: Path, image_size: tuple[int, int] | None) -> None:
+    """Compare the sizes in the headers of a map and its image; the orientation of either may turn it by 90 degrees."""
+    _, size = _read_header(path)
+    if size and image_size:
+        check_aspect_ratio(path, size, image_size, turned=True)
 
 
 def _is_done(file: PlannedFile, options: UpscaleOptions) -> bool:

@@ -16,6 +16,7 @@ from tiny import close
 
 from pisa_jax.imaging import color
 from pisa_jax.inference import Weights
+from pisa_jax.model import Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone as bb
@@ -180,6 +181,15 @@ def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeyp
     # Encoder and decoder each measure the sample without and with keys and have one shape of tiles.
     assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
     upscaler(random_image(35, 30))
+    assert len(compiled) == 7
+    session = upscaler.open(random_image(28, 33), adjustable=False)
+    pipeline, style = upscaler.pipeline, np.zeros((1, 112, 136, 3), np.float32)
+    predictions = Predictions(session.latents, (0.5 * session.eps_full, session.eps_full))
+    maps = [0.8, np.full((1, *session.latents.shape[1:3], 1), 0.3, np.float32)]
+    number, constant = (pipeline.render(predictions, scales, style, (112, 132)) for scales in ((0.8, 0.3), maps))
+    assert np.array_equal(number, constant)  # of a constant map
+    maps[1][:, :5] = 1.5
+    assert not np.array_equal(pipeline.render(predictions, maps, style, (112, 132)), constant)
     assert len(compiled) == 7
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run

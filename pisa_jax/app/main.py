@@ -9,8 +9,8 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pisa_jax.app.command import changed_flags
 from pisa_jax.cli.arguments import megapixels
 from pisa_jax.cli.infer import (
     add_model_arguments,
@@ -22,7 +22,7 @@ from pisa_jax.cli.infer import (
 from pisa_jax.runtime.console import say, show_any_name
 
 USERS_VARIABLE = "PISA_SR_AUTH"
-OWN_FLAGS = ("host", "port", "auth", "max_megapixels", "compile_cache")
+OWN_OPTIONS = ("host", "port", "auth", "max_megapixels", "compile_cache")
 
 
 def port(text: str) -> int:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     show_any_name()
     p = parser(prog)
     args = p.parse_args(argv)
-    model_flags = changed_flags(p, args, skip=OWN_FLAGS)
+    model_options = {name: value for name, value in vars(args).items() if name not in OWN_OPTIONS}
     complete_model_arguments(p, args)
     if importlib.util.find_spec("gradio") is None:
         say(f"{prog}: the page needs gradio; to install it: pip install 'pisa_jax[app]'", sys.stderr)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
             say(f"anybody who can reach {args.host} can use this page; --auth adds a login", sys.stderr)
         limit_megapixels(args.max_megapixels)
         enable_compilation_cache(args.compile_cache)
-        run(args, model_flags, users)
+        run(args, model_options, users)
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     return 0
 
 
-def run(args: argparse.Namespace, model_flags: Sequence[str], users: Sequence[tuple[str, str]]) -> None:
+def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Sequence[tuple[str, str]]) -> None:
     """Load the model and serve the page until SIGINT or SIGTERM."""
     from pisa_jax.app.server import make_app, serve, temporary_folder
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, model_flags: Sequence[str], users: Sequence[tu
         signal.signal(number, signal.default_int_handler)
     upscaler = load_upscaler(args)
     with temporary_folder():
-        app = make_app(upscaler, args.max_megapixels, model_flags, users)
+        app = make_app(upscaler, args.max_megapixels, model_options, users)
         serve(app, args.host, args.port, lambda address: say(f"the page is at {address} (Ctrl-C stops it)", sys.stdout))
 
 
