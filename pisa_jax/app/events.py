@@ -56,7 +56,7 @@ class Events:
         visitor.receive(path.read_bytes(), path.name)
         return visitor.view(f"{visitor.name} is waiting for its turn")
 
-    def open(self, request: gr.Request, factor: float, ext: str, *values: Any) -> tuple[Any, str]:
+    def open(self, request: gr.Request, factor: float | int, ext: str, *values: Any) -> tuple[Any, str]:
         """Run the encoder and the UNet, and show the first result."""
         visitor, progress = self._visitor(request), gr.Progress()
         if visitor.source is None:
@@ -128,7 +128,7 @@ class Events:
         """Free the visitor whose window was closed."""
         self.visitors.close(str(request.session_hash))
 
-    def open_file(self, request: gr.Request, path: str | None, factor: float) -> dict[str, Any]:
+    def open_file(self, request: gr.Request, path: str | None, factor: float | int) -> dict[str, Any]:
         """Open an image for /render. Returns its name and the sizes [width, height] of the input and the result."""
         visitor = self._visitor(request)
         with _messages():
@@ -136,7 +136,7 @@ class Events:
         self.open(request, factor, "auto", *[1.0] * (2 * len(self.names)), 0.0)
         return visitor.sizes()
 
-    def render_file(self, request: gr.Request, ext: str, *scales: float) -> str:
+    def render_file(self, request: gr.Request, ext: str, *scales: float | int) -> str:
         """Render the opened image at other scales and return the file."""
         visitor = self._visitor(request)
         with _messages(), self.lock:

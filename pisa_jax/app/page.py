@@ -67,7 +67,9 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
     with gr.Accordion("Scales in the painted area", open=False, elem_id="area"):
         gr.Markdown("Paint on the image with the brush above it. These scales hold there.")
         painted = [_slider(f"{name}, painted", None, f"painted-{name}") for name in names]
-        softness = gr.Slider(0, 20, 4, step=0.5, label="Softness of the edge (% of the shorter side)", elem_id="softness")
+        softness = gr.Slider(
+            0, 20, 4, step=0.5, label="Softness of the edge (% of the shorter side)", elem_id="softness"
+        )
         with gr.Row():
             maps = {name: gr.Button(f"Save {name} map", size="sm") for name in names if name in MAPPED}
     with gr.Accordion("Contact sheet", open=False, elem_id="sheet"):
@@ -82,7 +84,20 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
         label="The same on the command line", interactive=False, lines=2, buttons=["copy"], elem_id="command"
     )
     return Controls(
-        viewer, upload, thumbnails, factor, scales, painted, softness, maps, grids, sheet_button, sheet, ext, save, command
+        viewer,
+        upload,
+        thumbnails,
+        factor,
+        scales,
+        painted,
+        softness,
+        maps,
+        grids,
+        sheet_button,
+        sheet,
+        ext,
+        save,
+        command,
     )
 
 
@@ -132,11 +147,10 @@ def _thumbnails() -> str:
     buttons = []
     for path in samples():
         file = io.BytesIO()
-        with Image.open(path) as image:
-            image.convert("RGB").save(file, "JPEG", quality=85)
+        with Image.open(path) as sample:
+            sample.convert("RGB").save(file, "JPEG", quality=85)
         source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         text = path.stem.replace("_", " ")
-        buttons.append(
-            f'<button type="button" data-sample="{path.stem}" title="{text}"><img src="{source}" alt="Sample: {text}"></button>'
-        )
+        image = f'<img src="{source}" alt="Sample: {text}">'
+        buttons.append(f'<button type="button" data-sample="{path.stem}" title="{text}">{image}</button>')
     return f'<div class="samples">{"".join(buttons)}</div>'

@@ -101,4 +101,6 @@ def read_area(png: bytes) -> UInt8[np.ndarray, "h w"]:
                 raise ValueError(f"it has the mode {image.mode} and {image.size} pixels")
             return np.asarray(image.getchannel("A"))
     except Exception as error:  # Pillow raises arbitrary exceptions on damaged data
-        raise ValueError(f"the painted area is not an RGBA image of at most {LARGEST_MASK} pixels a side: {error}") from None
+        raise ValueError(
+            f"the painted area is not an RGBA image of at most {LARGEST_MASK} pixels a side: {error}"
+        ) from None

@@ -169,7 +169,14 @@ class Visitor:
             return {"status": status}
         height, width = self._result.rgb.shape[:2]
         images = {role: self._shown[role]._asdict() for role in ("bicubic", "pinned", "result") if role in self._shown}
-        return {"image": self._image, "width": width, "height": height, **images, "status": status, "download": download}
+        return {
+            "image": self._image,
+            "width": width,
+            "height": height,
+            **images,
+            "status": status,
+            "download": download,
+        }
 
     def sizes(self) -> dict[str, Any]:
         """Return the name of the image, and the sizes [width, height] of the input and the result."""
@@ -250,7 +257,7 @@ class Visitor:
 
 
 def preview_png(pixels: np.ndarray) -> bytes:
-    """Encode a uint8 image (h, w[, 2|3|4]) without loss as fast as possible: compression would cost more than it saves."""
+    """Encode a uint8 image (h, w[, 2|3|4]) without loss, as fast as possible: results are compared by their pixels."""
     if pixels.ndim == 3 and pixels.shape[2] == 2:
         pixels = np.dstack([pixels[..., :1]] * 3 + [pixels[..., 1:]])
     if pixels.ndim == 3:

@@ -14,7 +14,11 @@ class Visitors:
     """Visitors by key, made when they are first asked for. Closed, idle and surplus ones are freed."""
 
     def __init__(
-        self, make: Callable[[], Visitor], most: int = MOST, idle: float = IDLE, clock: Callable[[], float] = time.monotonic
+        self,
+        make: Callable[[], Visitor],
+        most: int = MOST,
+        idle: float = IDLE,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._make, self._most, self._idle, self._clock = make, most, idle, clock
         self._visitors: dict[str, tuple[Visitor, float]] = {}  # the one used last is the last
