@@ -19,6 +19,11 @@ COMMANDS = {
 }
 
 
+def module_of(command: str) -> str:
+    """Name of the module whose `main` runs a command."""
+    return "pisa_jax.app.main" if command == "app" else f"pisa_jax.cli.{command}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; returns its exit code."""
     listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
@@ -33,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only the first argument is parsed here: everything after it belongs to the command.
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(arguments[:1]).command
-    module = "pisa_jax.app.main" if command == "app" else f"pisa_jax.cli.{command}"
-    return importlib.import_module(module).main(arguments[1:], prog=f"pisa-sr {command}")
+    return importlib.import_module(module_of(command)).main(arguments[1:], prog=f"pisa-sr {command}")
 
 
 if __name__ == "__main__":

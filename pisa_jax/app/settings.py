@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -82,7 +82,7 @@ def _blend(outside: float, inside: float, strength: Float32[np.ndarray, "h w"]) 
     return ScaleMap(np.rint(values / white * 255).astype(np.uint8), white)
 
 
-def check_range(name: str, value: float, least: float, most: float) -> float:
+def check_range(name: str, value: Any, least: float | int, most: float | int) -> float:
     """Return `value` as a float; raises ValueError unless it is in [least, most]."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}; allowed are numbers from {number_text(least)} to {number_text(most)}")
