@@ -85,7 +85,9 @@ def _blend(outside: float, inside: float, strength: Float32[np.ndarray, "h w"]) 
 def check_range(name: str, value: Any, least: float | int, most: float | int) -> float:
     """Return `value` as a float; raises ValueError unless it is in [least, most]."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; allowed are numbers from {number_text(least)} to {number_text(most)}")
+        raise ValueError(
+            f"{name} is {value!r}; allowed are numbers from {number_text(float(least))} to {number_text(float(most))}"
+        )
     return float(value)
 
 

@@ -22,7 +22,7 @@ class Fake(Visitor):
 
 def test_visitors_are_freed_when_closed_idle_or_surplus():
     now = [0.0]
-    visitors = Visitors(Fake, most=2, idle=10, clock=lambda: now[0])
+    visitors = Visitors(Fake, most=2, idle=10.0, clock=lambda: now[0])
     one, two = visitors.get("one"), visitors.get("two")
     assert visitors.get("one") is one
     three = visitors.get("three")  # two was used longest ago
