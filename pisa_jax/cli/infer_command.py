@@ -32,7 +32,7 @@ def infer_command(**options: Any) -> str:
     return shlex.join(words)
 
 
-def _words(flag: str, value: str | float | bool | Path | Sequence[str] | Sequence[Scales]) -> list[str]:
+def _words(flag: str, value: str | int | float | Path | Sequence[str] | Sequence[Scales]) -> list[str]:
     if value is True:
         return [flag]
     values = list(map(_text, value if isinstance(value, list | tuple) else [value]))
@@ -43,7 +43,7 @@ def _words(flag: str, value: str | float | bool | Path | Sequence[str] | Sequenc
     return [f"{flag}={values[0]}"]  # such as a negative scale, which would be taken for a flag
 
 
-def _text(value: str | float | Path | Scales) -> str:
+def _text(value: str | int | float | Path | Scales) -> str:
     if isinstance(value, tuple):
         return ",".join(map(number_text, value))
     return number_text(value) if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 """Scale maps of `pisa-sr infer`, with a stand-in for the model that returns its input and keeps the scales."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,10 @@ from PIL import Image
 
 from pisa_jax.cli import infer
 from pisa_jax.cli.scale_map_files import check_aspect_ratio, read_scale_map
+from pisa_jax.inference import Upscaler
 
 
-class StandIn:
+class StandIn(Upscaler):
     """In place of an `Upscaler`; `calls` are the scales of every rendering."""
 
     adapter_names = ("pix", "sem")
@@ -37,7 +39,7 @@ def upscaler(monkeypatch, tmp_path):
 
 def save(name, values, **options):
     values = np.asarray(values, np.uint16 if np.max(values) > 255 else np.uint8)
-    path = infer.Path(name)
+    path = Path(name)
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(values).save(path, **options)
     return path
@@ -45,7 +47,7 @@ def save(name, values, **options):
 
 def run(*arguments, code=0):
     assert infer.main([*map(str, arguments), "--compile-cache", "off", "-s", "1", "--json", "r.json"]) == code
-    return {report["input"][-5:]: report for report in json.loads(infer.Path("r.json").read_text())}
+    return {report["input"][-5:]: report for report in json.loads(Path("r.json").read_text())}
 
 
 def test_white_is_the_scale_and_black_is_0(upscaler):
@@ -104,7 +106,7 @@ def test_maps_that_cannot_be_used_fail_their_image(upscaler):
     assert "wide.png has 9x4 pixels, and its image 6x4; a map covers its image and has" in failure("wide.png")
     save("turned.png", np.zeros((60, 40)))  # which its header alone does not exclude
     assert "turned.png has 40x60 pixels" in failure("turned.png")
-    infer.Path("text.png").write_text("no image")
+    Path("text.png").write_text("no image")
     assert "text.png is not an image" in failure("text.png")
     assert not upscaler.calls
 
@@ -126,10 +128,10 @@ def failure(name):
 )
 def test_aspect_ratios(size, image, fits):
     if fits:
-        check_aspect_ratio("map.png", size, image)
+        check_aspect_ratio(Path("map.png"), size, image)
     else:
         with pytest.raises(ValueError, match="has the same aspect ratio"):
-            check_aspect_ratio("map.png", size, image)
+            check_aspect_ratio(Path("map.png"), size, image)
 
 
 def test_maps_are_checked_before_the_model_is_loaded(upscaler, monkeypatch, capsys):
@@ -137,7 +139,7 @@ def test_maps_are_checked_before_the_model_is_loaded(upscaler, monkeypatch, caps
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr(infer, "load_upscaler", refuse_to_load)
-    infer.Path("empty").mkdir()
+    Path("empty").mkdir()
     for name, message in (("nowhere", "nowhere is neither a folder nor a file"), ("empty", "no images in empty")):
         assert infer.main(["-i", "in", "--sem-map", name, "--compile-cache", "off"]) == 1
         assert message in capsys.readouterr().err
