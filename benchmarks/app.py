@@ -129,14 +129,12 @@ def use_at_random(browser: Browser, address: str, process: int, images: list[Pat
 
 def take_screenshot(browser: Browser, address: str, path: Path) -> None:
     """Write the picture of README.md: a sample at pix 1, sem 1, with the border in the middle."""
-    page = open_page(browser, address, viewport={"width": 1200, "height": 760})
+    page = open_page(browser, address, viewport={"width": 1200, "height": 840})
     page.click("[data-sample=perched_osprey]")
     wait_for_another(page, "")
     page.mouse.move(5, 5)
     page.wait_for_timeout(1500)
     page.screenshot(path=path)
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT).save(path, optimize=True)
 
 
 def main() -> int:
