@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from pisa_jax import Upscaler
-from pisa_jax.cli.arguments import scales
+from pisa_jax.cli.adapter_scales import complete_scales
+from pisa_jax.cli.arguments import scales_of_adapters
 from pisa_jax.config import Scales
 from pisa_jax.imaging.arrays import RGB8
 from pisa_jax.imaging.contact_sheet import contact_sheet
@@ -61,13 +62,13 @@ def main() -> None:
     parser.add_argument("--lq", type=Path, required=True)
     parser.add_argument("--gt", type=Path, required=True)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--scales", type=scales, nargs="+", default=[(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)])
+    parser.add_argument("--scales", type=scales_of_adapters, nargs="+", default=[(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)])
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="also write a contact sheet of each image")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     items, problems = pair_files(None, args.gt, args.lq)
     functions = registry.make_metrics(METRICS)
-    methods = make_methods(args.wheel, args.model, args.scales)
+    methods = make_methods(args.wheel, args.model, complete_scales(args.scales, ("pix", "sem")))
     scores, seconds = defaultdict(dict), defaultdict(list)
     for item in items:
         lq, gt, images = read_rgb8(item.lq), read_rgb8(item.gt), {}

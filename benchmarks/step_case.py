@@ -77,12 +77,12 @@ def argument_shapes(modules: bb.Backbone, shapes: dict[str, Any], case: StepCase
         alphas_cumprod=of((1000,), jnp.float32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    float_unet = cast(shapes["unet"], jnp.float32)
     state = jax.eval_shape(
-        lambda key: train_step.init_state(
-            injection.init_adapter(key, float_unet, stage.spec), case.optimizer, ema=False
+        lambda key, unet: train_step.init_state(
+            injection.init_adapter(key, unet, stage.spec), case.optimizer, ema=False, spec=stage.spec
         ),
         key,
+        cast(shapes["unet"], jnp.float32),
     )
     images = of((case.batch_size, case.crop, case.crop, 3), jnp.float32)
     ids = of((case.batch_size, PROMPT_TOKENS), jnp.int32)
@@ -104,7 +104,7 @@ def random_arguments(shapes: tuple[Any, ...], case: StepCase) -> tuple[Any, ...]
         perceptual=random_weights(frozen.perceptual, 5) if case.stage.perceptual else None,
         alphas_cumprod=losses.ddpm_schedule().alphas_cumprod,
     )
-    state = train_step.init_state(random_adapter(state.adapter, 6), case.optimizer, ema=False)
+    state = train_step.init_state(random_adapter(state.adapter, 6), case.optimizer, ema=False, spec=case.stage.spec)
     images = [jnp.tanh(normal(leaf, seed)) for leaf, seed in ((batch.lq, 7), (batch.gt, 8))]
     ids, seen = jnp.zeros(batch.token_ids.shape, jnp.int32), jnp.ones(batch.use_prompt.shape, bool)
     return frozen, state, train_step.Batch(*images, ids, seen), jax.random.key(0)

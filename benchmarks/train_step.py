@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --size half --crop 256                # compiles both and runs them alternately
     python benchmarks/train_step.py --stages pix sem --batch-sizes 1 4    # SD 2.1 at 512: compiles only
     python benchmarks/train_step.py --topology v5p:2x2x1 --dtype bfloat16 # ... for a TPU without having one (libtpu)
+    python benchmarks/train_step.py --paths low-rank --decompositions all # the table of docs/decompositions.md
 
 Weights are random. Memory is that of one device during a step, according to the analysis of the compiled program:
 arguments (weights, optimizer state, batch), results that do not reuse the memory of an argument, and temporaries. With
@@ -11,6 +12,7 @@ merged weights, the step computes W + dW and differentiates through it.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -26,6 +28,8 @@ from timing import alternate, seconds
 
 from pisa_jax import train_step
 from pisa_jax.adapters import injection
+from pisa_jax.adapters.registry import DECOMPOSITIONS
+from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.messages import error_text
 from pisa_jax.sd import backbone as bb
@@ -44,8 +48,8 @@ def merged_loss(adapter, frozen, batch, draws, base, objective):
 PATHS = {"low-rank": ADDITIVE, "merged": merged_loss}
 
 
-def compile_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, device: Any) -> Any:
-    """Compile the step; returns it and the compile time in seconds."""
+def lower_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, device: Any) -> Any:
+    """Trace the step and lower it for a device."""
     step = functools.partial(
         train_step.train_step,
         base=make_base_model(modules),
@@ -54,7 +58,6 @@ def compile_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, d
     )
     on_cpu = device.platform == "cpu"
     options = {**compiler_options(), "xla_cpu_enable_concurrency_optimized_scheduler": not case.remat}
-    start = time.perf_counter()
     # The implementation of attention is chosen by the default backend, which is not the one that runs the program.
     backend = (
         contextlib.nullcontext() if on_cpu else mock.patch.object(jax, "default_backend", return_value=device.platform)
@@ -66,8 +69,7 @@ def compile_step(path: str, modules: bb.Backbone, case: StepCase, shapes: Any, d
             donate_argnums=1,
             compiler_options=options if on_cpu else None,
         )
-        compiled = jitted.lower(*shapes).compile()
-    return compiled, time.perf_counter() - start
+        return jitted.lower(*shapes)
 
 
 def summarize(compiled: Any) -> str:
@@ -76,6 +78,12 @@ def summarize(compiled: Any) -> str:
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = held + memory.temp_size_in_bytes
     return f"{cost['flops'] / 1e12:6.2f} TFLOP, {whole / 2**30:6.2f} GiB ({held / 2**30:.2f} held)"
+
+
+def summarize_lowered(lowered: Any, shapes: Any) -> str:
+    """Format the FLOPs of a program that is not compiled, and the memory of its arguments."""
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return f"{lowered.cost_analysis()['flops'] / 1e12:6.2f} TFLOP, {held / 2**30:.2f} GiB held"
 
 
 def step_seconds(program: Any, arrays: tuple[Any, ...]) -> float:
@@ -102,29 +110,39 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=["pix"])
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--decompositions", nargs="+", choices=[*DECOMPOSITIONS, "all"], default=["lora"])
     parser.add_argument("--remat", choices=["no", "yes", "both"], default="no")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of UNet and VAE")
+    parser.add_argument("--lower-only", action="store_true", help="operations before compilation, in seconds")
     parser.add_argument("--topology", help="compile for this TPU instead of the local device")
     parser.add_argument("--repeats", type=int, default=5, help="number of timed steps; size sd21 is not run on a CPU")
     args = parser.parse_args()
     device = device_for(args.topology)
     print(f"{device.device_kind}, jax {jax.__version__}, {args.size}, crops of {args.crop}, {args.dtype}")
-    runs = args.topology is None and not (args.size == "sd21" and device.platform == "cpu")
+    compiles_only = args.topology or (args.size == "sd21" and device.platform == "cpu")
     modules = bb.build_modules(*random_model.model_configs(args.size), jnp.dtype(args.dtype), jnp.dtype(args.dtype))
     param_shapes = bb.param_shapes(modules)
     remats = {"no": [False], "yes": [True], "both": [False, True]}[args.remat]
-    for name, batch_size, remat in itertools.product(args.stages, args.batch_sizes, remats):
-        case = StepCase(STAGES[name], args.crop, batch_size, remat, args.dtype, args.dtype)
+    kinds = list(DECOMPOSITIONS) if "all" in args.decompositions else args.decompositions
+    for name, kind, batch_size, remat in itertools.product(args.stages, kinds, args.batch_sizes, remats):
+        stage = dataclasses.replace(STAGES[name], spec=AdapterSpec(kind))
+        case = StepCase(stage, args.crop, batch_size, remat, args.dtype, args.dtype)
         shapes, programs = argument_shapes(modules, param_shapes, case), {}
         for path in args.paths:
-            what = f"{name}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
+            what = f"{name}, {kind:6s}, batch {batch_size}, {'remat' if remat else 'no remat'}, {path:8s}"
+            start = time.perf_counter()
+            lowered = lower_step(path, modules, case, shapes, device)
+            if args.lower_only:
+                print(f"{what}: {summarize_lowered(lowered, shapes)}", flush=True)
+                continue
             try:
-                programs[path], compiling = compile_step(path, modules, case, shapes, device)
+                programs[path] = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 print(f"{what}: {error_text(error)[:200]}", flush=True)
                 continue
+            compiling = time.perf_counter() - start
             print(f"{what}: compiled in {compiling:5.1f} s, {summarize(programs[path])}", flush=True)
-        if not runs:
+        if compiles_only or args.lower_only:
             continue
         arrays = random_arguments(shapes, case)
         timed = {path: functools.partial(step_seconds, program, arrays) for path, program in programs.items()}

@@ -106,11 +106,14 @@ class AdapterSpec:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
     # Ranks of single layers: pairs of a regular expression over module paths and a rank; the first match counts.
     rank_by_target: tuple[tuple[str, int], ...] = ()
+    # Probability with which an element of the input of dW is dropped in training, for decompositions that have dropout.
+    dropout: float = 0.0
 
     def __post_init__(self):
         for rank in (self.rank, *(rank for _, rank in self.rank_by_target)):
             _require(rank >= 1, f"the rank of an adapter is a positive integer, not {rank}")
         _require_number("alpha", self.alpha)
+        _require_number("dropout", self.dropout, 0, 1)
         for name, pattern in (("targets", self.targets), *(("rank_by_target", key) for key, _ in self.rank_by_target)):
             try:
                 re.compile(pattern)
@@ -146,6 +149,9 @@ class Stage:
     schedule: str = "constant"
     # Steps of linear warmup from 0.
     warmup: int = 0
+    # "module:function" of a file of your own: function(default, below) -> the optax optimizer of the stage, from the
+    # default one (clipping and AdamW) and the frozen adapters by name.
+    optimizer: str | None = None
     # Rank, alpha and targets of the adapter.
     spec: AdapterSpec = AdapterSpec()
 
@@ -169,6 +175,10 @@ class Stage:
         known = ("constant", "cosine")
         _require(
             self.schedule in known, f"stage {self.adapter}: schedule {self.schedule!r} is none of {', '.join(known)}"
+        )
+        _require(
+            self.optimizer is None or re.fullmatch(r"[\w.]+:\w+", self.optimizer) is not None,
+            f"stage {self.adapter}: optimizer is {self.optimizer!r}; it must be module:function",
         )
         _require(0 <= self.warmup < self.steps, f"stage {self.adapter}: warmup {self.warmup} of {self.steps} steps")
 

@@ -125,8 +125,10 @@ class Pipeline:
     def predict(self, latents: Float[Any, "b y x c"], adjustable: bool) -> Predictions:
         """Predict eps with the first 1, ..., n adapters; without `adjustable`, only the last, in place of each."""
         settings, count = self.settings, len(self.specs)
-        rows = tuple((1.0,) * index + (0.0,) * (count - 1 - index) for index in range(count))
-        static = (self.base, tuple(self.specs.values())[1:], rows if adjustable else rows[-1:])
+        live = len(self.runner.weights.adapters)  # the others are merged: the first, or none
+        ones = range(live - count + 1, live + 1)
+        rows = tuple((1.0,) * number + (0.0,) * (live - number) for number in ones)
+        static = (self.base, tuple(self.specs.values())[count - live :], rows if adjustable else rows[-1:])
 
         def unet(array):
             return self.runner.run(predict, static, self._spread(array))

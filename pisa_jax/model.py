@@ -4,6 +4,7 @@ A base model is a record of functions, so this module, the training step and inf
 model whose layers are `flax.linen` modules; `pisa_jax.sd` makes the record for Stable Diffusion 2.1.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
@@ -94,13 +95,19 @@ def predict(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     adapter_scales: tuple[float, ...] = (1.0,),
+    below: Sequence[tuple[AdapterTree, AdapterSpec]] = (),
+    dropout_keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual eps(l) = UNet(z_L, 1, c; W + l dW) for every l of `adapter_scales`.
 
     With W + dW_pix as `unet` and the sem adapter at the scales (0, 1), the results are eps_pix and eps_full. The UNet
-    runs once, on the batch repeated for each scale.
+    runs once, on the batch repeated for each scale. Adapters that cannot be merged into `unet` are given as `below`. In
+    training, `dropout_keys` has a key for each sample; the adapters below drop nothing.
     """
-    return predict_rows(base, unet, (adapter,), (spec,), latents, prompt, tuple((scale,) for scale in adapter_scales))
+    frozen = [(tree, dataclasses.replace(each, dropout=0.0)) for tree, each in below]
+    adapters, specs = zip(*frozen, (adapter, spec), strict=True)
+    rows = tuple((*[1.0] * len(below), scale) for scale in adapter_scales)
+    return predict_rows(base, unet, adapters, specs, latents, prompt, rows, dropout_keys)
 
 
 def predict_rows(
@@ -111,6 +118,7 @@ def predict_rows(
     latents: Float[Array, "b h w c"],
     prompt: Float[Array, "#b n d"],
     rows: tuple[tuple[float, ...], ...],
+    dropout_keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual for every row of scales of several adapters, each trained on top of those before it.
 
@@ -120,13 +128,27 @@ def predict_rows(
     """
     if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
         return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
+    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows, dropout_keys)
+
+
+def _predict_additive(
+    base: BaseModel,
+    unet: Params,
+    adapters: Sequence[AdapterTree],
+    specs: Sequence[AdapterSpec],
+    latents: Array,
+    prompt: Array,
+    rows: tuple[tuple[float, ...], ...],
+    dropout_keys: Array | None = None,
+) -> Array:
     count, batch, names = len(rows), latents.shape[0], [str(index) for index in range(len(adapters))]
     columns = {
         name: jnp.repeat(jnp.array(row), batch) for name, row in zip(names, zip(*rows, strict=True), strict=True)
     }
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
     trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
-    with nn.intercept_methods(injection.interceptor(trees, by_name, columns)):
+    keys = None if dropout_keys is None else jnp.tile(dropout_keys, count)
+    with nn.intercept_methods(injection.interceptor(trees, by_name, columns, keys)):
         out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
     return out.reshape(count, *latents.shape)
 

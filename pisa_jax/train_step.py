@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from pisa_jax import losses
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree, join, split
+from pisa_jax.adapters.fit import is_mergeable
 from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.metrics import lpips
@@ -51,6 +52,8 @@ class Objective:
     remat: bool = False
     # Decay of the moving average of the adapter; 0: none.
     ema: float = 0.0
+    # Specifications of `Frozen.below`.
+    below: tuple[AdapterSpec, ...] = ()
 
 
 class Frozen(NamedTuple):
@@ -69,6 +72,8 @@ class Frozen(NamedTuple):
     # Network weights of the perceptual loss; None without that loss.
     perceptual: Any
     alphas_cumprod: Float[Array, " steps"]
+    # Adapters of earlier stages that have no weight difference and are not merged.
+    below: tuple[AdapterTree, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -89,6 +94,8 @@ class Draws(NamedTuple):
     posterior: Float[Array, "b y x c"]
     csd_noise: Float[Array, "b y x c"]
     csd_timesteps: Int[Array, " b"]
+    # None without dropout. A key for each sample: its dropout does not depend on how a batch is split or sharded.
+    dropout: Key[Array, " b"] | None = None
 
 
 class State(NamedTuple):
@@ -131,6 +138,8 @@ def make_frozen(
 ) -> Frozen:
     """Shard the weights of `model` over the mesh and merge `adapters`, at scale 1 and in order, into its UNet.
 
+    Those without a weight difference are kept beside it; `Objective.below` needs their specifications.
+
     Args:
         perceptual: network weights of the perceptual loss on the devices, where that loss is used.
         teacher: keep the UNet without adapters, for CSD.
@@ -143,9 +152,13 @@ def make_frozen(
         return distributed.make_global_arrays(host, distributed.weight_shardings(mesh, host), dtype)
 
     unet, text = shard("unet", base.unet_dtype), shard("text", jnp.float32)
-    adapted = unet
+    adapted, below = unet, []
     for name, tree in (adapters or {}).items():  # each was trained on top of those before it
-        adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
+        if specs and not is_mergeable(specs[name]):
+            layout = jax.tree.map(lambda _: distributed.replicated(mesh), tree)
+            below.append(distributed.make_global_arrays(tree, layout))
+        else:
+            adapted = injection.merge(adapted, {name: tree}, specs or {}, {name: 1.0})
     encode = jax.jit(base.encode_text)
     null, negative = (encode(text, jnp.asarray(model.tokenize([prompt]))) for prompt in ("", negative_prompt))
     return Frozen(
@@ -157,11 +170,17 @@ def make_frozen(
         negative_prompt=negative,
         perceptual=perceptual,
         alphas_cumprod=losses.schedule_of(model.schedule).alphas_cumprod,
+        below=tuple(below),
     )
 
 
 def draw(
-    key: Array, base: BaseModel, csd_timesteps: tuple[int, int], images: tuple[int, ...], latents: bool = False
+    key: Array,
+    base: BaseModel,
+    csd_timesteps: tuple[int, int],
+    images: tuple[int, ...],
+    latents: bool = False,
+    dropout: bool = False,
 ) -> Draws:
     """Draw n ~ N(0, 1) and t ~ U{first..last} for a batch of images, or of latents, of shape (b, h, w, c)."""
     posterior, noise, timesteps = jax.random.split(key, 3)
@@ -173,6 +192,7 @@ def draw(
         jax.random.normal(posterior, shape),
         jax.random.normal(noise, shape),
         jax.random.randint(timesteps, (batch,), first, last + 1),
+        jax.random.split(jax.random.fold_in(key, 3), batch) if dropout else None,
     )
 
 
@@ -194,7 +214,10 @@ def loss(
         latents, gt = base.encode(frozen.vae, batch.lq, draws.posterior), batch.gt
 
     def upscale(adapter):
-        z_h = latents - predict(base, frozen.unet, adapter, objective.spec, latents, seen)[0]
+        below = tuple(zip(frozen.below, objective.below, strict=True))
+        keys = draws.dropout
+        eps = predict(base, frozen.unet, adapter, objective.spec, latents, seen, below=below, dropout_keys=keys)
+        z_h = latents - eps[0]
         return z_h, jnp.clip(base.decode(frozen.vae, z_h), -1, 1)
 
     if objective.remat:
@@ -270,7 +293,14 @@ def train_step(
 
     A step whose loss or gradient is not finite changes the counters only.
     """
-    draws = draw(jax.random.fold_in(key, state.step), base, objective.csd_timesteps, batch.lq.shape, objective.latents)
+    draws = draw(
+        jax.random.fold_in(key, state.step),
+        base,
+        objective.csd_timesteps,
+        batch.lq.shape,
+        objective.latents,
+        dropout=objective.spec.dropout > 0,
+    )
     measured, grads = gradient(state.adapter, frozen, batch, draws, base, objective)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(measured["total"])
@@ -300,19 +330,28 @@ def train_step(
 
 
 def jit_train_step(
-    base: BaseModel, objective: Objective, optimizer: optax.GradientTransformation, frozen: Frozen, mesh: Mesh
+    base: BaseModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    frozen: Frozen,
+    mesh: Mesh,
+    state: State | None = None,
 ) -> Callable[[Frozen, State, Batch, Array], tuple[State, dict[str, Array]]]:
-    """Jit `train_step`: weights sharded as they are, the batch over all devices, the state replicated and donated."""
+    """Jit `train_step`: weights and state sharded as they are, the batch over all devices, the state donated.
+
+    Without `state`, the states are replicated.
+    """
     replicated = distributed.replicated(mesh)
+    state_layout = replicated if state is None else jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         functools.partial(train_step, base=base, objective=objective, optimizer=optimizer),
         in_shardings=(
             jax.tree.map(lambda leaf: leaf.sharding, frozen),
-            replicated,
+            state_layout,
             distributed.batch_sharding(mesh),
             None,
         ),
-        out_shardings=(replicated, replicated),
+        out_shardings=(state_layout, replicated),
         donate_argnums=1,
         compiler_options=compiler_options(),
     )

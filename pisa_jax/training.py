@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ import optax
 from pisa_jax.adapters import files, fit, injection, registry
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree, select_factors
 from pisa_jax.adapters.start import load_start
-from pisa_jax.config import Config, Data, Stage
+from pisa_jax.config import AdapterSpec, Config, Data, Stage
 from pisa_jax.data import loader, sources
 from pisa_jax.data.degradation import degrade
 from pisa_jax.data.latents import LatentSource, latent_source
@@ -25,9 +27,11 @@ from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.runtime.imports import import_function
 from pisa_jax.runtime.run_directory import check_run_directory, claim_run_directory
 from pisa_jax.runtime.run_log import RunLog
 from pisa_jax.runtime.stop_signals import StopSignals
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.train_step import Batch, Objective, State, init_state, jit_train_step, make_frozen
 from pisa_jax.training_model import (
     check,
@@ -37,6 +41,7 @@ from pisa_jax.training_model import (
     make_random_model,
     random_shapes,
 )
+from pisa_jax.weights import base_difference
 
 ADAPTERS_FILE = "adapters.safetensors"
 
@@ -61,6 +66,8 @@ class Run(NamedTuple):
     validation: list[validation.ValidationImage]
     # None in all processes but the first.
     log: RunLog | None
+    # `weights_digest` of all parts of the model.
+    digest: str
     # None: signals are not handled, or (with several processes) by jax.distributed.
     stop: StopSignals | None
 
@@ -119,13 +126,16 @@ def train(
             closing.callback(log.close)
             if resume:
                 log.print_line(f"continuing after step {first} of {total}")
+            if difference := base_difference(model, given):
+                log.print_line(f"{config.start} (start): {difference}")
         closing.enter_context(jax.set_mesh(mesh))
-        run = Run(config, folder, mesh, model, given, perceptual, batches, checkpoints, images, log, stop)
+        digest = weights_digest(model.params)
+        run = Run(config, folder, mesh, model, given, perceptual, batches, checkpoints, images, log, digest, stop)
         index, trained, state = restore_run(run) if first else (0, dict(given.trees), None)
         for position in range(index, len(config.stages)):
             state = train_stage(run, position, trained, state if position == index else None)
             adapter = config.stages[position].adapter
-            trained[adapter] = jax.device_get(exported(state))
+            trained[adapter] = distributed.to_host(exported(state))
             require_finite(run, adapter, trained[adapter])
             if jax.process_index() == 0:
                 export(run, trained)
@@ -135,28 +145,31 @@ def train(
 def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: State | None) -> State:
     """Train one stage, from `state` or from its start, on top of the adapters `trained`; returns the last state."""
     config, stage, before = run.config, run.config.stages[index], run.before(index)
-    base, objective = run.model.base, make_objective(config, stage)
+    specs = run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages}
+    base, objective = run.model.base, make_objective(config, stage, specs)
+    below = {name: trained[name] for name in stage.frozen}
     frozen = make_frozen(
         run.model,
         run.mesh,
-        {name: trained[name] for name in stage.frozen},
-        run.start.specs | {earlier.adapter: earlier.spec for earlier in config.stages},
+        below,
+        specs,
         negative_prompt=config.negative_prompt,
         perceptual=run.perceptual if stage.perceptual else None,
         teacher=bool(stage.csd),
         prompts=bool(config.data.prompts),
     )
-    state = new_state(run, index, frozen.unet) if state is None else state
-    step_function = jit_train_step(base, objective, make_optimizer(config, stage), frozen, run.mesh)
+    state = new_state(run, index, frozen.unet, below) if state is None else state
+    optimizer = make_optimizer(config, stage, below)
+    step_function = jit_train_step(base, objective, optimizer, frozen, run.mesh, state)
     upscale = jax.jit(
-        functools.partial(validation.upscale_image, base=base, spec=stage.spec),
+        functools.partial(validation.upscale_image, base=base, spec=stage.spec, specs_below=objective.below),
         out_shardings=distributed.replicated(run.mesh),
         compiler_options=compiler_options(),
     )
 
     def validate(step):
         if run.validation:
-            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt)
+            weights = (frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below)
             log_validation(run, stage, step, functools.partial(upscale, *weights))
 
     key = jax.random.fold_in(jax.random.key(config.seed), index)
@@ -185,8 +198,8 @@ def train_stage(run: Run, index: int, trained: dict[str, AdapterTree], state: St
     return state
 
 
-def make_objective(config: Config, stage: Stage) -> Objective:
-    """Collect what the training step of a stage needs."""
+def make_objective(config: Config, stage: Stage, specs: Mapping[str, AdapterSpec]) -> Objective:
+    """Collect what the training step of a stage needs; `specs` are those of the adapters below it, at least."""
     return Objective(
         spec=stage.spec,
         l2=stage.l2,
@@ -200,16 +213,23 @@ def make_objective(config: Config, stage: Stage) -> Objective:
         accumulate=config.accumulate,
         remat=config.remat,
         ema=config.ema,
+        below=tuple(specs[name] for name in stage.frozen if not fit.is_mergeable(specs[name])),
     )
 
 
-def make_optimizer(config: Config, stage: Stage) -> optax.GradientTransformation:
-    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage."""
+def make_optimizer(
+    config: Config, stage: Stage, below: Mapping[str, AdapterTree] = MappingProxyType({})
+) -> optax.GradientTransformation:
+    """Build AdamW with global-norm clipping and the learning-rate schedule of a stage, or what `stage.optimizer` makes.
+
+    `below` are the frozen adapters; to restore a run, arrays of the same shapes.
+    """
     b1, b2 = config.betas
     no_decay = registry.get_decomposition(stage.spec).no_decay
     decayed = functools.partial(select_factors, lambda name: name not in no_decay) if no_decay else None
     adamw = optax.adamw(learning_rate(stage), b1, b2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    default = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    return import_function(stage.optimizer)(default, below) if stage.optimizer else default
 
 
 def learning_rate(stage: Stage) -> optax.Schedule:
@@ -274,8 +294,8 @@ def save(run: Run, index: int, trained: dict[str, AdapterTree], state: State) ->
     adapter = run.config.stages[index].adapter
     for tree in (state.adapter, state.ema):
         if tree is not None:
-            require_finite(run, adapter, jax.device_get(tree))
-    progress = Progress(index, run.loader.get_state())
+            require_finite(run, adapter, distributed.to_host(tree))
+    progress = Progress(index, run.loader.get_state(), run.digest)
     step = run.before(index) + int(state.step)
     run.checkpoints.save(step, {**trained, adapter: exported(state)}, state, progress)
 
@@ -301,53 +321,70 @@ def export(run: Run, trained: dict[str, AdapterTree]) -> None:
     stages = [stage for stage in run.config.stages if stage.adapter in trained]
     specs = run.start.specs | {stage.adapter: stage.spec for stage in stages}
     below = {**run.start.trained_on, **{stage.adapter: stage.frozen for stage in stages if stage.frozen}}
-    files.save_adapters(run.folder / ADAPTERS_FILE, Adapters(trained, specs, run.config.model, below))
+    adapters = Adapters(trained, specs, run.config.model, below, weights_digest(run.model.params["unet"]))
+    files.save_adapters(run.folder / ADAPTERS_FILE, adapters)
 
 
-def new_state(run: Run, index: int, unet: Any) -> State:
-    """Return the state before the first step of a stage on the weights `unet`, replicated over the devices."""
+def new_state(run: Run, index: int, unet: Any, below: Mapping[str, AdapterTree]) -> State:
+    """Return the state before the first step of a stage on the weights `unet`, with large factors sharded."""
     # Not under jit: hundreds of draws inlined into one program take longer to compile than the draws themselves.
-    state = make_state(run, index, unet)
-    return distributed.make_global_arrays(
-        jax.device_get(state), jax.tree.map(lambda _: distributed.replicated(run.mesh), state)
-    )
+    adapter = jax.device_get(new_adapter(run, index, unet))
+    make = functools.partial(make_state, run, index)
+    layout = distributed.factor_shardings(run.mesh, jax.eval_shape(make, adapter, below))
+    if run.config.stages[index].optimizer:
+        # Not under jit: on CPUs, a program with many QR or singular value decompositions can wait for itself.
+        return distributed.make_global_arrays(jax.device_get(make(adapter, below)), layout)
+    adapter = distributed.make_global_arrays(adapter, distributed.factor_shardings(run.mesh, adapter))
+    return jax.jit(make, out_shardings=layout)(adapter, below)
 
 
-def make_state(run: Run, index: int, unet: Any) -> State:
-    """Make the state before the first step of a stage; under `jax.eval_shape`, `unet` may be shapes."""
-    config, stage = run.config, run.config.stages[index]
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
+def new_adapter(run: Run, index: int, unet: Any) -> AdapterTree:
+    """Return the adapter that a stage starts from; under `jax.eval_shape`, `unet` may be shapes."""
+    stage = run.config.stages[index]
+    key = jax.random.fold_in(jax.random.key(run.config.seed + 1), index)
     given = run.start.trees.get(stage.adapter)
-    adapter = injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
-    return init_state(adapter, make_optimizer(config, stage), ema=bool(config.ema), spec=stage.spec)
+    return injection.init_adapter(key, unet, stage.spec) if given is None else jax.tree.map(jnp.array, given)
+
+
+def make_state(run: Run, index: int, adapter: AdapterTree, below: Mapping[str, AdapterTree]) -> State:
+    """Make the state before the first step of a stage, which starts from `adapter` on top of the adapters `below`."""
+    config, stage = run.config, run.config.stages[index]
+    return init_state(adapter, make_optimizer(config, stage, below), ema=bool(config.ema), spec=stage.spec)
 
 
 def restore_run(run: Run) -> tuple[int, dict[str, AdapterTree], State]:
     """Restore the newest sound checkpoint: its stage, the adapters finished before it, and the training state.
 
     Raises:
-        ValueError: the checkpoint belongs to a longer run, or to other data or adapters.
+        ValueError: the checkpoint belongs to a longer run, or to another model, other data or adapters.
     """
     progress = run.checkpoints.progress()
+    if progress.model not in (None, run.digest):
+        raise ValueError(
+            f"{run.config.model} is not the model of this run: its weights are {run.digest}, and checkpoint "
+            f"{run.checkpoints.latest} was trained on {progress.model}; give the model that the run was started with"
+        )
     if (latest := run.checkpoints.latest or 0) > run.total:
         raise ValueError(
             f"checkpoint {latest} is from a later step than the {run.total} steps of this run; move it to another "
             "folder to continue from an older one"
         )
     run.loader.set_state(progress.loader)
-    replicated = distributed.replicated(run.mesh)
 
-    def abstract(index):
-        shapes = jax.eval_shape(functools.partial(make_state, run, index), run.model.params["unet"])
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+    def state_of(index):
+        adapter = jax.eval_shape(functools.partial(new_adapter, run, index), run.model.params["unet"])
+        below = {name: shapes[name] for name in run.config.stages[index].frozen}
+        return jax.eval_shape(functools.partial(make_state, run, index), adapter, below)
 
     names = [stage.adapter for stage in run.config.stages[: progress.stage + 1]]
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), run.start.trees
+    shapes = dict(run.start.trees)
+    for index, name in enumerate(names):  # a stage may be on top of those before it
+        shapes[name] = exported(state_of(index))
+    adapters, state = run.checkpoints.restore(
+        *(distributed.factor_shapes(run.mesh, tree) for tree in (shapes, state_of(progress.stage)))
     )
-    shapes |= {name: exported(abstract(index)) for index, name in enumerate(names)}
-    adapters, state = run.checkpoints.restore(shapes, abstract(progress.stage))
-    return progress.stage, jax.device_get({name: tree for name, tree in adapters.items() if name != names[-1]}), state
+    before = {name: tree for name, tree in adapters.items() if name != names[-1]}
+    return progress.stage, distributed.to_host(before), state
 
 
 def place_batch(run: Run, batch: dict[str, np.ndarray]) -> Batch:

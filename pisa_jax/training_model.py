@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from pisa_jax.adapters import injection, registry
+from pisa_jax.adapters import fit, injection, registry
 from pisa_jax.config import Config
 from pisa_jax.data.latents import LatentSource
 from pisa_jax.metrics import lpips
 from pisa_jax.model import BaseModel, LoadedModel
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.console import say
+from pisa_jax.runtime.imports import import_function
 from pisa_jax.sd import backbone, pretrained, random_model
 from pisa_jax.sd.base_model import make_base_model
 
@@ -89,9 +90,10 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
     """Check all stages of the config against the model, whose UNet has the leaves (or shapes) `unet`, and the mesh.
 
     Raises:
-        ValueError: an unknown decomposition or option, layers that it cannot adapt, targets that match no layer, a
-            crop that is not a multiple of the VAE's scale factor or is smaller than `latent_window`, or a batch that
-            cannot be divided over the devices.
+        ValueError: an unknown decomposition, option or optimizer, layers that it cannot adapt, targets that match no
+            layer, an adapter that depends on the weights on top of one that cannot be merged, a crop that is not a
+            multiple of the VAE's scale factor or is smaller than `latent_window`, or a batch that cannot be divided
+            over the devices.
     """
     if config.data.crop % base.vae_scale_factor:
         raise ValueError(f"data.crop {config.data.crop} is not a multiple of {base.vae_scale_factor}, the VAE's factor")
@@ -100,6 +102,11 @@ def check(config: Config, base: BaseModel, unet: Any, mesh: jax.sharding.Mesh) -
         try:
             registry.import_decomposition(stage.spec.decomposition)
             injection.check_spec(unet, stage.spec)
+            if registry.get_decomposition(stage.spec).needs_kernel == "delta":
+                below = {each.adapter: each.spec for each in config.stages if each.adapter in stage.frozen}
+                fit.check_mergeable(below)
+            if stage.optimizer:
+                import_function(stage.optimizer)
         except ValueError as error:
             raise ValueError(f"stage {stage.adapter}: {error}") from error
         if stage.latent_window > latents:

@@ -11,14 +11,15 @@ from pisa_jax.adapters import fit, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.weights_digest import weights_digest
 
 
 class Weights(NamedTuple):
     """All arrays of a model: arguments of the jitted stages, never closed over."""
 
-    # With the first adapter merged.
+    # With the first adapter merged, unless it has no merged weight.
     unet: Any
-    # The other adapters, each trained on top of those before it.
+    # The adapters that are not merged, each trained on top of those before it.
     adapters: tuple[AdapterTree, ...]
     vae: Any
     prompt: Float[jax.Array, "1 n d"]
@@ -29,7 +30,8 @@ def make_weights(
 ) -> Weights:
     """Place the weights of a model and of its adapters on the default device, the first adapter merged.
 
-    `notice` is called with a line if the prompt is too long for the text encoder.
+    `notice` is called with a line if the prompt is too long for the text encoder, or if the adapters were trained on
+    other weights than those of the model: of a fine-tuned model, for instance.
 
     Raises:
         ValueError: the adapters do not fit the model or are not finite, or one is missing on top of which another was
@@ -39,7 +41,10 @@ def make_weights(
     fit.check_adapters(adapters.trees, adapters.specs, injection.target_shapes(loaded.params["unet"]))
     fit.check_order(adapters)
     fit.check_finite(adapters.trees)
-    first, *later = adapters.specs
+    if difference := base_difference(loaded, adapters):
+        notice(difference)
+    first = next(iter(adapters.specs))
+    to_merge = [first] if fit.is_mergeable(adapters.specs[first]) else []
     # The text encoder is placed first because it is dropped again; then one weight after the other.
     text = distributed.on_device(loaded.params["text"], jnp.float32)
     tokens = loaded.tokenize([prompt])
@@ -50,12 +55,23 @@ def make_weights(
     return Weights(
         injection.merge(
             distributed.on_device(loaded.params["unet"], base.unet_dtype),
-            {first: adapters.trees[first]},
+            {name: adapters.trees[name] for name in to_merge},
             adapters.specs,
-            {first: 1.0},
+            dict.fromkeys(to_merge, 1.0),
             donate=True,
         ),
-        tuple(distributed.on_device(adapters.trees[name], None) for name in later),
+        tuple(distributed.on_device(adapters.trees[name], None) for name in adapters.specs if name not in to_merge),
         distributed.on_device(loaded.params["vae"], base.vae_dtype),
         embedding,
+    )
+
+
+def base_difference(loaded: LoadedModel, adapters: Adapters) -> str | None:
+    """Describe the model that adapters were trained on, if it is another one than `loaded`; None if it is not known."""
+    digest = weights_digest(loaded.params["unet"]) if adapters.base_digest else None
+    if digest == adapters.base_digest:
+        return None
+    return (
+        f"the adapters were trained on another base model, {adapters.base_model} with the weights "
+        f"{adapters.base_digest}; the UNet of this model has the weights {digest}, and results may be worse"
     )

@@ -53,14 +53,23 @@ def test_the_notebook_runs_and_shows_its_results():
     assert np.abs(names["semantic"]).max() > 0
 
 
+EXAMPLES = {
+    "output_gain": ("decomposition", "spec.decomposition"),
+    "lora_experts": ("decomposition", "spec.decomposition"),
+    "orthogonal_gradients": ("optimizer", "optimizer"),
+}
+
+
 @pytest.mark.slow
-def test_a_decomposition_of_ones_own_from_its_file_to_an_upscaled_image(tmp_path):
-    """The commands of `examples/output_gain.py`, in a folder that holds nothing else."""
-    (tmp_path / "output_gain.py").write_text((ROOT / "examples" / "output_gain.py").read_text())
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_an_example_of_ones_own_from_its_file_to_an_upscaled_image(module, tmp_path):
+    """The commands of the example, in a folder that holds nothing else."""
+    kind, field = EXAMPLES[module]
+    (tmp_path / f"{module}.py").write_text((ROOT / "examples" / f"{module}.py").read_text())
     Image.fromarray(fake_source(1, 24)[0].image).save(tmp_path / "photo.png")
-    name = "output_gain:output_gain"
-    train = ["train", "debug", "--out", "gains", "--stages.1.spec.decomposition", name]
-    infer = ["infer", "-i", "photo.png", "--model", "gains/model", "--adapters", "gains/adapters.safetensors",
+    name = f"{module}:{module}"
+    train = ["train", "debug", "--out", "run", f"--stages.1.{field}", name]
+    infer = ["infer", "-i", "photo.png", "--model", "run/model", "--adapters", "run/adapters.safetensors",
              "--min-size", "64", "--compile-cache", "off", "--scales", "1,0.5"]  # fmt: skip
 
     def run(*arguments):
@@ -70,11 +79,15 @@ def test_a_decomposition_of_ones_own_from_its_file_to_an_upscaled_image(tmp_path
 
     done = run(*train)
     assert done.returncode == 0, done.stderr
-    assert load_adapters(tmp_path / "gains" / "adapters.safetensors").specs["sem"].decomposition == name
-    refused = run(*infer)
-    assert refused.returncode == 1
-    assert f"give --decomposition {name}" in refused.stderr
-    done = run(*infer, "--decomposition", name)
+    adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
+    assert all(np.abs(layer["s" if "s" in layer else "b"]).max() > 0 for layer in adapters.trees["sem"].values())
+    if kind == "decomposition":
+        assert adapters.specs["sem"].decomposition == name
+        refused = run(*infer)
+        assert refused.returncode == 1
+        assert f"give --decomposition {name}" in refused.stderr
+        infer += ["--decomposition", name]
+    done = run(*infer)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out" / "photo.png") as image:
         assert image.size == (96, 96)

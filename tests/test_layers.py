@@ -11,10 +11,9 @@ PACKAGE = ROOT / "pisa_jax"
 # `|` separates levels, lowest first.
 ROOMS = {
     "config": "",
-    "runtime": "atomic_write compilation console file_identity messages stop_signals torch_layout trees | "
-    "checksums run_directory run_log torch_pickle | checkpoint tensor_files | distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags "
-    "xmp | exif image_data | "
+    "runtime": "atomic_write compilation console file_identity imports messages stop_signals torch_layout trees | "
+    "checksums run_directory run_log torch_pickle weights_digest | checkpoint tensor_files | distributed",
+    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
@@ -32,7 +31,7 @@ ROOMS = {
     "inference": "",
     "training_model": "",
     "training": "",
-    "cli": "arguments infer_names output_files scale_map_files | infer_plan | "
+    "cli": "adapter_scales arguments infer_names output_files scale_map_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
     "app": "settings shared_files | visitor | visitors | events | page | server | main",
     "__main__": "",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +21,12 @@ from event_files import events
 from safetensors.numpy import load_file
 
 from pisa_jax import training
+from pisa_jax.adapters import files
 from pisa_jax.cli import train
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.checkpoint import Checkpoints
+from pisa_jax.runtime.weights_digest import weights_digest
+from pisa_jax.sd import pretrained, random_model
 from pisa_jax.train_step import Frozen
 
 # Two steps of each stage, all losses, an average of the adapters, on one device. The rate is small: at 1e-3
@@ -129,6 +134,31 @@ def test_folders_and_configs_that_do_not_fit(whole, tmp_path):
     with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 8 devices"):
         training.train(config(tmp_path / "batch", "--mesh-data", -1))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_decide_whether_a_resumed_run_has_its_model(whole, tmp_path):
+    """The folder of the model may move; other weights are refused, and a checkpoint without a digest is accepted."""
+    run, before = config(whole.parent), whole.read_bytes()
+    shutil.copytree(whole.parent / "model", tmp_path / "moved")
+    random_model.write_random_model(tmp_path / "other", "nano", seed=1)
+    loaded = {name: pretrained.load_pretrained(tmp_path / name) for name in ("moved", "other")}
+    digests = {name: weights_digest(model.params) for name, model in loaded.items()}
+    assert files.load_adapters(whole).base_digest == weights_digest(loaded["moved"].params["unet"])
+    named = {name: dataclasses.replace(run, model=str(tmp_path / name)) for name in loaded}
+    with pytest.raises(
+        ValueError, match=rf"other is not the model .* are {digests['other']}, .* on {digests['moved']}"
+    ):
+        training.train(named["other"], resume=True)
+    assert whole.read_bytes() == before
+    training.train(named["moved"], resume=True)
+    trained, again = load_file(whole), training.train(run, resume=True)
+    assert again.read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, load_file(again), trained)
+    with pytest.MonkeyPatch.context() as patched:
+        progress = Checkpoints.progress
+        patched.setattr(Checkpoints, "progress", lambda self: progress(self)._replace(model=None))
+        training.train(named["other"], resume=True)
+    training.train(run, resume=True)
 
 
 def test_a_folder_that_is_not_a_run_is_never_deleted(tmp_path):

@@ -76,12 +76,17 @@ def test_infer_upscales_with_the_demo_model(program, tmp_path):
 
 
 def test_the_debug_run_and_its_result(program, tmp_path):
-    """Train the config that the wheel contains, with validation, then upscale an image with the result."""
+    """Train the config that the wheel contains, with validation, then upscale an image with the result.
+
+    The semantic adapter has a decomposition whose file is beside the run and no part of the package.
+    """
     (tmp_path / "watched").mkdir()
+    shutil.copy(ROOT / "examples" / "output_gain.py", tmp_path)
     for name, size in (("photo.png", (20, 12)), ("watched/a.png", (80, 64))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / name)
     watched = ("--validation.path", "watched", "--validation.every", "4")
-    printed = run(tmp_path, program, "train", "--config", "debug", "--out", "run", *watched)
+    gains = ("--stages.1.spec.decomposition", "output_gain:output_gain")
+    printed = run(tmp_path, program, "train", "--config", "debug", "--out", "run", *watched, *gains)
     assert printed.count(" images/s, ends ") == 8
     found = events(tmp_path / "run" / "tensorboard")
     assert list(found["pix/l2"]) == [1, 2, 3, 4]
@@ -91,6 +96,7 @@ def test_the_debug_run_and_its_result(program, tmp_path):
         assert list(found[name]) == [0, 4, 8], name
 
     trained = ("--model", "run/model", "--adapters", "run/adapters.safetensors", "--scales", "1,0.5")
+    trained += ("--decomposition", "output_gain:output_gain")
     run(tmp_path, program, "infer", "-i", "photo.png", *trained, "--min-size", "32", "--compile-cache", "off")
     with Image.open(tmp_path / "out" / "photo.png") as result:
         assert result.size == (80, 48)

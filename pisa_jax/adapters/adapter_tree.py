@@ -3,6 +3,7 @@
 {"pix": {"down_blocks_0/resnets_0/conv1": {"a": (3, 3, 320, 4), "b": (1, 1, 4, 320)}, ...}, "sem": {...}}
 """
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ class Adapters(NamedTuple):
     base_model: str | None = None
     # Name of an adapter -> adapters that were merged into the base model when it was trained.
     trained_on: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    # `weights_digest` of the UNet of the base model; None: not recorded.
+    base_digest: str | None = None
 
 
 def split(tree: AdapterTree, names: Collection[str]) -> tuple[AdapterTree, AdapterTree]:
@@ -62,6 +65,8 @@ def join_adapters(several: Mapping[str, Adapters]) -> Adapters:
     Raises:
         ValueError: an adapter name in two sources, or different base models.
     """
+    for one, other in itertools.combinations(several, 2):
+        _check_same_base(one, several[one], other, several[other])
     joined = Adapters({}, {})
     owners: dict[str, str] = {}
     for source, adapters in several.items():
@@ -69,18 +74,28 @@ def join_adapters(several: Mapping[str, Adapters]) -> Adapters:
             if name in owners:
                 raise ValueError(f"{owners[name]} and {source} both have an adapter {name!r}; give one of them")
             owners[name] = source
-        bases = {base for base in (joined.base_model, adapters.base_model) if base}
-        if len(bases) > 1:
-            raise ValueError(
-                f"{source} is for the base model {adapters.base_model}, the others for {joined.base_model}"
-            )
         joined = Adapters(
             {**joined.trees, **adapters.trees},
             {**joined.specs, **adapters.specs},
             adapters.base_model or joined.base_model,
             {**joined.trained_on, **adapters.trained_on},
+            adapters.base_digest or joined.base_digest,
         )
     return joined
+
+
+def _check_same_base(one: str, first: Adapters, other: str, second: Adapters) -> None:
+    """Raise ValueError if two sources have other base models: by their digests, and without these by their names."""
+    if first.base_digest and second.base_digest:
+        if first.base_digest != second.base_digest:
+            raise ValueError(
+                f"{one} was trained on the weights {first.base_digest} ({first.base_model}), {other} on the weights "
+                f"{second.base_digest} ({second.base_model}); give adapters for one base model"
+            )
+    elif first.base_model and second.base_model and first.base_model != second.base_model:
+        raise ValueError(
+            f"{one} is for the base model {first.base_model}, {other} for {second.base_model}; give adapters for one"
+        )
 
 
 def summary(adapters: Adapters) -> str:
@@ -90,6 +105,8 @@ def summary(adapters: Adapters) -> str:
         spec, factors = adapters.specs[name], [value for layer in tree.values() for value in layer.values()]
         size = sum(value.size for value in factors)
         options = "".join(f", {key} {value}" for key, value in spec.options)
+        options += f", dropout {spec.dropout:g}" if spec.dropout else ""
         kind = f"{spec.decomposition}, rank {spec.rank}, alpha {spec.alpha:g}{options}"
         lines.append(f"  {name}: {kind}, {len(tree)} layers, {size:,} parameters")
-    return "\n".join([*lines, f"  base model: {adapters.base_model or 'not recorded'}"])
+    digest = f", weights {adapters.base_digest}" if adapters.base_digest else ""
+    return "\n".join([*lines, f"  base model: {adapters.base_model or 'not recorded'}{digest}"])

@@ -37,7 +37,8 @@ class Decomposition(NamedTuple):
     # init(key, kernel, rank) -> factors with dW = 0. The kernel may be a `jax.ShapeDtypeStruct` unless `needs_kernel`
     # is "init". Raises ValueError for shapes that the method cannot adapt.
     init: Callable[[Array, Array | jax.ShapeDtypeStruct, int], Factors]
-    # delta(factors, kernel) -> dW in float32, in the shape of the kernel.
+    # delta(factors, kernel) -> dW in float32, in the shape of the kernel. `no_delta`: there is no dW, because what is
+    # added depends on the input, as in a mixture with a router. Such adapters need `apply` and are never merged.
     delta: Callable[[Factors, Array], Array]
     # apply(factors, call) -> linear(x, dW) without computing dW; None if there is no cheaper way.
     apply: Callable[[Factors, LayerCall], Array] | None = None
@@ -51,6 +52,13 @@ class Decomposition(NamedTuple):
     no_decay: tuple[str, ...] = ()
     # penalty(factors) -> a scalar that is added to the training loss.
     penalty: Callable[[Factors], Float[Array, ""]] | None = None
+    # Training may drop elements of the input of dW (`AdapterSpec.dropout`), as in the paper of the method.
+    dropout: bool = False
+
+
+def no_delta(factors: Factors, kernel: Array) -> Array:
+    """Raise ValueError: the `delta` of decompositions without a weight difference."""
+    raise ValueError("this decomposition has no weight difference: what it adds depends on the input of a layer")
 
 
 def kind_of(kernel_shape: tuple[int, ...]) -> LayerKind:

@@ -42,7 +42,7 @@ def dora(alpha: float, *, rank_stabilized: bool = False) -> Decomposition:
         dy = (factor - 1) * call.y0 + factor * low_rank_output(call, factors["a"], factors["b"], scale)
         return dy.astype(call.y0.dtype)
 
-    return Decomposition(init, delta, apply, needs_kernel="delta", no_decay=("m",))
+    return Decomposition(init, delta, apply, needs_kernel="delta", no_decay=("m",), dropout=True)
 
 
 def _norm(kernel: jax.Array) -> jax.Array:

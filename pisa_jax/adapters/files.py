@@ -1,8 +1,8 @@
 """Adapter files: this project's format, and reading and writing that of the original PiSA-SR (`pisa-sr convert`).
 
 This project's format is a safetensors file with keys such as "pix/down_blocks_0/resnets_0/conv1/a" and one metadata
-entry, "pisa_jax": a JSON text with format, version, base model, the `AdapterSpec` of each adapter, and the order of the
-adapters where it is not the alphabetical one. Nothing that a file names is imported or run.
+entry, "pisa_jax": a JSON text with format, version, base model and digest of its weights, the `AdapterSpec` of each
+adapter, and their order where it is not the alphabetical one. Nothing that a file names is imported or run.
 """
 
 import json
@@ -118,13 +118,14 @@ def _parse_metadata(path: str | Path, metadata: Mapping[str, str]) -> Adapters |
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         if content["version"] > VERSION:
             raise ValueError(f"it has version {content['version']}, this release reads {VERSION}: upgrade pisa_jax")
-        base_model = content["base_model"]
-        if not isinstance(base_model, str | None):
-            raise ValueError(f"base_model {excerpt(base_model)} is no name")
+        base_model, digest = content["base_model"], content.get("base_digest")
+        for field, value in (("base_model", base_model), ("base_digest", digest)):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{field} {excerpt(value)} is no text")
         specs = {name: _parse_spec(fields) for name, fields in content["adapters"].items()}
         ordered = {name: specs[name] for name in content.get("order", specs)}
         trained_on = {name: tuple(map(str, below)) for name, below in content.get("trained_on", {}).items()}
-        return Adapters({}, ordered, base_model, trained_on)
+        return Adapters({}, ordered, base_model, trained_on, digest)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {excerpt(error, 300)}"
         raise ValueError(f"{path}: its metadata is not that of an adapter file ({reason})") from error
@@ -151,6 +152,8 @@ def _format_metadata(adapters: Adapters) -> dict[str, str]:
         content["order"] = list(specs)
     if adapters.trained_on:
         content["trained_on"] = dict(adapters.trained_on)
+    if adapters.base_digest:
+        content["base_digest"] = adapters.base_digest
     return {"pisa_jax": json.dumps(content, sort_keys=True)}
 
 

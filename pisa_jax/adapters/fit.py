@@ -9,7 +9,7 @@ import numpy as np
 
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.adapters.checks import check_keys, shorten
-from pisa_jax.adapters.decomposition import Decomposition, kind_of
+from pisa_jax.adapters.decomposition import Decomposition, kind_of, no_delta
 from pisa_jax.adapters.registry import get_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.trees import select, suggest
@@ -87,7 +87,7 @@ def check_order(adapters: Adapters) -> None:
 
     Raises:
         ValueError: one of them is missing or comes later; for decompositions that depend on the weights, also if others
-            come before it.
+            come before it, or if an adapter cannot be merged for it.
     """
     names = list(adapters.specs)
     for index, name in enumerate(names):
@@ -97,11 +97,25 @@ def check_order(adapters: Adapters) -> None:
         if missing := [other for other in needed if other not in before]:
             raise ValueError(f"adapter {name!r} was trained on top of {', '.join(missing)}; {in_order}")
         by_weights = get_decomposition(adapters.specs[name]).needs_kernel == "delta"
+        if by_weights and index:
+            check_mergeable(adapters.specs)
         if by_weights and name in adapters.trained_on and set(needed) != set(before):
             raise ValueError(
                 f"adapter {name!r} ({adapters.specs[name].decomposition}) depends on the weights that it was trained "
                 f"with, those with {', '.join(needed) or 'no adapter'}; {in_order}"
             )
+
+
+def is_mergeable(spec: AdapterSpec) -> bool:
+    """Return False for a decomposition without a merged weight."""
+    return get_decomposition(spec).delta is not no_delta
+
+
+def check_mergeable(specs: Mapping[str, AdapterSpec]) -> None:
+    """Raise ValueError with the adapters that have no merged weight, if there are any."""
+    wrong = [f"{name!r} ({spec.decomposition})" for name, spec in specs.items() if not is_mergeable(spec)]
+    if wrong:
+        raise ValueError(f"adapter {shorten(wrong)} has no merged weight: what it adds depends on the input of a layer")
 
 
 def check_names(names: Sequence[str], scales: Mapping[str, object]) -> None:

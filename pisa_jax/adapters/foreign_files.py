@@ -2,11 +2,15 @@
 
     format      keys                                                    scale of dW
     peft        base_model.model.MODULE.lora_A.weight, ...              adapter_config.json
-    diffusers   unet.MODULE.lora_A.weight, ...                          metadata; without it 1
+    diffusers   unet.MODULE.lora_A.weight, ... (*)                      metadata; without it 1
     kohya       lora_unet_MODULE.lora_down.weight, ..., .alpha          alpha / r; without alpha 1
 
 MODULE is the name in diffusers' PyTorch UNet; kohya joins its parts with "_". Files are written with the scale folded
 into the factors and alpha = r, so that programs that ignore alpha read them correctly.
+
+(*) Also read: lora.down.weight and lora.up.weight, which pipelines of diffusers write for projections of attention,
+and keys without "unet.", which `UNet2DConditionModel.save_lora_adapter` writes. They are not written: diffusers 0.42.1
+drops the projections of attention of a file that mixes both kinds of names, its own included.
 """
 
 import json
@@ -190,7 +194,7 @@ def _layers(
     grouped: dict[str, Tensors] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = re.fullmatch(r"(?:base_model\.model\.|unet\.|oft_unet_|lora_unet_)(.+)", key)
+        found = re.fullmatch(r"(?:base_model\.model\.|unet\.|oft_unet_|lora_unet_)?(.+)", key)
         suffix = next((suffix for suffix in NAMES if found and found[1].endswith(f".{suffix}")), None)
         module = found[1].removesuffix(f".{suffix}") if found and suffix else ""
         module = by_kohya_name.get(f"lora_unet_{module}", module)

@@ -16,4 +16,4 @@ def hira(alpha: float) -> Decomposition:
     def delta(factors, kernel):
         return kernel.astype(jnp.float32) * low_rank.delta(factors, kernel)
 
-    return Decomposition(low_rank.init, delta, needs_kernel="delta")
+    return Decomposition(low_rank.init, delta, needs_kernel="delta", dropout=True)

@@ -9,13 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from pisa_jax.adapters.adapter_tree import AdapterTree, Factors
 from pisa_jax.adapters.decomposition import Decomposition, LayerCall
-from pisa_jax.adapters.fit import check_adapters, check_names, check_ranks, expected_factors
+from pisa_jax.adapters.fit import check_adapters, check_mergeable, check_names, check_ranks, expected_factors
 from pisa_jax.adapters.layer_maps import has_groups, linear_map
-from pisa_jax.adapters.registry import get_decomposition
+from pisa_jax.adapters.registry import DECOMPOSITIONS, get_decomposition
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.trees import flatten, select, unflatten
@@ -36,8 +36,15 @@ def check_spec(params: Mapping[str, Any], spec: AdapterSpec) -> None:
     """Check that `spec` can adapt all layers of `params` that it targets; leaves are arrays or shapes.
 
     Raises:
-        ValueError: unknown decomposition or option, layers that it cannot adapt, or patterns that match no layer.
+        ValueError: unknown decomposition or option, layers that it cannot adapt, patterns that match no layer, or
+            dropout of a decomposition that has none.
     """
+    if spec.dropout and not get_decomposition(spec).dropout:
+        known = ", ".join(name for name, factory in DECOMPOSITIONS.items() if factory(1.0).dropout)
+        raise ValueError(
+            f"the decomposition {spec.decomposition!r} has no dropout, and dropout is {spec.dropout:g}; set it to 0 "
+            f"(decompositions with dropout: {known})"
+        )
     try:
         shapes = target_shapes(params, spec.targets)
     except ValueError as error:
@@ -93,9 +100,11 @@ def merge(
     are donated, so that no two copies of them exist at the same time.
 
     Raises:
-        ValueError: the adapters do not fit `params`, or `scales` does not name exactly the adapters.
+        ValueError: the adapters do not fit `params` or have no merged weight, or `scales` does not name exactly the
+            adapters.
     """
     check_names(list(adapters), scales)
+    check_mergeable({name: specs[name] for name in adapters})
     flat = flatten(params)
     check_adapters(adapters, specs, target_shapes(params))
     for path in dict.fromkeys(path for tree in adapters.values() for path in tree):
@@ -123,11 +132,13 @@ def interceptor(
     adapters: Mapping[str, AdapterTree],
     specs: Mapping[str, AdapterSpec],
     scales: Mapping[str, Float[Array, ""] | Float[Array, " b"]],
+    dropout_keys: Key[Array, " b"] | None = None,
 ) -> Callable:
     """Return an interceptor for `nn.intercept_methods` that adds sum_i scales[i] dW_i(W) x to every adapted layer.
 
     The weights are not changed. A scale is one number for the batch or one per sample: with (0, 1), only the second
-    half of a batch of two is adapted. Scales may be traced.
+    half of a batch of two is adapted. Scales may be traced. In training, `dropout_keys` has a key for each sample: the
+    layer adds dW dropout(x), and a sample is treated alike in every part or shard of a batch.
 
     Raises:
         ValueError: `scales` does not name exactly the adapters; inside the model, a layer that cannot be adapted.
@@ -145,7 +156,10 @@ def interceptor(
         for name in names:
             scale = jnp.asarray(scales[name], y.dtype)
             scale = scale.reshape(-1, *[1] * (y.ndim - 1)) if scale.ndim else scale
-            y = y + scale * _difference(functions[name], adapters[name][path], call, has_groups(module))
+            rate, seen = specs[name].dropout, call
+            if rate and dropout_keys is not None:
+                seen = _with_dropout(call, _fold_in(dropout_keys, f"{name}/{path}"), rate)
+            y = y + scale * _difference(functions[name], adapters[name][path], seen, has_groups(module))
         return y
 
     return intercept
@@ -155,6 +169,20 @@ def _layer_call(module: nn.Dense | nn.Conv, x: Array, y: Array) -> LayerCall:
     params = module.variables["params"]
     y0 = y - params["bias"].astype(y.dtype) if module.use_bias else y
     return LayerCall(x, y0, params["kernel"], linear_map(module))
+
+
+def _with_dropout(call: LayerCall, keys: Key[Array, " b"], rate: float) -> LayerCall:
+    """Drop elements of the input with probability `rate` and divide the others by 1 - rate (Srivastava et al. 2014)."""
+    if len(call.x) % len(keys):  # an input that all samples share
+        keys = keys[:1]
+    shape = (len(call.x) // len(keys), *call.x.shape[1:])
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys).reshape(call.x.shape)
+    x = jnp.where(kept, call.x / (1 - rate), 0)
+    return call._replace(x=x, y0=call.linear(x, call.kernel))  # XLA removes what the decomposition does not use
+
+
+def _fold_in(keys: Key[Array, " b"], name: str) -> Key[Array, " b"]:
+    return jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(name.encode())))(keys)
 
 
 def _difference(functions: Decomposition, factors: Factors, call: LayerCall, grouped: bool) -> Array:

@@ -35,7 +35,7 @@ def lora(alpha: float, *, rank_stabilized: bool = False) -> Decomposition:
     def apply(factors, call):
         return low_rank_output(call, factors["a"], factors["b"], scaling(alpha, factors, rank_stabilized))
 
-    return Decomposition(init, delta, apply)
+    return Decomposition(init, delta, apply, dropout=True)
 
 
 def scaling(alpha: float, factors: dict, rank_stabilized: bool = False) -> float:

@@ -1,5 +1,6 @@
 """OFT: orthogonal fine-tuning of the output channels (Qiu et al. 2023), as LyCORIS, kohya and ComfyUI apply it."""
 
+import jax
 import jax.numpy as jnp
 
 from pisa_jax.adapters.decomposition import Decomposition
@@ -27,7 +28,7 @@ def oft(alpha: float) -> Decomposition:
     def rotated(factors, outputs):
         """Return outputs (R - I), for outputs of shape (..., out)."""
         q = factors["x"] - factors["x"].swapaxes(1, 2)
-        change = 2 * q @ jnp.linalg.inv(jnp.eye(q.shape[-1]) - q)  # R - I, exactly 0 where Q is 0
+        change = 2 * q @ inverse(jnp.eye(q.shape[-1]) - q)  # R - I, exactly 0 where Q is 0
         blocks = outputs.reshape(*outputs.shape[:-1], *q.shape[:2])
         return jnp.einsum("...kn,knm->...km", blocks, change.astype(outputs.dtype)).reshape(outputs.shape)
 
@@ -38,3 +39,28 @@ def oft(alpha: float) -> Decomposition:
         return rotated(factors, call.y0)
 
     return Decomposition(init, delta, apply, needs_kernel="delta")
+
+
+@jax.custom_jvp
+def inverse(matrices: jax.Array) -> jax.Array:
+    """Invert matrices (..., n, n) whose symmetric part is positive definite, as I - Q is; needs no pivots.
+
+    Not `jnp.linalg.inv`: on CPUs, jaxlib 0.10 calls LAPACK from the threads that LAPACK's batches wait for, and a
+    program with many independent inversions, such as a training step, stops forever on two cores.
+    """
+    size = matrices.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=matrices.dtype), matrices.shape)
+
+    def eliminate(k, both):
+        row = both[..., k, :] / both[..., k, k, None]
+        column = both[..., :, k].at[..., k].add(-1)  # so that the row of the pivot becomes `row`
+        return both - column[..., :, None] * row[..., None, :]
+
+    both = jax.lax.fori_loop(0, size, eliminate, jnp.concatenate([matrices, identity], axis=-1))
+    return both[..., size:]
+
+
+@inverse.defjvp
+def _derivative(primals, tangents):
+    result = inverse(*primals)
+    return result, -result @ tangents[0] @ result

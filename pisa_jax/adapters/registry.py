@@ -4,14 +4,12 @@ To add one to the table, write its factory in a file of its own and add a line h
 """
 
 import functools
-import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from pisa_jax.adapters.decomposition import Decomposition
+from pisa_jax.adapters.decomposition import Decomposition, no_delta
 from pisa_jax.adapters.dora import dora
 from pisa_jax.adapters.full import full
 from pisa_jax.adapters.hira import hira
@@ -24,6 +22,7 @@ from pisa_jax.adapters.pissa import olora, pissa
 from pisa_jax.adapters.tucker import tucker
 from pisa_jax.adapters.vera import vera
 from pisa_jax.config import AdapterSpec
+from pisa_jax.runtime.imports import import_own
 from pisa_jax.runtime.trees import suggest
 
 Factory = Callable[..., Decomposition]
@@ -79,16 +78,7 @@ def import_decomposition(name: str) -> None:
         ValueError: there is no such module or no such decomposition in it.
     """
     if ":" in name:
-        module = name.partition(":")[0]
-        if (folder := os.getcwd()) not in sys.path:
-            sys.path.append(folder)
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(
-                f"decomposition {name!r}: {error}; put the file of the module into the working directory ({folder}) or "
-                "its folder into PYTHONPATH"
-            ) from error
+        import_own(name.partition(":")[0], f"decomposition {name!r}")
     _find_factory(name)
 
 
@@ -125,4 +115,7 @@ def _is_factory(found: Any) -> bool:
 @functools.cache
 def _make(factory: Factory, alpha: float, options: tuple[tuple[str, Any], ...]) -> Decomposition:
     """Return the same functions for the same arguments: they are keys of compiled programs."""
-    return factory(alpha, **dict(options))
+    functions = factory(alpha, **dict(options))
+    if functions.delta is no_delta and functions.apply is None:
+        raise ValueError(f"a decomposition without delta needs apply; {factory} has none")
+    return functions

@@ -1,5 +1,7 @@
 """Adapters of a file that a training run starts from."""
 
+from dataclasses import replace
+
 from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.adapters.files import load_adapters
 from pisa_jax.config import Config
@@ -24,7 +26,7 @@ def load_start(config: Config) -> Adapters:
                 f"stage {stage.adapter} builds on {', '.join(sorted(missing))}; {config.start} (start) contains {held}"
             )
         spec = start.specs.get(stage.adapter, stage.spec)
-        if spec != stage.spec:
+        if replace(spec, dropout=stage.spec.dropout) != stage.spec:
             raise ValueError(
                 f"stage {stage.adapter} continues the adapter in {config.start} (start), which has {spec}; "
                 f"the stage has {stage.spec}; set the spec of the stage to that of the file"

@@ -43,4 +43,4 @@ def tucker(alpha: float) -> Decomposition:
         inner = call.x @ factors["a"][0, 0].astype(call.x.dtype)
         return low_rank_output(call._replace(x=inner), factors["t"], factors["b"], scale)
 
-    return Decomposition(init, delta, apply)
+    return Decomposition(init, delta, apply, dropout=True)

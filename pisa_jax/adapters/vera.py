@@ -39,7 +39,7 @@ def vera(alpha: float) -> Decomposition:
     def apply(factors, call):
         return low_rank_output(call, factors["a"], output_matrix(factors))
 
-    return Decomposition(init, delta, apply, constants=("a", "b"))
+    return Decomposition(init, delta, apply, constants=("a", "b"), dropout=True)
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -8,14 +8,6 @@ from collections.abc import Callable
 from pisa_jax.config import Scales, check_scales, check_seed
 
 
-def scales(text: str) -> Scales:
-    """Parse "1.0,0.7", or "0.7" for both, to (pix, sem)."""
-    values = scales_of_adapters(text)
-    if len(values) > 2:
-        raise _not_scales(text)
-    return values * (3 - len(values))
-
-
 def scales_of_adapters(text: str) -> Scales:
     """Parse numbers such as "1.0,0.7", one for each adapter; a single number holds for all of them."""
     try:

@@ -1,6 +1,6 @@
 """`pisa-sr evaluate`: measure the quality of result files, or upscale with a model and measure.
 
-With --model and --lq the results are computed first, at every pair of --scales. Results are matched with ground truths
+With --model and --lq the results are computed first, at all --scales. Results are matched with ground truths
 by file name: equal names, else equal stems, else stems that are equal without marks such as _x4, _LR4, _SR.
 """
 
@@ -16,12 +16,21 @@ from typing import Any
 import cv2
 
 from pisa_jax import __version__
-from pisa_jax.cli.arguments import integer_at_least, scales, seed, upscale_factor
+from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
+from pisa_jax.cli.arguments import integer_at_least, scales_of_adapters, seed, upscale_factor
 from pisa_jax.cli.output_files import check_output_files
+from pisa_jax.config import Scales
 from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.image_writing import WRITABLE
 from pisa_jax.metrics import registry, report
-from pisa_jax.metrics.evaluation import RESULT, Evaluation, UpscaleFunction, evaluate, write_contact_sheet
+from pisa_jax.metrics.evaluation import (
+    RESULT,
+    Evaluation,
+    UpscaleFunction,
+    evaluate,
+    scales_label,
+    write_contact_sheet,
+)
 from pisa_jax.metrics.pairing import EvaluationItem, pair_files
 from pisa_jax.runtime.atomic_write import atomic_write
 from pisa_jax.runtime.console import progress_bar, say, show_any_name
@@ -60,8 +69,12 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     grid = p.add_argument_group("upscale and measure")
     add = grid.add_argument
     add("--model", metavar="FOLDER|ID", help="base model, as for infer.py; needs --lq")
-    add("--adapters", metavar="FILE", help="pisa_sr.pkl or adapters.safetensors")
-    add("--scales", nargs="+", type=scales, metavar="PIX,SEM", help="pairs of scales (default 1,1)")
+    add("--adapters", nargs="+", metavar="FILE",
+        help="pisa_sr.pkl or adapters.safetensors; several files are joined in this order")  # fmt: skip
+    add("--decomposition", nargs="+", default=[], metavar="MODULE:FUNCTION",
+        help="import decompositions of your own that an adapter file names")  # fmt: skip
+    add("--scales", nargs="+", type=scales_of_adapters, metavar="PIX,SEM",
+        help="pairs of scales (default 1,1); with other adapters one number each, in their order")  # fmt: skip
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
     add("--seed", type=seed, metavar="N",
@@ -126,6 +139,18 @@ def output_files(args: argparse.Namespace) -> dict[str, Path]:
     return {flag: path for flag, path in paths.items() if path}
 
 
+def name_scales(args: argparse.Namespace) -> dict[str, Scales]:
+    """The scales of the adapters by their name in tables; {} without a model.
+
+    Raises:
+        ValueError: not one scale for each adapter of the files.
+    """
+    if not args.model:
+        return {}
+    names = adapter_names(args.adapters)
+    return {scales_label(row, names): row for row in complete_scales(args.scales, names)}
+
+
 def list_files(args: argparse.Namespace) -> list[Path]:
     """The images of --sr, --gt and --lq."""
     return [file for path in (args.sr, args.gt, args.lq) if path for file in find_images(path)]
@@ -133,17 +158,21 @@ def list_files(args: argparse.Namespace) -> list[Path]:
 
 def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
     """Load the model of the command line; returns its upscale function."""
+    from pisa_jax.adapters.registry import import_decomposition
     from pisa_jax.inference import Upscaler
+
+    for name in args.decomposition:
+        import_decomposition(name)
 
     def on_compile(what: str, seconds: float) -> None:
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
     upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile)
 
-    def upscale(image, pairs):
-        adjustable = any(pair != (1.0, 1.0) for pair in pairs)
+    def upscale(image, rows):
+        adjustable = any(set(row) != {1.0} for row in rows)
         session = upscaler.open(image, args.scale, args.seed, adjustable=adjustable)
-        return [session.render(*pair) for pair in pairs]
+        return [session.render(*row) for row in rows]
 
     return upscale
 
@@ -162,8 +191,9 @@ def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     if args.model:
         from pisa_jax.runtime.distributed import default_dtype
 
-        settings |= {key: getattr(args, key) for key in ("model", "adapters", "scales", "seed")}
-        settings["dtype"] = args.dtype or default_dtype()
+        files = args.adapters or [None]
+        settings |= {"model": args.model, "adapters": files[0] if len(files) == 1 else files}
+        settings |= {"scales": list(args.scales.values()), "seed": args.seed, "dtype": args.dtype or default_dtype()}
     return settings
 
 
@@ -237,7 +267,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> i
         p.error(str(error))
     if problem := usage_problem(args, names):
         p.error(problem)
-    args.scales = list(dict.fromkeys(args.scales or [(1.0, 1.0)])) if args.model else []
+    try:
+        args.scales = name_scales(args)
+    except ValueError as error:
+        p.error(f"argument --scales: {error}")
     try:
         check_output_files(output_files(args), list_files(args))
         weights = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex, "perceptual": args.perceptual}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     integer_at_least,
     megapixels,
@@ -21,7 +22,6 @@ from pisa_jax.cli.arguments import (
     upscale_factor,
 )
 from pisa_jax.cli.output_files import check_output_files
-from pisa_jax.config import Scales, check_scales
 from pisa_jax.runtime.console import progress_bar, say, show_any_name
 
 # Modules that import jax are imported inside functions: --help and usage errors must not wait for jax.
@@ -152,27 +152,6 @@ def complete_model_arguments(p: argparse.ArgumentParser, args: argparse.Namespac
         p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
     args.color_fix = {"nofix": "none"}.get(args.color_fix, args.color_fix)
     args.vae_tile = choose_vae_tile(args)
-
-
-def adapter_names(paths: Sequence[str] | None) -> list[str]:
-    """Names of the adapters in the files, in order; those of the method for the demo model and for unreadable files."""
-    from pisa_jax.adapters.adapter_tree import with_sem
-    from pisa_jax.adapters.files import load_all_adapters
-
-    try:
-        return list(with_sem(load_all_adapters(paths)).specs) if paths else ["pix", "sem"]
-    except (OSError, ValueError):  # reported when the model is loaded
-        return ["pix", "sem"]
-
-
-def complete_scales(given: Sequence[Scales] | None, names: Sequence[str]) -> list[Scales]:
-    """Return one scale for each adapter: none given, all are 1; a single number holds for all.
-
-    Raises:
-        ValueError: another number of scales.
-    """
-    rows = [row * len(names) if len(row) == 1 else row for row in given or [(1.0,)]]
-    return list(dict.fromkeys(check_scales(row, names) for row in rows))
 
 
 def choose_vae_tile(args: argparse.Namespace) -> int | str:

@@ -1,11 +1,13 @@
 """Evaluation of result files, or of a model at several scales: the scores of every image by every method.
 
-A method is one way of making a result: "sr" (the given files), the model at one pair of scales, or bicubic upscaling.
+A method is one way of making a result: "sr" (the given files), the model at given scales of its adapters, or bicubic
+upscaling.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from pisa_jax.runtime.messages import error_text, number_text
 
 RESULT, GROUND_TRUTH = "sr", "ground truth"
 
-# An LQ image and pairs of scales -> the upscaled image at each pair.
+# An LQ image and scales of the adapters -> the upscaled image at each of them.
 UpscaleFunction = Callable[[RGB8, Sequence[Scales]], list[np.ndarray]]
 
 
@@ -43,20 +45,20 @@ class Evaluation(NamedTuple):
     sheet_images: dict[str, np.ndarray]
 
 
-def scales_label(scales: Scales) -> str:
-    """Name of the model at a pair of scales in tables: "pix 1 sem 0.5"."""
-    return f"pix {number_text(scales[0])} sem {number_text(scales[1])}"
+def scales_label(scales: Scales, adapters: Sequence[str] = ("pix", "sem")) -> str:
+    """Name of the model at given scales in tables: "pix 1 sem 0.5"."""
+    return " ".join(f"{name} {number_text(scale)}" for name, scale in zip(adapters, scales, strict=True))
 
 
 def method_images(
-    item: EvaluationItem, scale: float, scales: Sequence[Scales], upscale: UpscaleFunction | None
+    item: EvaluationItem, scale: float, scales: Mapping[str, Scales], upscale: UpscaleFunction | None
 ) -> dict[str, np.ndarray]:
-    """The item's image by every method: its result file, the model at each pair of scales, bicubic of its LQ image."""
+    """The item's image by every method: its result file, the model at all scales, bicubic of its LQ image."""
     images = {RESULT: read_rgb8(item.sr)} if item.sr else {}
     if item.lq:
         lq = read_rgb8(item.lq)
         if upscale:
-            images |= dict(zip(map(scales_label, scales), upscale(lq, scales), strict=True))
+            images |= dict(zip(scales, upscale(lq, list(scales.values())), strict=True))
         images[report.REFERENCE] = matlab_bicubic(lq, scale)
     return images
 
@@ -65,7 +67,7 @@ def evaluate_item(
     item: EvaluationItem,
     functions: Mapping[str, registry.MetricFunction],
     scale: float = 4.0,
-    scales: Sequence[Scales] = (),
+    scales: Mapping[str, Scales] = MappingProxyType({}),
     upscale: UpscaleFunction | None = None,
 ) -> ItemResult:
     """Compute all metrics of one item; a failure becomes a problem and does not affect other methods and metrics."""
@@ -89,7 +91,7 @@ def evaluate(
     functions: Mapping[str, registry.MetricFunction],
     *,
     scale: float = 4.0,
-    scales: Sequence[Scales] = (),
+    scales: Mapping[str, Scales] = MappingProxyType({}),
     upscale: UpscaleFunction | None = None,
     sheet_item: str | None = None,
     workers: int = 1,
@@ -100,7 +102,7 @@ def evaluate(
     Args:
         functions: from `registry.make_metrics`.
         scale: upscale factor of the LQ images.
-        scales, upscale: the model and the pairs of scales to evaluate it at.
+        scales, upscale: the model and the scales to evaluate it at, by the name of the method in tables.
         sheet_item: name of the item whose images are kept for the contact sheet.
         workers: threads. NumPy, OpenCV and JAX release the interpreter lock: 1.9 times the speed on two cores, more
             than processes reach.
@@ -133,15 +135,15 @@ def _map(function: Callable, items: Sequence[EvaluationItem], workers: int) -> I
         yield from threads.map(function, items)
 
 
-def write_contact_sheet(images: Mapping[str, RGB8], scales: Sequence[Scales], path: Path) -> None:
+def write_contact_sheet(images: Mapping[str, RGB8], scales: Mapping[str, Scales], path: Path) -> None:
     """Write a labeled contact sheet of `Evaluation.sheet_images`; bicubic and ground truth are the last images.
 
-    The sheet has a row per pix scale if the pairs of scales form a full grid, otherwise up to four columns.
+    The sheet has a column for each scale of the last adapter if the scales form a full grid, otherwise up to four.
     """
-    columns = len({sem for _, sem in scales})
-    if len(scales) != columns * len({pix for pix, _ in scales}):
+    columns = len({last for *_, last in scales.values()})
+    if len(scales) != columns * len({tuple(others) for *others, _ in scales.values()}):
         columns = min(len(scales), 4)
-    order = [scales_label(pair) for pair in sorted(scales)]
+    order = sorted(scales, key=lambda name: scales[name])
     order += [method for method in images if method not in order]
     cells = [(method, Image.fromarray(images[method])) for method in order]
     write_image(path, from_pil(contact_sheet(cells, columns=columns or len(cells))))

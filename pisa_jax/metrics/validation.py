@@ -76,14 +76,17 @@ def upscale_image(
     vae: Params,
     adapter: AdapterTree,
     prompt: Float[Array, "1 n d"],
+    below: tuple[AdapterTree, ...],
     lq: Float[Array, "1 h w 3"],
     *,
     base: BaseModel,
     spec: AdapterSpec,
+    specs_below: tuple[AdapterSpec, ...] = (),
 ) -> Float[Array, "2 h w 3"]:
-    """Upscale an image in [-1, 1] without and with the adapter, at scales 0 and 1."""
+    """Upscale an image in [-1, 1] without and with the adapter, at scales 0 and 1, on top of those `below`."""
     latents = base.encode(vae, lq, None)
-    both = predict(base, unet, adapter, spec, latents, prompt, (0.0, 1.0))
+    pairs = tuple(zip(below, specs_below, strict=True))
+    both = predict(base, unet, adapter, spec, latents, prompt, (0.0, 1.0), below=pairs)
     return jnp.clip(jnp.concatenate([base.decode(vae, latents - eps) for eps in both]), -1, 1)
 
 

@@ -23,10 +23,12 @@ ARRAYS = ("adapters", "state")
 
 
 class Progress(NamedTuple):
-    """Position of a run: the index of its stage, and the state of the data loader."""
+    """Position of a run: the index of its stage, the state of the data loader, and the model."""
 
     stage: int
     loader: dict[str, Any]
+    # Digest of the weights of the base model; None: from a program that did not record it.
+    model: str | None = None
 
 
 class Checkpoints:

@@ -1,10 +1,11 @@
-"""Processes, meshes, shardings: batches sharded over all devices, frozen weights over "fsdp", adapters replicated."""
+"""Processes, meshes, shardings: batches over all devices, frozen weights and large factors of adapters over "fsdp"."""
 
 import os
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,6 +13,8 @@ from pisa_jax.runtime.tensor_files import release_mapped_pages
 
 # Smaller arrays are replicated: the biases and norms of Stable Diffusion have at most 10 240 elements.
 MIN_SIZE_TO_SHARD = 2**14
+# The same for factors of adapters and their optimizer state: those of rank 4 have at most 92 160 elements.
+MIN_FACTOR_SIZE_TO_SHARD = 2**17
 
 
 def default_dtype() -> str:
@@ -73,18 +76,46 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the shardings of frozen weights (arrays or shapes): the longest axis that "fsdp" divides is sharded."""
-    size = mesh.shape["fsdp"]
+def weight_shardings(mesh: Mesh, tree: Any, min_size: int | None = None) -> Any:
+    """Return the shardings of frozen weights (arrays or shapes): the longest axis that "fsdp" divides is sharded.
+
+    Arrays of less than `min_size` elements, by default `MIN_SIZE_TO_SHARD`, are replicated.
+    """
+    size, least = mesh.shape["fsdp"], MIN_SIZE_TO_SHARD if min_size is None else min_size
 
     def sharding(leaf):
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
-        if size == 1 or not axes or leaf.size < MIN_SIZE_TO_SHARD:
+        if size == 1 or not axes or leaf.size < least:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, P(*["fsdp" if axis == longest else None for axis in range(leaf.ndim)]))
 
     return jax.tree.map(sharding, tree)
+
+
+def factor_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Return the shardings of adapters and their optimizer state: as `weight_shardings`, for larger arrays only."""
+    return weight_shardings(mesh, tree, MIN_FACTOR_SIZE_TO_SHARD)
+
+
+def factor_shapes(mesh: Mesh, tree: Any) -> Any:
+    """Return the shapes and dtypes of such a tree (arrays or shapes) with these shardings, for restoring it."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        factor_shardings(mesh, tree),
+    )
+
+
+def to_host(tree: Any) -> Any:
+    """Copy arrays to the host of every process, from all processes over which they are sharded."""
+
+    def copy(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(copy, tree)
 
 
 def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:

@@ -100,6 +100,11 @@ def full(f, w, alpha):
     return w + f["w"]
 
 
+def output_gain(f, w, alpha):
+    del alpha
+    return w * (1 + f["s"])
+
+
 WEIGHTS = {
     "lora": lora,
     "rslora": rslora,
@@ -114,4 +119,5 @@ WEIGHTS = {
     "hra": hra,
     "hira": hira,
     "full": full,
+    "output_gain:output_gain": output_gain,
 }

@@ -6,6 +6,7 @@ larger than the window.
 
 import dataclasses
 import functools
+import sys
 
 import closed_forms
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import close
 
 from pisa_jax.adapters import fit, injection, registry
@@ -21,7 +23,13 @@ from pisa_jax.adapters.files import load_adapters, save_adapters
 from pisa_jax.config import AdapterSpec
 from pisa_jax.runtime.trees import flatten
 
-SPECS = [AdapterSpec(name, rank=4 if name == "hra" else 3, alpha=5.0) for name in registry.DECOMPOSITIONS]
+# The worked example of docs/decompositions.md.
+EXAMPLE = "output_gain:output_gain"
+sys.path.append(str(ROOT / "examples"))
+registry.import_decomposition(EXAMPLE)
+
+NAMES_OF_ALL = [*registry.DECOMPOSITIONS, EXAMPLE]
+SPECS = [AdapterSpec(name, rank=4 if name == "hra" else 3, alpha=5.0) for name in NAMES_OF_ALL]
 SPECS += [
     AdapterSpec("lokr", rank=1, alpha=5.0),
     AdapterSpec("lokr", rank=1, alpha=5.0, options=(("factor", 2),)),
@@ -132,7 +140,7 @@ def largest(array):
 
 
 def test_the_closed_forms_are_those_of_the_table():
-    assert set(closed_forms.WEIGHTS) == set(registry.DECOMPOSITIONS)
+    assert set(closed_forms.WEIGHTS) == set(NAMES_OF_ALL)
 
 
 @every_spec
@@ -193,6 +201,25 @@ def test_every_layer_is_affine_in_the_scale(spec):
         change = kernel(name, whole) - kernel(name)
         close(kernel(name, half), kernel(name) + 0.5 * change, 2e-6 * (1 + largest(change)))
         close(kernel(name, double), kernel(name) + 2 * change, 4e-6 * (1 + largest(change)))
+
+
+@pytest.mark.parametrize("name", ["conv1", "to_q"])
+def test_the_output_of_a_layer_is_affine_in_the_scale(spec, name):
+    """Without merging, with one scale for each sample of a batch of equal samples."""
+    scales, layer = jnp.array([0, 0.5, 1, -2]), jax.tree.map(jnp.asarray, params()[name])
+    module = nn.Conv(12, (3, 3), (2, 2), padding=((1, 1), (1, 1))) if name == "conv1" else nn.Dense(6)
+    x = jnp.repeat(X[:1] if name == "conv1" else X[:1, ..., :6], len(scales), axis=0)
+
+    @jax.jit
+    def outputs(factors, scales, spec=spec):
+        with nn.intercept_methods(injection.interceptor({"": {"": factors}}, {"": spec}, {"": scales})):
+            return module.apply({"params": layer}, x)
+
+    found = np.asarray(outputs(trained(spec)["one"][name], scales))
+    change = found[2] - found[0]
+    assert largest(change) > 0.01
+    for sample, scale in enumerate(scales):
+        close(found[sample], found[0] + scale * change, 4e-6 * (1 + largest(change)))
 
 
 def test_scales_per_sample(spec):

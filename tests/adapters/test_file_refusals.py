@@ -231,7 +231,7 @@ def test_adapters_are_checked_against_the_base_model():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model": ["x"]}, "base_model ['x'] is no name"),
+        ({"base_model": ["x"]}, "base_model ['x'] is no text"),
         ({"adapters": {"pix": {"rank": 4, "alpha": 8, "decomposition": 5}}}, "decomposition 5 is no name"),
         ({"adapters": {"pix": {"rank": 4, "alpha": 8, "targets": "a{" + "9" * 30 + "}"}}}, "OverflowError"),
         ({"adapters": {"pix": {"rank": 4, "alpha": 8, "x" * 10**5: 1}}}, "characters)"),

@@ -104,7 +104,7 @@ def test_outputs_equal_those_of_the_program_that_wrote_the_file(name):
     assert adapters.specs["pix"].decomposition == FILES[name]
     expected = recorded_output("peft_lora" if name.startswith("diffusers") else name)
     assert np.abs(expected - recorded_output("plain")).max() > 0.05
-    close(merged_output(adapters), expected, 2e-5)
+    close(merged_output(adapters), expected, 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -16,11 +16,12 @@ OWN = "output_gain:output_gain"
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """`examples/output_gain.py` in the working directory, and not imported."""
+    monkeypatch.delitem(sys.modules, "output_gain", raising=False)
     (tmp_path / "output_gain.py").write_text((ROOT / "examples" / "output_gain.py").read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("examples")])
     yield
-    sys.modules.pop("output_gain", None)
+    sys.modules.pop("output_gain", None)  # monkeypatch restores that of other tests
 
 
 def test_unknown_names_are_reported_with_the_known_ones():

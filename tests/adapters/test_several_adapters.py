@@ -12,12 +12,13 @@ from tiny import close
 
 from pisa_jax import Objective, Settings, Upscaler, init_adapter, init_state, jit_train_step, make_frozen, make_mesh
 from pisa_jax.adapters import injection, registry
-from pisa_jax.adapters.adapter_tree import Adapters, join_adapters
+from pisa_jax.adapters.adapter_tree import Adapters, join_adapters, summary
 from pisa_jax.adapters.files import load_adapters, load_all_adapters, save_adapters
 from pisa_jax.adapters.fit import check_order
-from pisa_jax.cli import infer
+from pisa_jax.cli import adapter_scales
 from pisa_jax.config import AdapterSpec
 from pisa_jax.inference import make_weights
+from pisa_jax.runtime.weights_digest import weights_digest
 from pisa_jax.train_step import Batch
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -59,6 +60,29 @@ def test_predictions_are_those_of_the_nested_merges(decompositions):
     alone = open_session(adapters, adjustable=False)
     close(alone.eps_full, session.eps[-1], 2e-5)
     assert alone.render().shape == (15, 21, 3)
+
+
+@pytest.mark.parametrize("decompositions", [("lora",) * 3, ("lora", "lora", "dora")])
+def test_scales_of_1_cost_one_pass_of_the_unet(decompositions, monkeypatch):
+    """Other scales cost n, in one batch where the adapters are additive."""
+    adapters, passes = random_adapters(decompositions), []
+
+    def count_samples(params, latents, *rest):
+        passes.append(len(latents))
+        return predict_noise(params, latents, *rest)
+
+    model = toy_model()
+    predict_noise = model.base.predict_noise
+    base = dataclasses.replace(model.base, predict_noise=count_samples)
+    upscaler = Upscaler(base, make_weights(model, adapters), adapters.specs, Settings(min_size=8))
+    session = upscaler.open(IMAGE, scale=3, adjustable=False)
+    assert passes == [1]
+    session.render(1, 1, 1)
+    with pytest.raises(ValueError, match="open it with adjustable=True"):
+        session.render(1, 1, 0.5)
+    passes.clear()
+    upscaler.open(IMAGE, scale=3)
+    assert passes == ([3] if "dora" not in decompositions else [1, 1, 1])
 
 
 def test_scales_are_given_in_order_or_by_name():
@@ -107,19 +131,54 @@ def test_several_files_are_joined_in_order(tmp_path):
     joined = load_all_adapters([tmp_path / "pix", tmp_path / "sem"])
     assert list(joined.specs) == ["pix", "sem"]
     assert joined.base_model == "owner/base"
-    assert infer.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
+    assert adapter_scales.adapter_names([str(tmp_path / "pix"), str(tmp_path / "sem")]) == ["pix", "sem"]
     with pytest.raises(ValueError, match="a and b both have an adapter 'pix'"):
         join_adapters({"a": joined, "b": joined})
-    with pytest.raises(ValueError, match="b is for the base model other, the others for owner/base"):
+    with pytest.raises(ValueError, match="a is for the base model owner/base, b for other"):
         join_adapters({"a": joined, "b": Adapters({"x": {}}, {"x": AdapterSpec()}, "other")})
+
+
+def test_files_for_other_weights_are_refused(tmp_path):
+    """The digest decides, where both files have one: folders move, and another model may take the place of one."""
+    spec, one = AdapterSpec(), {}
+    for name, source, digest in (("a", "sd21", "1111"), ("b", "moved/sd21", "1111"), ("c", "sd21", "2222")):
+        save_adapters(tmp_path / name, Adapters({name: {}}, {name: spec}, source, {}, digest))
+        one[name] = load_adapters(tmp_path / name)
+    assert "base model: moved/sd21, weights 1111" in summary(one["b"])
+    joined = load_all_adapters([tmp_path / "a", tmp_path / "b"])
+    assert joined.base_digest == "1111"
+    with pytest.raises(
+        ValueError, match=r"a was trained on the weights 1111 \(sd21\), \S+c on the weights 2222 \(sd21\)"
+    ):
+        load_all_adapters([tmp_path / name for name in "abc"])
+    old = Adapters({"d": {}}, {"d": spec}, "sd21")
+    assert join_adapters({"d": old, "a": one["a"]}).base_digest == "1111"
+    with pytest.raises(ValueError, match="d is for the base model sd21, b for moved/sd21"):
+        join_adapters({"d": old, "b": one["b"]})
+
+
+def test_adapters_of_another_model_are_reported():
+    model, lines = toy_model(), []
+    unet = model.params["unet"]
+    half = model._replace(params=model.params | {"unet": jax.tree.map(np.float16, unet)})
+    other = model._replace(params=model.params | {"unet": jax.tree.map(lambda leaf: -leaf, unet)})
+    adapters = random_adapters(["lora"])
+    recorded = adapters._replace(base_model="toy", base_digest=weights_digest(unet))
+    for loaded, given in ((model, recorded), (half, recorded), (other, adapters), (other, recorded)):
+        assert not lines
+        make_weights(loaded, given, notice=lines.append)
+    assert lines == [
+        f"the adapters were trained on another base model, toy with the weights {weights_digest(unet)}; the UNet of "
+        f"this model has the weights {weights_digest(other.params['unet'])}, and results may be worse"
+    ]
 
 
 def test_one_number_holds_for_all_adapters():
     names = ["pix", "sem", "face"]
-    assert infer.complete_scales(None, names) == [(1.0, 1.0, 1.0)]
-    assert infer.complete_scales([(0.5,), (1.0, 0.5, 0.0)], names) == [(0.5, 0.5, 0.5), (1.0, 0.5, 0.0)]
+    assert adapter_scales.complete_scales(None, names) == [(1.0, 1.0, 1.0)]
+    assert adapter_scales.complete_scales([(0.5,), (1.0, 0.5, 0.0)], names) == [(0.5, 0.5, 0.5), (1.0, 0.5, 0.0)]
     with pytest.raises(ValueError, match=r"expected 3 numbers \(pix, sem, face\)"):
-        infer.complete_scales([(1.0, 0.5)], names)
+        adapter_scales.complete_scales([(1.0, 0.5)], names)
 
 
 def trained_state(spec, steps=2, optimizer=None):

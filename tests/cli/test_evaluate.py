@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import DATA, golden, shared_data
 from PIL import Image
+from small_adapters import random_adapters
 
+from pisa_jax.adapters.files import save_adapters
 from pisa_jax.cli import evaluate
 from pisa_jax.imaging.image_reading import read_rgb8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
@@ -180,7 +182,8 @@ def test_nothing_to_measure_is_an_error(tmp_path, folders, capsys):
         ("--lq . --gt . --metrics fid", "fid compares two folders"),
         ("--sr . --gt . --json /no/such/folder/x.json", "folder of /no/such/folder/x.json does not exist"),
         ("--sr . --gt . --crop-border -1", "'-1' is not an integer of at least 0"),
-        ("--lq . --scales 1,2,3", "'1,2,3' is not PIX,SEM"),
+        ("--lq . --scales 1,x", "'1,x' is not PIX,SEM"),
+        ("--lq . --model m --scales 1,2,3", r"expected two numbers \(pix, sem\)"),
         ("--sr . --gt . --metrics psnr,ssim --plot p.png", "--plot needs psnr or ssim and one other metric"),
         ("--sr . --gt . --plot p.bmp", "--plot p.bmp cannot be written: use a name ending in one of .png .svg .pdf"),
         ("--sr . --gt . --sheet s", "--sheet s cannot be written: use a name ending in one of .png .jpg"),
@@ -320,11 +323,45 @@ def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
     lq = write(tmp_path / "lq", a=colors(0))
     assert run("--model", "folder", "--adapters", "a.pkl", "--lq", lq, "--gt", lq, "--metrics", "psnr", "-s", 1,
                "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32") == 0  # fmt: skip
-    loaded = {"model": "folder", "adapters": "a.pkl", "dtype": "float32"}
+    loaded = {"model": "folder", "adapters": ["a.pkl"], "dtype": "float32"}
     assert loaded.items() <= arguments(Upscaler.load).items()
     opened = arguments(upscaler.open)
     assert (opened["scale"], opened["seed"], opened["adjustable"]) == (1.0, 3, True)
     assert session.render.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]
+
+
+def test_three_adapters_of_two_files(model, tmp_path, monkeypatch, capsys):
+    """One scale for each adapter, in the order of the files; the columns of the sheet are the scales of the last."""
+    _, lq, gt = model
+    both, third = random_adapters(), random_adapters(names=("face",))
+    save_adapters(tmp_path / "ab", both)
+    save_adapters(tmp_path / "c", third)
+    rows = []
+
+    def load(args):
+        assert args.adapters == [str(tmp_path / "ab"), str(tmp_path / "c")]
+
+        def upscale(image, scales):
+            rows.append(scales)
+            return [matlab_bicubic(image, args.scale) for _ in scales]
+
+        return upscale
+
+    monkeypatch.setattr(evaluate, "load_upscale", load)
+    out, sheet = tmp_path / "o.json", tmp_path / "o.png"
+    arguments = ["--model", "m", "--adapters", tmp_path / "ab", tmp_path / "c", "--lq", lq, "--gt", gt]
+    assert run(*arguments, "--metrics", "psnr", "--scales", "1", "1,0.5,0", "1,0.5,1", "1,1,0", "--json", out,
+               "--sheet", sheet) == 0  # fmt: skip
+    assert rows == [[(1, 1, 1), (1, 0.5, 0), (1, 0.5, 1), (1, 1, 0)]] * 2
+    result = json.loads(out.read_text())
+    labels = ["pix 1 sem 1 face 1", "pix 1 sem 0.5 face 0", "pix 1 sem 0.5 face 1", "pix 1 sem 1 face 0", "bicubic"]
+    assert list(result["methods"]) == labels
+    assert result["settings"]["adapters"] == [str(tmp_path / "ab"), str(tmp_path / "c")]
+    with Image.open(sheet) as cells:
+        assert cells.size == (2 * (192 + 8) + 8, 3 * (192 + 34) + 8)
+    with pytest.raises(SystemExit):
+        run(*arguments, "--scales", "1,0")
+    assert "expected 3 numbers (pix, sem, face)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -182,15 +182,6 @@ def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeyp
     assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
     upscaler(random_image(35, 30))
     assert len(compiled) == 7
-    session = upscaler.open(random_image(28, 33), adjustable=False)
-    pipeline, style = upscaler.pipeline, np.zeros((1, 112, 136, 3), np.float32)
-    predictions = Predictions(session.latents, (0.5 * session.eps_full, session.eps_full))
-    maps = [0.8, np.full((1, *session.latents.shape[1:3], 1), 0.3, np.float32)]
-    number, constant = (pipeline.render(predictions, scales, style, (112, 132)) for scales in ((0.8, 0.3), maps))
-    assert np.array_equal(number, constant)  # of a constant map
-    maps[1][:, :5] = 1.5
-    assert not np.array_equal(pipeline.render(predictions, maps, style, (112, 132)), constant)
-    assert len(compiled) == 7
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
@@ -199,6 +190,30 @@ def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeyp
     # Encoder, UNet, then the decoder once for each pair of scales.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
     assert order == ["measure_sample", "process_tiles"] * 2 + ["predict"] + ["measure_sample", "process_tiles"] * 4
+
+
+def test_tiles_get_the_latents_of_a_constant_map_as_those_of_its_number(monkeypatch):
+    """Before the tiles of the decoder, scales are applied outside of the compiled functions."""
+    pipeline, decoded = small_upscaler(vae_tile=64).pipeline, []
+
+    def decode(part, latents, tile):
+        decoded.append(latents)
+        return np.zeros((112, 136, 3), np.float32)
+
+    monkeypatch.setattr(pipeline, "_tiled_vae", decode)
+    side = pipeline.base.vae_scale_factor
+    shape = (1, 112 // side, 136 // side, pipeline.base.latent_channels)
+    arrays = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    predictions = Predictions(jnp.asarray(arrays[0]), (jnp.asarray(arrays[1]), jnp.asarray(arrays[2])))
+    sem = np.full((*shape[:3], 1), 0.3, np.float32)
+    edge = np.where(np.arange(shape[2])[:, None] < 5, 1.5, sem)
+    for scales in ((0.8, 0.3), (0.8, sem), (0.8, edge)):
+        pipeline.render(predictions, scales, np.zeros((1, 112, 136, 3), np.float32), (112, 132))
+    number, constant, half = decoded
+    assert np.array_equal(number, constant)
+    assert np.array_equal(half[:, 5:], number[:, 5:])
+    expected = arrays[0] - 0.8 * arrays[1] - 1.5 * (arrays[2] - arrays[1])
+    close(half[:, :5], expected[0, :, :5], 1e-5)
 
 
 def test_tiles_are_used_when_memory_is_exhausted():

@@ -24,6 +24,11 @@ LAYERS = {
     OUT: lambda: nn.Linear(6, 10),
 }
 LINEAR = [QUERY, OUT]
+# Layers of a real UNet: a pattern of PEFT.
+UNET_LAYERS = (
+    r"conv_(in|out)|up_blocks\.1\.resnets\.0\.conv_shortcut|down_blocks\.0\.(resnets\.0\.conv1|downsamplers\.0\.conv|"
+    r"attentions\.0\.(proj_in|transformer_blocks\.0\.(attn1\.to_q|attn2\.to_k|attn1\.to_out\.0|ff\.net\.(0\.proj|2))))"
+)
 
 
 class UNet(nn.Module):
@@ -95,6 +100,37 @@ def record_peft(folder):
             )
 
 
+def record_diffusers(folder):
+    """Adapters of some layers of a real UNet, and its output for an input of fixtures/comp/unet.npz at timestep 1."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    fixtures = folder.parent / "fixtures"
+    inputs, outputs = np.load(fixtures / "comp" / "unet.npz"), {}
+    x, prompt = (torch.from_numpy(inputs[name]) for name in ("x0", "emb0"))
+    for name, options in {"lora": {}, "dora": {"use_dora": True}}.items():
+        unet = UNet2DConditionModel.from_pretrained(fixtures / "sd_tiny", subfolder="unet", torch_dtype=torch.float32)
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=UNET_LAYERS, **options))
+        randomize((key, p) for key, p in unet.named_parameters() if "lora" in key)
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        metadata = _collate_lora_metadata({"unet": unet})
+        StableDiffusionPipeline.save_lora_weights(folder / f"diffusers_{name}", unet_lora_layers=layers, **metadata)
+        if name == "lora":
+            unet.save_lora_adapter(folder / "diffusers_unet_lora")
+        with torch.no_grad():
+            outputs[name] = unet(x, 1, prompt).sample.numpy()
+        # With the names that pisa_jax writes; diffusers drops the layers of attention of the file above.
+        state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(unet).items()}
+        config = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
+        again = UNet2DConditionModel.from_pretrained(fixtures / "sd_tiny", subfolder="unet", torch_dtype=torch.float32)
+        StableDiffusionPipeline.load_lora_into_unet(state, None, again, metadata=config)
+        with torch.no_grad():
+            assert np.abs(again(x, 1, prompt).sample.numpy() - outputs[name]).max() < 1e-4, name
+    np.savez(folder / "diffusers_outputs.npz", **outputs)
+
+
 def record_lycoris(folder):
     from lycoris import LycorisNetwork, create_lycoris
 
@@ -137,6 +173,7 @@ def main():
         finally:
             np.savez(folder / "outputs.npz", image=image().numpy(), **outputs)
             np.savez(folder / "weights.npz", **weights)
+    record_diffusers(folder)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "diffusers", "lycoris-lora")}
     (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
