@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from pisa_jax import Upscaler
 from pisa_jax.sd import random_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SECONDS = 300  # the longest wait for a computation, on a busy machine
+SECONDS = 120  # the longest wait for a computation, on a busy machine
 
 
 class RunningPage(NamedTuple):
@@ -32,7 +31,7 @@ class RunningPage(NamedTuple):
 @contextlib.contextmanager
 def serve_page(model: Path, megapixels: float = 0.05, **options) -> Iterator[RunningPage]:
     """Serve the page of a model folder on a free port."""
-    from pisa_jax.app.server import make_app, temporary_folder
+    from pisa_jax.app.server import Server, bind, make_app, temporary_folder
 
     compiled: list[str] = []
     upscaler = Upscaler.load(
@@ -41,14 +40,13 @@ def serve_page(model: Path, megapixels: float = 0.05, **options) -> Iterator[Run
     shown = {"model": str(model), "adapters": [str(model / "adapters.safetensors")], "min_size": 32}
     with temporary_folder() as folder:
         app = make_app(upscaler, megapixels, shown, **options)
-        config = uvicorn.Config(app.asgi, "127.0.0.1", 0, log_level="error", timeout_graceful_shutdown=1)
-        server, socket = uvicorn.Server(config), config.bind_socket()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+        bound, address = bind("127.0.0.1", 0)
+        server = Server(app, bound)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        yield RunningPage(f"http://127.0.0.1:{socket.getsockname()[1]}", app, compiled, Path(folder))
+        yield RunningPage(address, app, compiled, Path(folder))
         server.should_exit = True
         thread.join(SECONDS)
-        socket.close()
 
 
 def write_model(folder: Path) -> Path:
@@ -121,6 +119,10 @@ class Window:
             arg=before,
         )
         return self.pixels()
+
+    def wait_for_label(self, label: str) -> None:
+        """Wait until a result with a label is drawn."""
+        self.page.wait_for_function("text => document.querySelector('.after-tag').textContent === text", arg=label)
 
     def slider(self, name: str):
         return self.page.locator(f"#{name} input[type=range]")

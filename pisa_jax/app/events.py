@@ -33,7 +33,7 @@ def _messages() -> Iterator[None]:
     except gr.Error:
         raise
     except Exception as error:
-        raise gr.Error(html.escape(error_text(error)), title="Not done", print_exception=False) from error
+        raise gr.Error(html.escape(error_text(error)), print_exception=False) from error
 
 
 class Events:
@@ -42,18 +42,19 @@ class Events:
     def __init__(self, visitors: Visitors, names: Sequence[str]):
         self.visitors, self.names, self.lock = visitors, list(names), Lock()
 
-    def receive(self, request: gr.Request, path: str | None) -> tuple[Any, None]:
-        """Take an uploaded file from the disk into memory."""
+    def receive(self, request: gr.Request, file: dict[str, Any] | None) -> tuple[Any, None]:
+        """Take an uploaded file, which gradio describes by a dict, from the disk into memory."""
         visitor = self._visitor(request)
         with _messages():
-            self._receive(visitor, path)
+            self._receive(visitor, file)
         return visitor.view(f"{visitor.name} is waiting for its turn"), None
 
     def take_sample(self, request: gr.Request, event: gr.EventData) -> Any:
         """Take a sample image."""
         visitor = self._visitor(request)
         path = next(path for path in samples() if path.stem == event.sample)
-        visitor.receive(path.read_bytes(), path.name)
+        with _messages():
+            visitor.receive(path.read_bytes(), path.name)
         return visitor.view(f"{visitor.name} is waiting for its turn")
 
     def open(self, request: gr.Request, factor: float | int, ext: str, *values: Any) -> tuple[Any, str]:
@@ -128,11 +129,11 @@ class Events:
         """Free the visitor whose window was closed."""
         self.visitors.close(str(request.session_hash))
 
-    def open_file(self, request: gr.Request, path: str | None, factor: float | int) -> dict[str, Any]:
+    def open_file(self, request: gr.Request, file: dict[str, Any] | None, factor: float | int) -> dict[str, Any]:
         """Open an image for /render. Returns its name and the sizes [width, height] of the input and the result."""
         visitor = self._visitor(request)
         with _messages():
-            self._receive(visitor, path)
+            self._receive(visitor, file)
         self.open(request, factor, "auto", *[1.0] * (2 * len(self.names)), 0.0)
         return visitor.sizes()
 
@@ -147,10 +148,11 @@ class Events:
     def _visitor(self, request: gr.Request) -> Visitor:
         return self.visitors.get(str(request.session_hash))
 
-    def _receive(self, visitor: Visitor, path: str | None) -> None:
-        if path is None:
+    def _receive(self, visitor: Visitor, file: dict[str, Any] | None) -> None:
+        if file is None:
             raise ValueError("there is no file; choose an image")
-        visitor.receive(_take(Path(path)), Path(path).name)
+        path = Path(file["path"])
+        visitor.receive(_take(path), path.name)
 
     def _setting(self, area: Any, values: Sequence[Any]) -> Setting:
         """Make a setting of the sliders: the scales, those of the painted area, and the softness of its edge."""

@@ -102,15 +102,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
 
 def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Sequence[tuple[str, str]]) -> None:
     """Load the model and serve the page until SIGINT or SIGTERM."""
-    from pisa_jax.app.server import make_app, serve, temporary_folder
+    from pisa_jax.app.server import Server, bind, make_app, temporary_folder
 
     warnings.filterwarnings("ignore", module="gradio")  # of its use of other libraries
     for number in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT: so that the temporary files are removed
         signal.signal(number, signal.default_int_handler)
-    upscaler = load_upscaler(args)
-    with temporary_folder():
-        app = make_app(upscaler, args.max_megapixels, model_options, users)
-        serve(app, args.host, args.port, lambda address: say(f"the page is at {address} (Ctrl-C stops it)", sys.stdout))
+    bound, address = bind(args.host, args.port)
+    with bound, temporary_folder():
+        app = make_app(load_upscaler(args), args.max_megapixels, model_options, users)
+        say(f"the page is at {address} (Ctrl-C stops it)", sys.stdout)
+        Server(app, bound).run()
 
 
 def is_loopback(host: str) -> bool:

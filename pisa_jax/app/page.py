@@ -28,6 +28,7 @@ class Controls(NamedTuple):
     samples: gr.HTML
     factor: gr.Radio
     scales: list[gr.Slider]
+    area: gr.Accordion
     painted: list[gr.Slider]
     softness: gr.Slider
     maps: dict[str, gr.Button]
@@ -46,8 +47,8 @@ def make_page(events: Events) -> gr.Blocks:
             with gr.Column(scale=5, min_width=300):
                 viewer = gr.HTML(
                     {},
-                    html_template=_asset("viewer.html"),
-                    js_on_load=_asset("viewer.js"),
+                    html_template=asset("viewer.html"),
+                    js_on_load=asset("viewer.js"),
                     apply_default_css=False,
                     elem_id="viewer",
                 )
@@ -61,12 +62,14 @@ def make_page(events: Events) -> gr.Blocks:
 
 def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
     upload = gr.File(label="Image", height=110, elem_id="upload")
-    thumbnails = gr.HTML(_thumbnails(), js_on_load=_asset("samples.js"), apply_default_css=False, elem_id="samples")
+    thumbnails = gr.HTML(_thumbnails(), js_on_load=asset("samples.js"), apply_default_css=False, elem_id="samples")
     factor = gr.Radio([1, 2, 3, 4], value=4, label="Upscale factor", elem_id="factor")
     scales = [_slider(name, ABOUT.get(name), f"scale-{name}") for name in names]
-    with gr.Accordion("Scales in the painted area", open=False, elem_id="area"):
-        gr.Markdown("Paint on the image with the brush above it. These scales hold there.")
-        painted = [_slider(f"{name}, painted", None, f"painted-{name}") for name in names]
+    with gr.Accordion("Scales in the painted area", open=False, elem_id="area") as area:
+        gr.Markdown("Paint on the image: these scales hold there.")
+        painted = [
+            _slider(f"{name}, painted", None, f"painted-{name}", 0.0 if name == "sem" else 1.0) for name in names
+        ]
         softness = gr.Slider(
             0, 20, 4, step=0.5, label="Softness of the edge (% of the shorter side)", elem_id="softness"
         )
@@ -89,6 +92,7 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
         thumbnails,
         factor,
         scales,
+        area,
         painted,
         softness,
         maps,
@@ -104,18 +108,22 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
 def _connect(c: Controls, events: Events) -> None:
     values = [*c.scales, *c.painted, c.softness]
     shown: dict[str, Any] = {"outputs": [c.viewer, c.command], "api_visibility": "private"}
-    quick = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    # Not "queue": False, for which gradio does not show the messages of errors.
+    quick = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+    # Without `preprocess`: that of gr.File leaves an empty temporary file behind.
     opening = {"fn": events.open, "inputs": [c.factor, c.ext, *values], "show_progress_on": c.viewer, **shown, **MODEL}
     received = [
-        c.upload.upload(events.receive, c.upload, [c.viewer, c.upload], **quick),
+        c.upload.upload(events.receive, c.upload, [c.viewer, c.upload], preprocess=False, **quick),
         c.samples.sample(events.take_sample, None, c.viewer, **quick),
     ]
     for event in received:
         event.success(**opening)
+    received[0].failure(lambda: None, None, c.upload, **quick)  # the next file can be chosen
     c.factor.input(**opening, trigger_mode="always_last")
     drawing = {"inputs": [c.ext, *values], "trigger_mode": "always_last", "show_progress": "minimal", **shown, **MODEL}
     gr.on([slider.release for slider in values], events.redraw, show_progress_on=c.viewer, **drawing)
     c.viewer.mask(events.paint, **drawing)
+    c.viewer.brush(lambda: gr.Accordion(open=True), None, c.area, **quick)
     c.viewer.pin(events.pin, None, c.viewer, **quick)
     c.save.click(events.download, c.ext, c.viewer, api_visibility="private", show_progress="minimal", **MODEL)
     c.sheet_button.click(events.sheet, c.grids, c.sheet, api_visibility="private", **MODEL)
@@ -131,15 +139,16 @@ def _connect_api(events: Events) -> None:
     scales = [gr.Number(1, label=name, visible=False) for name in events.names]
     ext = gr.Dropdown(list(FORMATS), value="png", label="format", visible=False)
     trigger = gr.Button(visible=False)
-    trigger.click(events.open_file, [file, factor], opened, api_name="open", **MODEL)
+    trigger.click(events.open_file, [file, factor], opened, preprocess=False, api_name="open", **MODEL)
     trigger.click(events.render_file, [ext, *scales], result, api_name="render", **MODEL)
 
 
-def _slider(label: str, info: str | None, elem_id: str) -> gr.Slider:
-    return gr.Slider(0, LARGEST_SCALE, 1, step=0.05, label=label, info=info, elem_id=elem_id, elem_classes="scale")
+def _slider(label: str, info: str | None, elem_id: str, value: float = 1.0) -> gr.Slider:
+    return gr.Slider(0, LARGEST_SCALE, value, step=0.05, label=label, info=info, elem_id=elem_id)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Read a file of the page."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 

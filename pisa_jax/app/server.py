@@ -1,7 +1,9 @@
 """The server of the page: routes, temporary files, users, start and end."""
 
 import contextlib
+import logging
 import os
+import socket
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ import gradio as gr
 import uvicorn
 
 from pisa_jax.app.events import Events
-from pisa_jax.app.page import ASSETS, make_page
+from pisa_jax.app.page import asset, make_page
 from pisa_jax.app.shared_files import PREFIX, SharedFiles
 from pisa_jax.app.visitor import Visitor
 from pisa_jax.app.visitors import Visitors
@@ -20,6 +22,10 @@ from pisa_jax.inference import Upscaler
 
 # Routes of gradio that this page does not need: they write the state of a window to the disk, or ask other servers.
 CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/stream")
+
+
+# Files that are larger than any image of the allowed size are refused before they are on the disk.
+PIXEL_BYTES, METADATA_BYTES = 16, 2**24  # four float32 channels
 
 
 class App(NamedTuple):
@@ -35,7 +41,6 @@ def make_app(
     megapixels: float,
     model_options: Mapping[str, Any] | None = None,
     users: Sequence[tuple[str, str]] = (),
-    max_bytes: int | None = None,
 ) -> App:
     """Make the application. Uploads are written to the folder of `temporary_folder`, within which this is called."""
     files = SharedFiles()
@@ -69,12 +74,12 @@ def make_app(
         path="/",
         auth=list(users) or None,
         footer_links=[],
-        max_file_size=max_bytes,
+        max_file_size=int(megapixels * 1e6 * PIXEL_BYTES) + METADATA_BYTES,
         ssr_mode=False,
         show_error=True,
         theme=_theme(),
-        css=(ASSETS / "viewer.css").read_text(encoding="utf-8"),
-        head=f"<script>{(ASSETS / 'keys.js').read_text(encoding='utf-8')}</script>",
+        css=asset("viewer.css"),
+        head=f"<style>{asset('page.css')}</style><script>{asset('keys.js')}</script>",
     )
     return App(asgi, visitors, files)
 
@@ -94,17 +99,39 @@ def temporary_folder() -> Iterator[str]:
                 os.environ["GRADIO_TEMP_DIR"] = cache
 
 
-def serve(app: App, host: str, port: int, on_start: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `on_start` gets the address. Raises OSError if the port cannot be used."""
-    config = uvicorn.Config(app.asgi, host, port, log_level="warning", timeout_graceful_shutdown=2)
-    socket = config.bind_socket()
-    on_start(f"http://{host}:{socket.getsockname()[1]}")
-    server = uvicorn.Server(config)
+class Server(uvicorn.Server):
+    """The server of an `App` on a socket. `run` serves until SIGINT, SIGTERM or `should_exit`."""
+
+    def __init__(self, app: App, bound: socket.socket):
+        super().__init__(uvicorn.Config(app.asgi, log_level="warning", timeout_graceful_shutdown=1))
+        self._app, self._bound = app, bound
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, and free everything at the end."""
+        try:
+            super().run([self._bound])
+        finally:
+            self._app.visitors.close_all()
+            self._bound.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop. An open window keeps a stream of events open: that it is cut off is no error to report."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def bind(host: str, port: int) -> tuple[socket.socket, str]:
+    """Bind a socket to a port (0: any free one); return it and the address of the page.
+
+    Raises:
+        OSError: the address or the port cannot be used.
+    """
+    family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
-        server.run(sockets=[socket])
-    finally:
-        app.visitors.close_all()
-        socket.close()
+        bound = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"{shown}:{port} cannot be used: {error}; choose another --host or --port") from None
+    return bound, f"http://{shown}:{bound.getsockname()[1]}"
 
 
 def _attachment(name: str) -> str:

@@ -116,11 +116,11 @@ def paint(window):
     page.click(".paint")
     page.fill(".size input", "25")
     box = page.locator(".mask").bounding_box()
-    for height in (0.1, 0.3, 0.5, 0.7, 0.9):
-        page.mouse.move(box["x"], box["y"] + height * box["height"])
-        page.mouse.down()
-        page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + height * box["height"], steps=3)
-        page.mouse.up()
+    page.mouse.move(box["x"], box["y"])
+    page.mouse.down()
+    for x, y in ((0, 0.99), (0.15, 0.99), (0.15, 0), (0.3, 0), (0.3, 0.99)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+    page.mouse.up()
     window.wait_for_another(before)
 
 
@@ -143,17 +143,19 @@ def test_painted_map_download_and_command_line(open_window, photo, tmp_path):
     window = open_window()
     window.upload(photo)
     everywhere = window.pixels().astype(int)
-    window.page.click("#area button >> nth=0")
     paint(window)
-    window.page.wait_for_timeout(300)
     before = window.shown()
     window.slider("softness").press("Home")
     window.wait_for_another(before)
-    painted = window.drag("painted-sem", 0).astype(int)
     assert window.page.inner_text(".after-tag") == "pix 1, sem 1 (painted 0)"
+    window.drag("painted-sem", 1)
+    painted = window.drag("painted-sem", 0).astype(int)
     changed = np.abs(painted - everywhere).mean((0, 2))
-    assert changed[:10].mean() > 4 * changed[-10:].mean()
-    save(window, lambda: window.page.click("text=Save sem map"), photo.parent)
+    assert changed[:10].mean() > 2 * changed[-10:].mean()  # normalization spreads a little of it everywhere
+    saved_map = save(window, lambda: window.page.click("text=Save sem map"), photo.parent)
+    gray = np.asarray(Image.open(saved_map))
+    assert gray[:, : gray.shape[1] // 4].max() == 0
+    assert gray[:, gray.shape[1] // 2 :].min() == 255
     saved = save(window, lambda: window.page.click("#download"), tmp_path)
     assert saved.suffix == ".jpg"
     assert Image.open(saved).getexif()[0x010E] == "a test"
@@ -219,53 +221,42 @@ def test_phone(open_window, photo):
     window.wait_for_another(before)
 
 
-def test_keyboard_only(open_window, served):
+def tab_to(page, selector, key="Tab"):
+    """Press a key until the focus is on an element of a selector."""
+    for _ in range(60):
+        page.keyboard.press(key)
+        if page.evaluate("selector => document.activeElement.closest(selector) !== null", selector):
+            return
+    raise AssertionError(f"{key} does not reach {selector}")
+
+
+def test_keyboard_only(open_window):
     window = open_window()
     page = window.page
-    reached = []
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        reached.append(
-            page.evaluate(
-                "(e => e.dataset.sample ? 'sample' : e.className.split(' ')[0] + ' ' + (e.closest('[id]')?.id || ''))"
-                "(document.activeElement)"
-            )
-        )
-        if reached[-1] == "sample":
-            break
+    tab_to(page, "#factor")
+    page.keyboard.press("Space")  # 1: this server refuses the samples upscaled 4 times
+    tab_to(page, "[data-sample]", "Shift+Tab")
     page.keyboard.press("Enter")
     window.wait_for_another("")
-    names = tab_through(page)
-    for control in ("stage", "divider", "against", "paint", "factor", "scale-pix", "scale-sem", "download"):
-        assert any(control in name for name in names), (control, names)
-    before = window.shown()
-    window.slider("scale-sem").focus()
+    tab_to(page, "#scale-sem input[type=range]")
     page.keyboard.press("Home")
-    window.wait_for_another(before)
-    before = window.shown()
-    page.locator(".divider").focus()
+    window.wait_for_label("pix 1, sem 0")
+    tab_to(page, ".divider")
     page.keyboard.press("End")
     assert page.get_attribute(".divider", "aria-valuenow") == "100"
-    page.locator(".paint").focus()
+    before = window.shown()
+    tab_to(page, ".paint")
     page.keyboard.press("Enter")  # the focus moves to the image
-    window.slider("painted-sem").evaluate("s => s")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Space")
     window.wait_for_another(before)
-
-
-def tab_through(page):
-    names = []
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        names.append(
-            page.evaluate(
-                "(e => [e.className, e.id, e.closest('[id]')?.id, e.closest('.block[id], .column[id], div[id]')?.id,"
-                " e.parentElement?.closest('[id^=scale-],[id=factor],[id=download]')?.id].join(' '))"
-                "(document.activeElement)"
-            )
-        )
-    return names
+    tab_to(page, "#painted-sem input[type=range]")
+    page.keyboard.press("End")
+    window.wait_for_label("pix 1, sem 0 (painted 2)")
+    tab_to(page, "#download")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert download.value.suggested_filename.endswith(".png")
 
 
 def test_refused_files(open_window, served, tmp_path, photo):

@@ -1,5 +1,5 @@
 // The viewer: two images in one place, zoom, and a brush. `props.value` holds what the server sends (app/visitor.py:
-// Visitor.view); "pin" and "mask" are the events that it sends back.
+// Visitor.view); "brush", "mask" and "pin" are the events that it sends back.
 const one = (selector) => element.querySelector(selector);
 const [viewer, frame, stage, layer] = [".viewer", ".frame", ".stage", ".layer"].map(one);
 const [before, after, mask, cursor] = ["img.before", "img.after", ".mask", ".cursor"].map(one);
@@ -201,7 +201,12 @@ new ResizeObserver(layout).observe(frame);
 element.querySelectorAll("[data-zoom]").forEach((button) =>
   button.addEventListener("click", () => setZoom(button.dataset.zoom === "fit" ? "fit" : Number(button.dataset.zoom))));
 element.querySelectorAll("[data-mode]").forEach((button) =>
-  button.addEventListener("click", () => { setMode(button.dataset.mode); if (mode) stage.focus({ preventScroll: true }); }));
+  button.addEventListener("click", () => {
+    setMode(button.dataset.mode);
+    if (!mode) return;
+    stage.focus({ preventScroll: true });
+    trigger("brush", {});
+  }));
 against.addEventListener("change", compare);
 pin.addEventListener("click", () => trigger("pin", {}));
 
