@@ -54,8 +54,8 @@ def make_page(events: Events) -> gr.Blocks:
                 )
             with gr.Column(scale=2, min_width=290, elem_id="controls"):
                 controls = _make_controls(viewer, events.names)
+        _connect_api(events)  # first: the names of its endpoints are free
         _connect(controls, events)
-        _connect_api(events)
         page.unload(events.close)
     return page.queue(default_concurrency_limit=1, api_open=False, max_size=64)
 

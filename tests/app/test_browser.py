@@ -134,6 +134,7 @@ def run_command(command, tmp_path, folder):
 def save(window, click, folder):
     with window.page.expect_download() as download:
         click()
+    folder.mkdir(exist_ok=True)
     path = folder / download.value.suggested_filename
     download.value.save_as(path)
     return path
@@ -156,7 +157,7 @@ def test_painted_map_download_and_command_line(open_window, photo, tmp_path):
     gray = np.asarray(Image.open(saved_map))
     assert gray[:, : gray.shape[1] // 4].max() == 0
     assert gray[:, gray.shape[1] // 2 :].min() == 255
-    saved = save(window, lambda: window.page.click("#download"), tmp_path)
+    saved = save(window, lambda: window.page.click("#download"), tmp_path / "saved")
     assert saved.suffix == ".jpg"
     assert Image.open(saved).getexif()[0x010E] == "a test"
     downloaded = saved.read_bytes()
@@ -172,7 +173,6 @@ def test_download_at_scale_one_equals_the_command_line(open_window, photo, tmp_p
     window.page.click("#format input")
     window.page.click(f"[role=option] >> text={ext}")
     window.page.wait_for_function("document.querySelector('#command textarea').value.includes('--ext')")
-    (tmp_path / "saved").mkdir()
     saved = save(window, lambda: window.page.click("#download"), tmp_path / "saved")
     assert saved.suffix == suffix
     run_command(window.command(), photo.parent, tmp_path / "out")
