@@ -119,11 +119,11 @@ def use_at_random(browser: Browser, address: str, process: int, images: list[Pat
                     page.click("#download")
         page.context.close()
         records.append(usage(process))
-    first, last = records[len(records) // 3], records[-1]
+    first, middle, last = records[len(records) // 3], records[2 * len(records) // 3], records[-1]
     flat = last[0] - first[0] <= GROWTH and last[1] - first[1] <= 8 and last[2] - first[2] <= 8
-    print(f"{len(records)} windows in {minutes:g} minutes, after a third of them and at the end:")
-    for name, before, after in zip(("memory, MiB", "open files", "threads"), first, last, strict=True):
-        print(f"  {name}: {before:.0f} -> {after:.0f}")
+    print(f"{len(records)} windows in {minutes:g} minutes, after one and two thirds of them and at the end:")
+    for name, *values in zip(("memory, MiB", "open files", "threads"), first, middle, last, strict=True):
+        print(f"  {name}: {' -> '.join(f'{value:.0f}' for value in values)}")
     return flat
 
 

@@ -30,7 +30,8 @@ class RunningPage(NamedTuple):
 
 @contextlib.contextmanager
 def serve_page(model: Path, megapixels: float = 0.05, **options) -> Iterator[RunningPage]:
-    """Serve the page of a model folder on a free port."""
+    """Serve the page of a model folder on a free port; skips the test without gradio."""
+    pytest.importorskip("gradio", reason="needs pip install gradio")
     from pisa_jax.app.server import Server, bind, make_app, temporary_folder
 
     compiled: list[str] = []

@@ -47,7 +47,7 @@ class Events:
         visitor = self._visitor(request)
         with _messages():
             self._receive(visitor, file)
-        return visitor.view(f"{visitor.name} is waiting for its turn"), None
+        return visitor.view(f"Upscaling {visitor.name}"), None
 
     def take_sample(self, request: gr.Request, event: gr.EventData) -> Any:
         """Take a sample image."""
@@ -55,7 +55,7 @@ class Events:
         path = next(path for path in samples() if path.stem == event.sample)
         with _messages():
             visitor.receive(path.read_bytes(), path.name)
-        return visitor.view(f"{visitor.name} is waiting for its turn")
+        return visitor.view(f"Upscaling {visitor.name}")
 
     def open(self, request: gr.Request, factor: float | int, ext: str, *values: Any) -> tuple[Any, str]:
         """Run the encoder and the UNet, and show the first result."""
