@@ -1,4 +1,4 @@
-"""What the controls of the page do: calls of `Visitor` with the values that gradio passes."""
+"""Functions of the page's controls: calls of `Visitor` with the values that gradio passes."""
 
 import contextlib
 import html

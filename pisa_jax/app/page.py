@@ -110,8 +110,8 @@ def _connect(c: Controls, events: Events) -> None:
     shown: dict[str, Any] = {"outputs": [c.viewer, c.command], "api_visibility": "private"}
     # Not "queue": False, for which gradio does not show the messages of errors.
     quick = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
-    # Without `preprocess`: that of gr.File leaves an empty temporary file behind.
     opening = {"fn": events.open, "inputs": [c.factor, c.ext, *values], "show_progress_on": c.viewer, **shown, **MODEL}
+    # Without preprocessing: that of gr.File leaves an empty temporary file behind.
     received = [
         c.upload.upload(events.receive, c.upload, [c.viewer, c.upload], preprocess=False, **quick),
         c.samples.sample(events.take_sample, None, c.viewer, **quick),

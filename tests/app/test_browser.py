@@ -253,6 +253,10 @@ def test_keyboard_only(open_window):
     tab_to(page, "#painted-sem input[type=range]")
     page.keyboard.press("End")
     window.wait_for_label("pix 1, sem 0 (painted 2)")
+    tab_to(page, "#scale-sem input[type=number]", "Shift+Tab")
+    page.keyboard.type("0.5")  # reaching the field by the keyboard has selected its number
+    page.keyboard.press("Enter")
+    window.wait_for_label("pix 1, sem 0.5 (painted 2)")
     tab_to(page, "#download")
     with page.expect_download() as download:
         page.keyboard.press("Enter")

@@ -5,3 +5,7 @@ document.addEventListener("keyup", (event) => {
     event.target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
   }
 });
+// The number beside a slider takes effect when it loses the focus. Enter is enough, too.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.matches?.("#controls input[type=number]")) event.target.blur();
+});
