@@ -19,7 +19,7 @@ config = Config(
             "sem",
             steps=2000,
             frozen=("pix",),
-            perceptual=0.02,
+            perceptual=0.05,
             csd=0.005,
             latent=0.3,
             learning_rate=2e-4,

@@ -23,8 +23,8 @@ WARMUP = 100
 # Root mean square of Muon's update at a learning rate of 1 (Liu et al. 2025, eq. 4).
 UPDATE_SIZE = 0.2
 LOG_EVERY, SAVE_SECONDS = 50, 30
-# Batches that are prepared in the background.
-AHEAD = 2
+# Batches that are prepared in the background, each in a thread.
+AHEAD = max(2, (os.cpu_count() or 1) // 2)
 
 
 class State(NamedTuple):
@@ -78,8 +78,8 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callab
 
 
 def prepared(batch_of: Callable[[int], Any], first: int) -> Iterator[Any]:
-    """Yield batch_of(first), batch_of(first + 1), ..., computed ahead in a thread."""
-    with ThreadPoolExecutor(1) as pool:
+    """Yield batch_of(first), batch_of(first + 1), ..., computed ahead in threads."""
+    with ThreadPoolExecutor(AHEAD) as pool:
         waiting = [pool.submit(batch_of, first + index) for index in range(AHEAD)]
         while True:
             first += 1
@@ -118,8 +118,9 @@ def fit(
         rate = learning_rate(peak, now, spent / (60 * minutes))
         state, measured = step(state, next(batches), key, rate)
         now += 1
-        recent.append(jax.device_get(measured))
-        if now % LOG_EVERY == 0:
+        recent.append(measured)
+        if now % LOG_EVERY == 0:  # waits for the device
+            recent = jax.device_get(recent)
             log(out, now, spent, {"rate": rate, **{name: np.mean([m[name] for m in recent]) for name in measured}})
             recent = []
         spent = before + clock() - start

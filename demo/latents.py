@@ -10,6 +10,7 @@ import argparse
 import functools
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -29,19 +30,19 @@ BATCH = 8
 STAGES = {"pix": ("lq", "gt"), "sem": ("lq", "teacher")}
 
 
-def encode_files(encode, files: Sequence[Path], side: str) -> np.ndarray:
-    """Encode images to float16 latents."""
-    parts = []
-    for first in range(0, len(files), BATCH):
-        read = read_network_input if side == "lq" else read_rgb8
-        images = uint8_to_signed(np.stack([read(file) for file in files[first : first + BATCH]]))
-        missing = BATCH - len(images)  # the last batch is padded, so that one program serves all
-        padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.float32)])
-        parts.append(np.asarray(encode(padded), np.float16)[: len(images)])
+def encode_files(encode, files: Sequence[Path], side: str, size: int) -> np.ndarray:
+    """Encode images, `size` at a time, to float16 latents."""
+    parts, read = [], read_network_input if side == "lq" else read_rgb8
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(files), size):
+            images = uint8_to_signed(np.stack(list(pool.map(read, files[first : first + size]))))
+            missing = size - len(images)  # the last batch is padded, so that one program serves all
+            padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.float32)])
+            parts.append(np.asarray(encode(padded), np.float16)[: len(images)])
     return np.concatenate(parts)
 
 
-def encode_pairs(pairs: Path, vae: Path, out: Path) -> None:
+def encode_pairs(pairs: Path, vae: Path, out: Path, size: int = BATCH) -> None:
     """Encode all pairs; for `sem`, those that the teacher has upscaled."""
     backbone, params = load_vae(vae)
     encode = jax.jit(functools.partial(bb.encode, backbone, params), compiler_options=compiler_options())
@@ -51,7 +52,8 @@ def encode_pairs(pairs: Path, vae: Path, out: Path) -> None:
         names = [file.name for file in find_images(pairs / sides[1])]
         (out / stage).mkdir(parents=True, exist_ok=True)
         for side, target in zip(sides, ("lq", "gt"), strict=True):
-            np.save(out / stage / f"{target}.npy", encode_files(encode, [pairs / side / n for n in names], side))
+            files = [pairs / side / name for name in names]
+            np.save(out / stage / f"{target}.npy", encode_files(encode, files, side, size))
         (out / stage / NAMES_FILE).write_text("\n".join(names) + "\n")
         print(f"{len(names)} pairs of latents in {out / stage}", flush=True)
     shutil.copy(pairs / "prompts.jsonl", out)

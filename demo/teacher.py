@@ -159,7 +159,7 @@ class Teacher:
         return np.rint(np.clip(np.asarray(out), 0, 1) * 255).astype(np.uint8)
 
 
-def upscale_folder(wheel: Path, images: Path, out: Path) -> None:
+def upscale_folder(wheel: Path, images: Path, out: Path, size: int = BATCH) -> None:
     """Upscale the images that have no result yet, in batches of images of the same size."""
     out.mkdir(parents=True, exist_ok=True)
     missing = [file for file in find_images(images) if not (out / f"{file.stem}.png").exists()]
@@ -170,8 +170,8 @@ def upscale_folder(wheel: Path, images: Path, out: Path) -> None:
     teacher, done = Teacher(wheel), 0
     with ThreadPoolExecutor() as pool:
         for files in by_size.values():
-            for first in range(0, len(files), BATCH):
-                batch = files[first : first + BATCH]
+            for first in range(0, len(files), size):
+                batch = files[first : first + size]
                 results = teacher(np.stack(list(pool.map(read_rgb8, batch))))
                 targets = [out / f"{file.stem}.png" for file in batch]
                 list(pool.map(write_image, targets, map(from_array, results)))

@@ -35,12 +35,12 @@ from pisa_jax.runtime.atomic_write import atomic_write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.3, "prior": 0.15, "pix": 0.2, "sem": 0.25, "final": 0.1}
+SHARES = {"vae": 0.3, "prior": 0.12, "pix": 0.15, "sem": 0.2, "final": 0.23}
 ADAPTER_CONFIGS = {"pix": "demo.py", "sem": "demo_sem.py", "final": "demo_final.py"}
 # Share of the time for the start of stages, encoding and the measurement at the end.
 RESERVE = 0.1
-# Steps after which the speed of an adapter's training is measured, and the share of its time that this may take.
-TRIAL_STEPS, TRIAL_SHARE = 8, 0.05
+# A third of the steps from which the speed of an adapter's training is measured.
+TRIAL_STEPS = 8
 
 
 class Size(NamedTuple):
@@ -53,6 +53,8 @@ class Size(NamedTuple):
     # Side of a crop in pixels and crops per step of the adapters: on latents, and on decoded images.
     adapters: tuple[int, int]
     decoded: tuple[int, int]
+    # Images per batch of the teacher and of the encoder.
+    images: int = 8
     unet: dict = shapes.UNET
     vae_config: dict = shapes.VAE
     rank: int = 48
@@ -60,8 +62,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(2400, (64, 8), (16, 16), (192, 8), (128, 4)),
-    "gpu": Size(4000, (128, 32), (32, 32), (256, 32), (256, 16)),
-    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), shapes.TINY_UNET, shapes.TINY_VAE, 4),
+    "gpu": Size(4000, (128, 32), (32, 32), (256, 16), (192, 16), 64),
+    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), 8, shapes.TINY_UNET, shapes.TINY_VAE, 4),
 }
 
 
@@ -138,20 +140,27 @@ def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, stages=(changed,))
 
 
+class StepTimes:
+    """Records the time after every step of a run; `training.train` asks it, as `stop`, whether to stop."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock, self.times = clock, []
+
+    @property
+    def received(self) -> None:
+        """Record the time; never stops the run."""
+        self.times.append(self._clock())
+
+
 def measured_steps(config: Config, seconds: float, clock: Callable[[], float]) -> int:
-    """Estimate the steps that fit into `seconds` from trial runs; their difference excludes start and compilation."""
-    trial = dataclasses.replace(config, out=f"{config.out}_trial", log_every=1000000)
-    steps, before, spent = TRIAL_STEPS, None, 0.0
-    while True:
-        start = clock()
-        training.train(with_steps(trial, steps), overwrite=Path(trial.out).exists())
-        took = clock() - start
-        spent += took
-        if before and (spent > TRIAL_SHARE * seconds or took > 2 * before):
-            speed = max(took - before, 1e-3) / (steps - steps // 4)
-            shutil.rmtree(trial.out)
-            return max(TRIAL_STEPS, int((seconds - spent) / speed))
-        steps, before = 4 * steps, took
+    """Estimate the steps that fit into `seconds` from a trial run, without its start and compilation."""
+    steps, start = StepTimes(clock), clock()
+    # Logging waits for the device: the times after steps N and 3 N are those of finished steps.
+    trial = dataclasses.replace(config, out=f"{config.out}_trial", log_every=TRIAL_STEPS)
+    training.train(with_steps(trial, 3 * TRIAL_STEPS), overwrite=Path(trial.out).exists(), stop=steps)
+    shutil.rmtree(trial.out)
+    each = (steps.times[-1] - steps.times[-1 - 2 * TRIAL_STEPS]) / (2 * TRIAL_STEPS)
+    return max(TRIAL_STEPS, int((seconds - (clock() - start)) / each))
 
 
 def train_adapter(stage: str, out: Path, size: Size, plan: Plan) -> None:
@@ -195,11 +204,13 @@ def main() -> None:
     stages = {
         "pictures": lambda: pictures.choose(args.data, out / "pictures"),
         "pairs": lambda: pairs.write_pairs(out / "pictures", out / "pairs", size.pairs),
-        "teacher": lambda: teacher.upscale_folder(args.wheel, out / "pairs" / "lq", out / "pairs" / "teacher"),
+        "teacher": lambda: teacher.upscale_folder(
+            args.wheel, out / "pairs" / "lq", out / "pairs" / "teacher", size.images
+        ),
         "vae": lambda: vae.train(
             out / "pairs", out / "vae", plan.seconds("vae") / 60, plan.clock, size.vae_config, *size.vae
         ),
-        "latents": lambda: latents.encode_pairs(out / "pairs", out / "vae", out / "latents"),
+        "latents": lambda: latents.encode_pairs(out / "pairs", out / "vae", out / "latents", size.images),
         "prior": lambda: prior.train(
             out / "latents",
             out / "vae",
