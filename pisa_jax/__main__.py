@@ -1,4 +1,4 @@
-"""The program `pisa-sr`, also `python -m pisa_jax`: one sub-command per module of `pisa_jax.cli`."""
+"""The program `pisa-sr`, also `python -m pisa_jax`: one sub-command per module of `pisa_jax.cli`, and the page."""
 
 import argparse
 import importlib
@@ -14,8 +14,14 @@ COMMANDS = {
     "degrade": "make fixed LQ/GT evaluation sets",
     "prepare": "pack a folder of images into array_record files",
     "convert": "convert adapter files",
+    "app": "open a page with live scales",
     "inspect": "describe and compare adapter files",
 }
+
+
+def module_of(command: str) -> str:
+    """Name of the module whose `main` runs a command."""
+    return "pisa_jax.app.main" if command == "app" else f"pisa_jax.cli.{command}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only the first argument is parsed here: everything after it belongs to the command.
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(arguments[:1]).command
-    return importlib.import_module(f"pisa_jax.cli.{command}").main(arguments[1:], prog=f"pisa-sr {command}")
+    return importlib.import_module(module_of(command)).main(arguments[1:], prog=f"pisa-sr {command}")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ class Session:
         seed: int | None,
         adjustable: bool,
         convert: Callable[[ImageData], Any] = lambda image: image,
+        on_stage: Callable[[str], None] = lambda stage: None,
     ):
         base, settings = pipeline.base, pipeline.settings
         check_seed(seed)
@@ -231,7 +232,10 @@ class Session:
         self._inputs = np.stack([array for array, _ in prepared])
         self._plans = [plan for _, plan in prepared]
         noise = None if seed is None else model.posterior_noise(base, self._inputs.shape, seed)
-        self._predictions = pipeline.predict(pipeline.encode(self._inputs, noise), adjustable)
+        on_stage("encode")
+        latents = pipeline.encode(self._inputs, noise)
+        on_stage("predict")
+        self._predictions = pipeline.predict(latents, adjustable)
 
     @property
     def latents(self) -> Float[Any, "b y x c"]:
@@ -387,6 +391,16 @@ class Upscaler:
         data, like = to_image_data(image)
         return Session(self.pipeline, [data], scale, seed, adjustable, like)
 
-    def open_all(self, images: Sequence[ImageData], scale: float | int, seed: int | None, adjustable: bool) -> Session:
-        """Open decoded images of equal size as one batch, for `Session.render_all`."""
-        return Session(self.pipeline, images, scale, seed, adjustable)
+    def open_all(
+        self,
+        images: Sequence[ImageData],
+        scale: float | int,
+        seed: int | None,
+        adjustable: bool,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> Session:
+        """Open decoded images of equal size as one batch, for `Session.render_all`.
+
+        `on_stage` is called with "encode" and "predict", the names of the stages, before each begins.
+        """
+        return Session(self.pipeline, images, scale, seed, adjustable, on_stage=on_stage)

@@ -29,7 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 __all__ = ["DATA", "ROOT", "SHARED", "golden", "shared_data"]
 
 # In CI, a skip whose reason begins otherwise is a failure: the default suite leaves nothing unproven.
-ALLOWED_SKIPS = ("needs pip install", "needs an accelerator", "needs mount namespaces")
+ALLOWED_SKIPS = ("needs pip install", "needs a browser", "needs an accelerator", "needs mount namespaces")
 # The files that take longest, longest first: started last, one would keep a worker busy while the others are idle.
 LONGEST = ("test_training.py",)
 MOST_WORKERS = 4  # each needs about 3 GB

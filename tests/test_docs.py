@@ -20,6 +20,7 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from pisa_jax import inference
+from pisa_jax.__main__ import module_of
 from pisa_jax.cli import compile_only, train
 from pisa_jax.data.sources import fake_source
 from pisa_jax.sd import random_model
@@ -74,7 +75,7 @@ def call(program, arguments):
                 patch.syspath_prepend((ROOT / program).parent)  # as python does
                 runpy.run_path(str(ROOT / program), run_name="__main__")
                 return 0
-            return importlib.import_module(f"pisa_jax.cli.{program}").main()
+            return importlib.import_module(module_of(program)).main()
         except SystemExit as stopped:
             return stopped.code or 0
 
@@ -164,6 +165,7 @@ def test_flags_in_the_text_exist(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     known = {"--resume", "--overwrite", *FOREIGN_FLAGS}
     required = {"convert": "a b", "degrade": "--gt a --out b", "evaluate": "", "inspect": "a", "prepare": "a --out b"}
+    required["app"] = ""
     for program, arguments in (required | {"infer.py": "-i a -o b"}).items():
         known |= set(parse(program, arguments.split())._option_string_actions)
     for script in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "demo").glob("*.py")):
@@ -234,8 +236,9 @@ def test_commands_run(name, block, workspace, capsys):
         assert code == 0, f"{name}: {program} {shlex.join(arguments)}\n{captured.err}"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if blocks(TEXTS[name], "python")])
+@pytest.mark.parametrize("name", [name for name in NAMES if blocks(TEXTS[name], "python") and name != "docs/app.md"])
 def test_python_snippets_run(name, workspace):
+    """The one of docs/app.md runs in tests/app/test_api.py, with a page."""
     image = np.full((16, 16, 3), 100, np.uint8)
     for block in blocks(TEXTS[name], "python"):
         names = {"image": image}

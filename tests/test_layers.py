@@ -40,6 +40,7 @@ ROOMS = {
     "training": "",
     "cli": "adapter_scales arguments compile_only infer_names output_files scale_map_files | infer_plan | "
     "convert degrade evaluate infer_files prepare train | infer inspect | infer_command",
+    "app": "settings shared_files | visitor | visitors | events | page | server | main",
     "__main__": "",
 }
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
@@ -58,6 +59,7 @@ DOORS = {
     "tensorflow_datasets": {"data.tfds"},
     "tensorboardX": {"runtime.run_log"},
     "tifffile": {"imaging.decode_tiff"},
+    "gradio": {"app.events", "app.page", "app.server"},
     "torch": set(),
     "tensorflow": set(),
 }

@@ -54,7 +54,8 @@ def parser(prog: str = "infer.py") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_main_arguments(p.add_argument)
-    _add_model_arguments(p.add_argument)
+    add_model_arguments(p.add_argument)
+    _add_run_arguments(p.add_argument)
     _add_output_arguments(p.add_argument)
     return p
 
@@ -80,7 +81,8 @@ def _add_main_arguments(add: Callable[..., Any]) -> None:
         help="also write a labeled contact sheet of the input and the results at all pairs of scales")  # fmt: skip
 
 
-def _add_model_arguments(add: Callable[..., Any]) -> None:
+def add_model_arguments(add: Callable[..., Any]) -> None:
+    """Add the flags of the model and of the way it is run; `complete_model_arguments` checks them."""
     add("--model", "--pretrained_model_path", type=local, default="demo", metavar="FOLDER|ID",
         help="Stable Diffusion 2.1-base: a diffusers folder or a hub id (default: the small demo model)")  # fmt: skip
     add("--adapters", "--pretrained_path", nargs="+", type=adapter_file, metavar="FILE",
@@ -104,15 +106,18 @@ def _add_model_arguments(add: Callable[..., Any]) -> None:
         help="shard tiles and images over N devices (default 1)")  # fmt: skip
     add("--dtype", choices=["bfloat16", "float32"], help="type of the UNet (default float32 on CPUs, else bfloat16)")
     add("--vae-dtype", choices=["bfloat16", "float32"], default="float32", help="type of the VAE (default float32)")
+    add("--prompt", type=prompt, default="", help="text for the UNet (default empty, as in training)")
+    add("--compile-cache", type=local, default=None, metavar="DIR|off",
+        help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
+
+
+def _add_run_arguments(add: Callable[..., Any]) -> None:
     add("--seed", type=seed, metavar="N",
         help="sample the latent with this seed (default: use its mean, which is deterministic)")  # fmt: skip
-    add("--prompt", type=prompt, default="", help="text for the UNet (default empty, as in training)")
     add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
         help="images of equal size per call of the model (default 1)")  # fmt: skip
     add("--max-megapixels", type=megapixels, metavar="N",
         help="refuse larger input images before they are decoded (default 178.9)")  # fmt: skip
-    add("--compile-cache", type=local, default=None, metavar="DIR|off",
-        help="folder of the compilation cache (default: in the user's cache folder)")  # fmt: skip
 
 
 def _add_output_arguments(add: Callable[..., Any]) -> None:
@@ -127,8 +132,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     """Parse the command line and fill in what depends on several flags; exits with code 2 on wrong usage."""
     p = parser(prog)
     args = p.parse_args(argv)
-    if args.tile and args.overlap >= args.tile:
-        p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
+    complete_model_arguments(p, args)
     if not args.input:  # a first demonstration: the samples with increasing strength of the detail adapter
         args.input, args.grid = [str(SAMPLES)], True
         args.scales = args.scales or [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
@@ -142,9 +146,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         args.scales = complete_scales([] if args.default else args.scales, names)
     except ValueError as error:
         p.error(f"argument --scales: {error}")
+    return args
+
+
+def complete_model_arguments(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what depends on several flags of `add_model_arguments`; exits with code 2 on wrong usage."""
+    if args.tile and args.overlap >= args.tile:
+        p.error(f"--overlap {args.overlap} must be less than --tile {args.tile}")
     args.color_fix = {"nofix": "none"}.get(args.color_fix, args.color_fix)
     args.vae_tile = choose_vae_tile(args)
-    return args
 
 
 def choose_vae_tile(args: argparse.Namespace) -> int | str:

@@ -181,7 +181,7 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
             report.notes += [note for note in write_image(path, image) if note not in report.notes]
             report.outputs.append(str(path))
         if file.sheet:
-            sheet = _contact_sheet(pending.image, results, options.scales, mapped=bool(pending.maps))
+            sheet = sheet_of_results(pending.image, results, options.scales, mapped=bool(pending.maps))
             write_image(file.sheet, from_pil(sheet))
             report.outputs.append(str(file.sheet))
     except Exception as error:
@@ -191,9 +191,13 @@ def _write(pending: _PendingFile, results: Sequence[ImageData], options: Upscale
     report.outcome, report.output_size = "ok", (width, height)
 
 
-def _contact_sheet(
-    source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales], mapped: bool
+def sheet_of_results(
+    source: ImageData, results: Sequence[ImageData], pairs: Sequence[Scales], mapped: bool = False
 ) -> Image.Image:
+    """Draw a labeled contact sheet of an image, upscaled bicubically, and its results at the scales `pairs`.
+
+    With `mapped`, the labels tell that scale maps multiply the scales.
+    """
     size = results[0].rgb.shape[1::-1]
     bicubic = to_pil(source).resize(size, Image.Resampling.BICUBIC)
     names = ("pix ", "sem ") if len(pairs[0]) == 2 else ("",) * len(pairs[0])

@@ -25,7 +25,16 @@ def read_image(path: str | os.PathLike) -> ImageData:
         ImageError: the file holds no image or a damaged one.
         OSError: the file cannot be read.
     """
-    return _to_image_data(_decode_file(Path(path).read_bytes(), str(path)))
+    return decode_image(Path(path).read_bytes(), str(path))
+
+
+def decode_image(data: bytes, name: str) -> ImageData:
+    """Decode the content of an image file.
+
+    Raises:
+        ImageError: `data` holds no image or a damaged one; the message begins with `name`.
+    """
+    return _to_image_data(_decode_file(data, name))
 
 
 def read_rgb8(path: str | os.PathLike) -> RGB8:

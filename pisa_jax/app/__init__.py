@@ -1,0 +1,1 @@
+"""The page `pisa-sr app`: live scales, comparison, painted scale maps."""
