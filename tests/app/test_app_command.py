@@ -3,9 +3,16 @@
 import importlib.util
 
 import pytest
+from PIL import Image
 
 from pisa_jax.app import main as program
 from pisa_jax.app.main import is_loopback, read_users
+
+
+@pytest.fixture(autouse=True)
+def pixel_limit(monkeypatch):
+    """Restore Pillow's limit, which the command changes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 def test_users_come_from_a_file_or_the_environment(tmp_path):
