@@ -15,7 +15,7 @@ from pisa_jax.imaging.pixels import Channels, Pixels, Values, inks_to_srgb, pill
 from pisa_jax.imaging.tiff_tags import Tags, Value
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_OLD_SUBFILE, _PHOTOMETRIC, _ORIENTATION, _INK_SET, _ICC_PROFILE = 255, 262, 274, 332, 34675
+_OLD_SUBFILE, _PHOTOMETRIC, _ORIENTATION, _INK_SET, _SUBSAMPLING, _ICC_PROFILE = 255, 262, 274, 332, 530, 34675
 _UNCOMPRESSED, _OLD_JPEG, _JPEG = 1, 6, 7  # Compression
 _LARGEST_TILE = 1 << 24  # pixels, of tiles that exceed the image
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
@@ -54,7 +54,11 @@ def decode_tiff(data: bytes) -> Tiff:
         _check_segments(page, len(data))
         profile = _bytes_of(own, _ICC_PROFILE)
         orientation = tiff_tags.number(own.directory.get(_ORIENTATION), own.order, 1)
-        if page.photometric == _YCBCR and page.compression != _JPEG:
+        if page.photometric == _YCBCR and page.compression == _UNCOMPRESSED and _is_full_chroma(page):
+            # Pillow reads such files since version 13.
+            image = Image.frombytes("YCbCr", (page.imagewidth, page.imagelength), page.asarray().tobytes())
+            pixels = to_srgb(pillow_channels(image), profile, notes)._replace(orientation=orientation)
+        elif page.photometric == _YCBCR and page.compression != _JPEG:
             pixels = to_srgb(_libtiff_channels(data, page), profile, notes)  # Pillow applies the orientation
         else:
             pixels = _decode_page(page, profile, notes)._replace(orientation=orientation)
@@ -130,6 +134,12 @@ def _check_segments(page: tifffile.TiffPage, size: int) -> None:
         missing |= sum(page.databytecounts) * 8 < _area(page) * page.samplesperpixel * page.bitspersample
     if missing or any(not count or start + count > size for start, count in segments):
         raise ImageError("is damaged: strips or tiles of the image are truncated or missing")
+
+
+def _is_full_chroma(page: tifffile.TiffPage) -> bool:
+    """Return True if YCbCr samples of 8 bits are stored one after the other, without subsampling of chroma."""
+    contiguous = page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+    return page.bitspersample == 8 and contiguous and page.tags.valueof(_SUBSAMPLING, (2, 2)) == (1, 1)
 
 
 def _libtiff_channels(data: bytes, page: tifffile.TiffPage) -> Channels:

@@ -126,8 +126,11 @@ def test_files_of_libtiff(tmp_path, mode, compression):
         return
     levels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     source = Image.fromarray(levels).convert("L" if mode in ("1", "LA") else "RGB")
-    source.convert(mode).save(tmp_path / "a.tif", compression=compression)
-    np.testing.assert_array_equal(read_rgb8(tmp_path / "a.tif"), pillow_rgb8(tmp_path / "a.tif"))
+    written = source.convert(mode)
+    written.save(tmp_path / "a.tif", compression=compression)
+    # Pillow reads uncompressed YCbCr since version 13.
+    expected = written.convert("RGB") if (mode, compression) == ("YCbCr", None) else pillow_rgb8(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_rgb8(tmp_path / "a.tif"), expected)
 
 
 def pillow_rgb8(path):
@@ -175,7 +178,9 @@ def test_orientations(tmp_path, orientation, compression):
     """JPEG streams in YCbCr and uncompressed YCbCr take other ways than RGB."""
     source = Image.fromarray((np.mgrid[:16, :32].sum(0)[..., None] * [5, 3, 1]).astype(np.uint8)).convert("YCbCr")
     source.save(tmp_path / "a.tif", compression=compression, tiffinfo={274: orientation})
-    np.testing.assert_array_equal(read_rgb8(tmp_path / "a.tif"), pillow_rgb8(tmp_path / "a.tif"))
+    source.convert("RGB").save(tmp_path / "rgb.tif", tiffinfo={274: orientation})
+    expected = pillow_rgb8(tmp_path / ("a.tif" if compression else "rgb.tif"))
+    np.testing.assert_array_equal(read_rgb8(tmp_path / "a.tif"), expected)
 
 
 @pytest.mark.parametrize("photometric", [0, 1])
