@@ -82,11 +82,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     args = p.parse_args(argv)
     model_options = {name: value for name, value in vars(args).items() if name not in OWN_OPTIONS}
     complete_model_arguments(p, args)
-    if importlib.util.find_spec("gradio") is None:
-        say(f"{prog}: the page needs gradio; to install it: pip install 'pisa_jax[app]'", sys.stderr)
-        return 1
     try:
         users = read_users(args.auth)
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("the page needs gradio; to install it: pip install 'pisa_jax[app]'")
         if not users and not is_loopback(args.host):
             say(f"anybody who can reach {args.host} can use this page; --auth adds a login", sys.stderr)
         limit_megapixels(args.max_megapixels)
