@@ -99,7 +99,9 @@ def test_what_a_killed_run_left_unfinished_is_deleted(saved):
     unfinished = saved / "checkpoints" / "6.orbax-checkpoint-tmp"
     shutil.copytree(saved / "checkpoints" / "4", unfinished)
     assert restored(saved) == 4
+    save(saved, 6)  # orbax deletes it in a thread, which it waits for before it saves
     assert not unfinished.exists()
+    assert restored(saved) == 6
 
 
 def test_damaged_twice_at_the_same_step(saved):
