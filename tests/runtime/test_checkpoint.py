@@ -13,6 +13,9 @@ import pytest
 from pisa_jax.runtime.checkpoint import Checkpoints, Progress
 from pisa_jax.runtime.checksums import CHECKSUMS_FILE
 
+# Reads of damaged checkpoints leave threads of tensorstore that report to an event loop that is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def tree(step):
     return {"a": jnp.arange(5000.0) * step, "b": {"c": jnp.ones((30, 20)) * step}}
