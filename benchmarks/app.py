@@ -5,7 +5,8 @@
 Serves the page with the demo model in a process of its own, upscales an image to `--side` pixels, and releases the
 sliders again and again: prints the seconds until the browser has drawn the new image, and what was compiled meanwhile.
 With `--minutes`, random use of several windows follows, and the memory of the server, its open files and threads are
-compared. With `--screenshot`, only the picture of README.md is made. Needs the extra `test` and Debian's `chromium`.
+compared. With `--screenshot`, only the picture of README.md is made. Needs the extra `app`, playwright and Debian's
+`chromium`.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SHOWN = "document.querySelector('.viewer img.after').dataset.shown || ''"
 
 @contextlib.contextmanager
 def served_page(log: Path) -> Iterator[tuple[str, int]]:
-    """Serve the page on a free port; the address and the process id."""
+    """Serve the page on a free port; yields its address and the process id."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "pisa_jax", "app", "--port", "0"]
     with (
@@ -93,7 +94,7 @@ def usage(process: int) -> tuple[float, int, int]:
 
 
 def time_releases(page: Page, image: Path, count: int, log: Path) -> bool:
-    """Print the times of `count` releases; True if none was followed by a compilation."""
+    """Print the times of `count` releases; returns True if none was followed by a compilation."""
     upload(page, image)
     compiled = log.read_text().count("compiled")
     parts = itertools.cycle([0.25, 0.6, 0.0, 0.4])
@@ -105,7 +106,7 @@ def time_releases(page: Page, image: Path, count: int, log: Path) -> bool:
 
 
 def use_at_random(browser: Browser, address: str, process: int, images: list[Path], minutes: float) -> bool:
-    """Use the page at random, with windows that come and go; True if memory, files and threads stay flat."""
+    """Use the page at random, with windows that come and go; returns True if memory, files and threads stay flat."""
     draw, records, end = random.Random(0), [], time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         page = open_page(browser, address)

@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def module_of(command: str) -> str:
-    """Name of the module whose `main` runs a command."""
+    """Return the name of the module whose `main` runs a command."""
     return "pisa_jax.app.main" if command == "app" else f"pisa_jax.cli.{command}"
 
 

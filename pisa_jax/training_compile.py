@@ -99,21 +99,28 @@ def stage_shapes(
     return frozen, state, _placed(batch, distributed.batch_sharding(mesh)), jax.eval_shape(jax.random.key, 0)
 
 
-def trace_step(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters) -> jax.stages.Traced:
-    """Trace the step of a stage."""
-    arguments, stage = stage_shapes(config, index, shapes, mesh, start), config.stages[index]
-    frozen, state, *_ = arguments
+def trace_step(
+    config: Config,
+    index: int,
+    base: BaseModel,
+    mesh: Mesh,
+    start: Adapters,
+    arguments: tuple[Frozen, State, Batch, Any],
+) -> jax.stages.Traced:
+    """Trace the step of a stage for the `arguments` that `stage_shapes` returned."""
+    stage, (frozen, state, *_) = config.stages[index], arguments
     trained = adapter_shapes(config, index, start.trees, frozen.unet)
     optimizer = make_optimizer(config, stage, {name: trained[name] for name in stage.frozen})
     objective = make_objective(config, stage, specs_of(config, start))
-    return jit_train_step(shapes.base, objective, optimizer, frozen, mesh, state).trace(*arguments)
+    return jit_train_step(base, objective, optimizer, frozen, mesh, state).trace(*arguments)
 
 
-def _compile_upscale(config: Config, index: int, shapes: Shapes, mesh: Mesh, start: Adapters) -> jax.stages.Compiled:
-    frozen, state, *_ = stage_shapes(config, index, shapes, mesh, start)
+def _compile_upscale(
+    config: Config, index: int, base: BaseModel, mesh: Mesh, start: Adapters, frozen: Frozen, state: State
+) -> jax.stages.Compiled:
     stage = config.stages[index]
     below = make_objective(config, stage, specs_of(config, start)).below
-    upscale = functools.partial(validation.upscale_image, base=shapes.base, spec=stage.spec, specs_below=below)
+    upscale = functools.partial(validation.upscale_image, base=base, spec=stage.spec, specs_below=below)
     jitted = jax.jit(upscale, out_shardings=distributed.replicated(mesh), compiler_options=compiler_options())
     image = jax.ShapeDtypeStruct((1, config.data.crop, config.data.crop, 3), jnp.float32)
     return jitted.lower(frozen.unet, frozen.vae, state.adapter, frozen.null_prompt, frozen.below, image).compile()
@@ -126,9 +133,10 @@ def compile_stage(config: Config, index: int, shapes: Shapes, mesh: Mesh, start:
         ValueError: the step does not fit into the memory of a device.
     """
     with explain_out_of_memory(config, mesh, f"stage {config.stages[index].adapter}"):
-        traced = trace_step(config, index, shapes, mesh, start)
+        frozen, state, *_ = arguments = stage_shapes(config, index, shapes, mesh, start)
+        traced = trace_step(config, index, shapes.base, mesh, start, arguments)
         step, operations = traced.lower().compile(), count_operations(traced.jaxpr) / mesh.size
-        upscale = _compile_upscale(config, index, shapes, mesh, start) if validated else None
+        upscale = _compile_upscale(config, index, shapes.base, mesh, start, frozen, state) if validated else None
     return Programs(step, operations, upscale)
 
 

@@ -19,7 +19,7 @@ from pisa_jax.runtime import distributed
 from pisa_jax.runtime.chips import chip_of
 from pisa_jax.runtime.compilation import compiling_for
 from pisa_jax.runtime.operations import count_operations
-from pisa_jax.training_compile import Shapes, explain_out_of_memory, trace_step
+from pisa_jax.training_compile import Shapes, explain_out_of_memory, stage_shapes, trace_step
 from pisa_jax.training_mesh import check_mesh
 from pisa_jax.training_model import check, expected_shapes, perceptual_shapes
 
@@ -84,7 +84,8 @@ def report_stage(
     stage, device = config.stages[index], mesh.devices.flat[0]
     began = time.perf_counter()
     with compiling_for(device.platform), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = trace_step(config, index, shapes, mesh, start)
+        arguments = stage_shapes(config, index, shapes, mesh, start)
+        traced = trace_step(config, index, shapes.base, mesh, start, arguments)
         with explain_out_of_memory(config, mesh, f"stage {stage.adapter}"):
             compiled = traced.lower().compile()
     seconds = time.perf_counter() - began

@@ -120,7 +120,8 @@ def test_a_report_of_the_local_devices(capsys):
     report = capsys.readouterr().out
     assert report.startswith("stage pix on 2 x cpu (data 2 x fsdp 1), batch 4, crops of 32, UNet float32, VAE float32,")
     tflop = float(re.search(r"operations per chip: (\S+) TFLOP", report)[1])
-    alone = trace_step(config, 0, shapes(config), distributed.make_mesh(data=1), NO_ADAPTERS)
+    found, mesh = shapes(config), distributed.make_mesh(data=1)
+    alone = trace_step(config, 0, found.base, mesh, NO_ADAPTERS, stage_shapes(config, 0, found, mesh, NO_ADAPTERS))
     assert tflop == pytest.approx(count_operations(alone.jaxpr) / 2e12, rel=1e-2)
     assert re.search(r"memory per chip: 0\.\d\d GiB, 0\.\d\d held", report)
     assert re.search(r"collectives: \d+ all-reduce", report)

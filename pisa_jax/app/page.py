@@ -66,7 +66,7 @@ def _make_controls(viewer: gr.HTML, names: Sequence[str]) -> Controls:
     factor = gr.Radio([1, 2, 3, 4], value=4, label="Upscale factor", elem_id="factor")
     scales = [_slider(name, ABOUT.get(name), f"scale-{name}") for name in names]
     with gr.Accordion("Scales in the painted area", open=False, elem_id="area") as area:
-        gr.Markdown("Paint on the image: these scales hold there.")
+        gr.Markdown("Paint on the image: these scales apply there.")
         painted = [
             _slider(f"{name}, painted", None, f"painted-{name}", 0.0 if name == "sem" else 1.0) for name in names
         ]

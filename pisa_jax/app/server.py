@@ -22,8 +22,6 @@ from pisa_jax.inference import Upscaler
 
 # Routes of gradio that this page does not need: they write the state of a window to the disk, or ask other servers.
 CLOSED = ("/gradio_api/deep_link", "/gradio_api/proxy=", "/gradio_api/stream")
-
-
 # Files that are larger than any image of the allowed size are refused before they are on the disk.
 PIXEL_BYTES, METADATA_BYTES = 16, 2**24  # four float32 channels
 

@@ -65,7 +65,7 @@ class Setting:
         return [_blend(*pair, strength) for pair in zip(self.scales, self.painted.scales, strict=True)]
 
     def label(self, names: Sequence[str]) -> str:
-        """Text such as "pix 1, sem 0.5", with the scales of the painted area where they differ."""
+        """Format the scales as "pix 1, sem 0.5", with those of the painted area where they differ."""
         inside = self.painted.scales if self.painted else self.scales
         parts = []
         for name, outer, inner in zip(names, self.scales, inside, strict=True):

@@ -61,7 +61,7 @@ class Visitor:
 
     @property
     def is_open(self) -> bool:
-        """True once `open` has made a result."""
+        """Return True once `open` has made a result."""
         return self._result is not None
 
     def receive(self, data: bytes, name: str) -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -229,6 +229,18 @@ def _check_prompts(source: Source, prompts: Mapping[str, str]) -> None:
         check_prompts(prompts, source.paths(), len(source), MAX_NAMES_READ)
 
 
+def _make_batches(
+    sample: Callable[..., TrainingSample], count: int, seed: int, batch_size: int, rows: Sequence[int]
+) -> grain.MapDataset:
+    """Make the endless sequence of batches of `sample(index, rng)`, shuffled per epoch, with the given rows of each."""
+    # random_map comes after repeat and before the selection of rows: its rng then depends only on the seed and the
+    # global position, and no two samples share one.
+    samples = grain.MapDataset.range(count).seed(seed).shuffle().repeat(-(-ENDLESS // count)).random_map(sample)
+    if list(rows) != list(range(batch_size)):
+        samples = grain.MapDataset.source(_Rows(samples, batch_size, rows))
+    return samples.batch(len(rows), batch_fn=_stack_samples)
+
+
 def make_loader(
     source: Source,
     *,
@@ -284,14 +296,8 @@ def make_loader(
         )
     else:
         sample = functools.partial(make_training_sample, source=source, degrade=degrade, **options)
-    # random_map comes after repeat and before the selection of rows: its rng then depends only on the seed and the
-    # global position, and no two samples share one.
-    epochs = -(-ENDLESS // len(source))
-    samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs).random_map(sample)
-    if list(rows) != list(range(batch_size)):
-        samples = grain.MapDataset.source(_Rows(samples, batch_size, rows))
     return Loader(
-        samples.batch(len(rows), batch_fn=_stack_samples),
+        _make_batches(sample, len(source), seed, batch_size, rows),
         workers=workers,
         prompts=prompts,
         unusable=UnusableFiles(source, max_bad_share),

@@ -42,9 +42,9 @@ class RunLog:
         self._batch_size, self._since, self._step = batch_size, time.perf_counter(), first
         # Operations of one step on one device, in FLOP; None: not known.
         self.step_flops: float | None = None
-        # A start that is killed before its first logged step, or before the first upload, counts, too.
-        self._write(first, [])
-        write_text(folder / HISTORY_FILE, json.dumps(self._history))
+        self._write(first, [])  # a start that is killed before its first logged step counts, too
+        if is_bucket(folder):  # and one that is killed before the first upload
+            write_text(folder / HISTORY_FILE, json.dumps(self._history))
 
     def _open_file(self) -> None:
         # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the run would wait for it forever.

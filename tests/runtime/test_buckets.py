@@ -7,12 +7,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from event_files import events
 from jax._src import compilation_cache
 from jax._src import config as jax_config
 from small_adapters import assert_same, random_adapters
+from small_checkpoints import restored, save, tree
 
 from pisa_jax.adapters.files import load_adapters, save_adapters
 from pisa_jax.config import Config, Stage
@@ -83,34 +83,10 @@ def test_a_bucket_that_does_not_exist_is_one_line(bucket):
     assert "\n" not in str(raised.value)
 
 
-def tree(step):
-    return {"a": jnp.arange(500.0) * step, "b": {"c": jnp.ones((30, 20)) * step}}
-
-
-def save(folder, *steps):
-    run = Checkpoints(folder)
-    for step in steps:
-        run.save(step, {"pix": tree(step)}, tree(step), Progress(0, {"batches": step}))
-    run.close()
-
-
-def restored(folder):
-    run = Checkpoints(folder)
-    with contextlib.closing(run):
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree(1))
-        if run.recover() is None:
-            return None
-        adapters, state = run.restore({"pix": shapes}, shapes)
-        step = run.progress().loader["batches"]
-        for found in (adapters["pix"], state):
-            jax.tree.map(np.testing.assert_array_equal, found, tree(step))
-        return step
-
-
 def test_checkpoints_are_restored_and_incomplete_or_damaged_ones_are_not(bucket, caplog):
     folder = open_path(bucket)
-    assert restored(folder) is None
+    with contextlib.closing(Checkpoints(folder)) as run:
+        assert run.recover() is None
     save(folder, 2, 4, 6)
     checkpoints = folder / "checkpoints"
     assert names(checkpoints) == ["4", "6"]
