@@ -31,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts together")
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--cache", type=Path, help="keep compiled programs in this folder, for a second run")
     parser.add_argument("--size", choices=["sd21", "nano"], default="sd21", help="of the model")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only `device` and these")
     args = parser.parse_args()
@@ -42,16 +43,18 @@ def main() -> int:
     # Every result says what device it is of, and has the ceilings.
     parts = [part for part in PARTS if not args.parts or part.name in ("device", *args.parts)]
     with tempfile.TemporaryDirectory(prefix="pisa_jax_accelerator_") as folder:
-        return run(parts, args.minutes, args.size, args.json, Path(folder))
+        return run(parts, args.minutes, args.size, args.json, Path(folder), args.cache)
 
 
-def run(parts: list[Part], minutes: float, size: str, path: Path | None, folder: Path) -> int:
+def run(
+    parts: list[Part], minutes: float, size: str, path: Path | None, folder: Path, cache: Path | None = None
+) -> int:
     """Run the parts in time; temporary files are written to `folder`."""
     start = time.time()
     print(f"{minutes:g} minutes, size {size}", flush=True)
     started = datetime.datetime.fromtimestamp(start, datetime.UTC).isoformat(timespec="seconds")
     report = Report(path or folder / "results.json", started=started, minutes=minutes, size=size)
-    ends, env = deadlines(parts, start, 60 * minutes), environment(folder / "compilation_cache")
+    ends, env = deadlines(parts, start, 60 * minutes), environment((cache or folder / "compilation_cache").absolute())
     for part in parts:
         run_one(report, part, ends.get(part.name, 0.0), size, env, folder / f"{part.name}.log")
     report.finish(summarize(report.document))

@@ -53,8 +53,9 @@ class Size(NamedTuple):
     # Side of a crop in pixels and crops per step of the adapters: on latents, and on decoded images.
     adapters: tuple[int, int]
     decoded: tuple[int, int]
-    # Images per batch of the teacher and of the encoder.
+    # Images per batch of the teacher and of the encoder, and processes that read latents for the adapters.
     images: int = 8
+    workers: int = 0
     unet: dict = shapes.UNET
     vae_config: dict = shapes.VAE
     rank: int = 48
@@ -62,8 +63,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(2400, (64, 8), (16, 16), (192, 8), (128, 4)),
-    "gpu": Size(4000, (128, 32), (32, 32), (256, 16), (192, 16), 64),
-    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), 8, shapes.TINY_UNET, shapes.TINY_VAE, 4),
+    "gpu": Size(4000, (128, 32), (32, 32), (192, 32), (192, 16), images=64, workers=6),
+    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4),
 }
 
 
@@ -117,7 +118,11 @@ def adapter_config(stage: str, out: Path, size: Size) -> Config:
     crop, batch = size.decoded if stage == "final" else size.adapters
     adapter = config.stages[0].adapter
     data = dataclasses.replace(
-        config.data, path=str(out / "latents" / adapter), prompts=str(out / "latents" / "prompts.jsonl"), crop=crop
+        config.data,
+        path=str(out / "latents" / adapter),
+        prompts=str(out / "latents" / "prompts.jsonl"),
+        crop=crop,
+        workers=size.workers,
     )
     before = {"pix": None, "sem": "pix", "final": "sem"}[stage]
     only = dataclasses.replace(config.stages[0], spec=AdapterSpec(rank=size.rank, alpha=float(size.rank)))

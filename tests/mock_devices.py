@@ -18,6 +18,12 @@ class Device:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gpu(Device):
+    # As on an H200 with jax 0.11: coordinates, and no `core_on_chip`.
+    coords: tuple[int, ...] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip(Device):
     coords: tuple[int, int, int] = (0, 0, 0)
     core_on_chip: int = 0
@@ -39,7 +45,9 @@ def tpu_slices(kind, chips, host, slices=1):
 def gpu_hosts(hosts, processes_per_host):
     """Eight GPUs per host; JAX reports every host as a slice."""
     of_process = 8 // processes_per_host
-    return [Device(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3") for n in range(8 * hosts)]
+    return [
+        Gpu(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3", coords=(n // 8, n % 8)) for n in range(8 * hosts)
+    ]
 
 
 THREE_AXES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}

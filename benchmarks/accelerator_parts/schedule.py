@@ -76,6 +76,9 @@ def environment(cache: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         # A warm cache of the user's would hide what compiling takes.
         "JAX_COMPILATION_CACHE_DIR": str(cache),
+        # Small operations too: a part runs about a hundred of them one by one before it measures.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
 

@@ -66,8 +66,11 @@ def _arrange_devices(data: int, fsdp: int, devices: Sequence[Any]) -> np.ndarray
 
 
 def _is_cuboid(devices: Sequence[Any], size: int) -> bool:
-    """Return True if TPU chips fill a cuboid of `size` devices, and for devices without coordinates."""
-    if not hasattr(devices[0], "coords"):
+    """Return True if TPU chips fill a cuboid of `size` devices, and for other devices.
+
+    GPUs have coordinates too, of their host and place in it, but no `core_on_chip`.
+    """
+    if devices[0].platform != "tpu":
         return True
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     return bool(np.prod(np.ptp(places, axis=0) + 1) == size)
