@@ -22,7 +22,7 @@ Measured: not yet run to its end; demo/NOTES.md has the figures of its parts.
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
 
-SPEC = AdapterSpec(rank=48, alpha=48.0)
+SPEC = AdapterSpec(rank=40, alpha=40.0)
 
 config = Config(
     out="runs/demo",

@@ -8,7 +8,7 @@ Hardware: see configs/demo.py. Expected: see configs/demo_sem.py. Measured: not 
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
 
-SPEC = AdapterSpec(rank=48, alpha=48.0)
+SPEC = AdapterSpec(rank=40, alpha=40.0)
 
 config = Config(
     out="runs/demo_final",

@@ -8,6 +8,7 @@ images and results of the teacher).
 
 import argparse
 import functools
+import itertools
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,9 @@ def encode_files(encode, files: Sequence[Path], side: str, size: int) -> np.ndar
     """Encode images, `size` at a time, to float16 latents."""
     parts, read = [], read_network_input if side == "lq" else read_rgb8
     with ThreadPoolExecutor() as pool:
-        for first in range(0, len(files), size):
-            images = uint8_to_signed(np.stack(list(pool.map(read, files[first : first + size]))))
+        reading = pool.map(read, files)  # ahead of the device
+        for _ in range(0, len(files), size):
+            images = uint8_to_signed(np.stack(list(itertools.islice(reading, size))))
             missing = size - len(images)  # the last batch is padded, so that one program serves all
             padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.float32)])
             parts.append(np.asarray(encode(padded), np.float16)[: len(images)])
@@ -46,14 +48,19 @@ def encode_pairs(pairs: Path, vae: Path, out: Path, size: int = BATCH) -> None:
     """Encode all pairs; for `sem`, those that the teacher has upscaled."""
     backbone, params = load_vae(vae)
     encode = jax.jit(functools.partial(bb.encode, backbone, params), compiler_options=compiler_options())
+    encoded: dict[tuple[Path, ...], Path] = {}
     for stage, sides in STAGES.items():
         if not (pairs / sides[1]).is_dir():
             continue
         names = [file.name for file in find_images(pairs / sides[1])]
         (out / stage).mkdir(parents=True, exist_ok=True)
         for side, target in zip(sides, ("lq", "gt"), strict=True):
-            files = [pairs / side / name for name in names]
-            np.save(out / stage / f"{target}.npy", encode_files(encode, files, side, size))
+            files, made = tuple(pairs / side / name for name in names), out / stage / f"{target}.npy"
+            if files in encoded:  # the LQ images, for the second stage
+                shutil.copy(encoded[files], made)
+            else:
+                np.save(made, encode_files(encode, files, side, size))
+            encoded[files] = made
         (out / stage / NAMES_FILE).write_text("\n".join(names) + "\n")
         print(f"{len(names)} pairs of latents in {out / stage}", flush=True)
     shutil.copy(pairs / "prompts.jsonl", out)

@@ -11,7 +11,7 @@ UNET = random_model.UNET | {
     "in_channels": 64,
     "out_channels": 64,
     "block_out_channels": [128],
-    "layers_per_block": 2,
+    "layers_per_block": 3,
     "cross_attention_dim": 64,
     "attention_head_dim": [4],
     "down_block_types": ["DownBlock2D"],

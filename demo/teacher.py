@@ -8,6 +8,7 @@
 
 import argparse
 import functools
+import itertools
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -167,16 +168,18 @@ def upscale_folder(wheel: Path, images: Path, out: Path, size: int = BATCH) -> N
     for file in missing:
         with Image.open(file) as image:
             by_size.setdefault(image.size, []).append(file)
-    teacher, done = Teacher(wheel), 0
+    teacher, writing = Teacher(wheel), []
     with ThreadPoolExecutor() as pool:
         for files in by_size.values():
+            reading = pool.map(read_rgb8, files)
             for first in range(0, len(files), size):
-                batch = files[first : first + size]
-                results = teacher(np.stack(list(pool.map(read_rgb8, batch))))
-                targets = [out / f"{file.stem}.png" for file in batch]
-                list(pool.map(write_image, targets, map(from_array, results)))
-                done += len(batch)
-                print(f"{done} of {len(missing)}", flush=True)
+                results = teacher(np.stack(list(itertools.islice(reading, size))))
+                targets = [out / f"{file.stem}.png" for file in files[first : first + size]]
+                # The device goes on while the results are written.
+                writing += map(pool.submit, itertools.repeat(write_image), targets, map(from_array, results))
+                print(f"{len(writing)} of {len(missing)}", flush=True)
+        for written in writing:
+            written.result()
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from pisa_jax.runtime.atomic_write import atomic_write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.3, "prior": 0.12, "pix": 0.15, "sem": 0.2, "final": 0.23}
+SHARES = {"vae": 0.25, "prior": 0.12, "pix": 0.18, "sem": 0.2, "final": 0.25}
 ADAPTER_CONFIGS = {"pix": "demo.py", "sem": "demo_sem.py", "final": "demo_final.py"}
 # Share of the time for the start of stages, encoding and the measurement at the end.
 RESERVE = 0.1
@@ -58,12 +58,12 @@ class Size(NamedTuple):
     workers: int = 0
     unet: dict = shapes.UNET
     vae_config: dict = shapes.VAE
-    rank: int = 48
+    rank: int = 40
 
 
 SIZES = {
     "cpu": Size(2400, (64, 8), (16, 16), (192, 8), (128, 4)),
-    "gpu": Size(4000, (128, 32), (32, 32), (192, 32), (192, 16), images=64, workers=6),
+    "gpu": Size(5000, (128, 32), (32, 32), (192, 32), (192, 16), images=32, workers=6),
     "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4),
 }
 

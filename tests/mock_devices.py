@@ -45,9 +45,7 @@ def tpu_slices(kind, chips, host, slices=1):
 def gpu_hosts(hosts, processes_per_host):
     """Eight GPUs per host; JAX reports every host as a slice."""
     of_process = 8 // processes_per_host
-    return [
-        Gpu(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3", coords=(n // 8, n % 8)) for n in range(8 * hosts)
-    ]
+    return [Gpu(n, n // of_process, n // 8, "NVIDIA H100 80GB HBM3", coords=(n // 8, n % 8)) for n in range(8 * hosts)]
 
 
 THREE_AXES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
