@@ -45,6 +45,8 @@ def make_app(
     visitors = Visitors(lambda: Visitor(upscaler, files, megapixels, model_options))
     page = make_page(Events(visitors, upscaler.adapter_names))
     page.state_session_capacity = 100  # windows whose settings gradio keeps; it never forgets one by itself
+    # Only `launch` sets this, and without it gradio takes any path on this machine for an uploaded file.
+    page.has_launched = True
     asgi = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @asgi.middleware("http")

@@ -1,5 +1,6 @@
 """The server of the page without a browser: gradio_client, files of others, login, and the end of the process."""
 
+import json
 import os
 import re
 import signal
@@ -64,6 +65,24 @@ def test_files_of_others_cannot_be_loaded(served, tmp_path):
     assert status(f"{served.address}/pisa-files/anything") == 404
     assert status(f"{served.address}/gradio_api/deep_link?session_hash=a") == 404
     assert status(f"{served.address}/gradio_api/proxy=http://127.0.0.1") == 404
+
+
+def test_a_path_on_the_server_is_no_upload(served, tmp_path):
+    save_image(tmp_path / "secret.png")
+    client = gradio_client.Client(served.address, verbose=False)
+    config = {each["api_name"]: each["id"] for each in client.config["dependencies"]}
+    file = {"path": str(tmp_path / "secret.png"), "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [file, 4], "session_hash": "stranger", "fn_index": config["open"]}
+    api = f"{served.address}/gradio_api/queue"
+    urllib.request.urlopen(
+        urllib.request.Request(f"{api}/join", json.dumps(body).encode(), {"content-type": "application/json"})
+    ).close()
+    with urllib.request.urlopen(f"{api}/data?session_hash=stranger", timeout=SECONDS) as events:
+        answers = [json.loads(line.removeprefix(b"data:")) for line in events if line.startswith(b"data:")]
+    (end,) = (answer for answer in answers if answer["msg"] == "process_completed")
+    assert not end["success"]
+    assert "was not uploaded" in end["output"]["error"]
+    client.close()
 
 
 def test_login(model):

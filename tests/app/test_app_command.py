@@ -1,6 +1,7 @@
 """The command line of `pisa-sr app`."""
 
 import importlib.util
+import socket
 
 import pytest
 from PIL import Image
@@ -70,6 +71,16 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert program.main(["--model", str(tmp_path / "none"), "--adapters", "a.pkl", "--compile-cache", "off"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("pisa-sr app: ")
+    assert error.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line(capsys):
+    pytest.importorskip("gradio", reason="needs pip install gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert program.main(["--port", str(port), "--compile-cache", "off"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"pisa-sr app: 127.0.0.1:{port} cannot be used: ")
     assert error.count("\n") == 1
 
 

@@ -1,5 +1,6 @@
 """The page in a real browser: headless Chromium."""
 
+import base64
 import shlex
 import time
 
@@ -140,6 +141,32 @@ def save(window, click, folder):
     return path
 
 
+GIVE = """([kind, name, base64]) => {
+    const transfer = new DataTransfer();
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    transfer.items.add(new File([bytes], name, { type: "image/png" }));
+    const event = kind === "drop"
+        ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true })
+        : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true });
+    document.querySelector(".viewer .empty").dispatchEvent(event);
+}"""
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_dropped_and_pasted_images(open_window, tmp_path, kind):
+    window, path = open_window(), save_image(tmp_path / "given.png")
+    window.page.evaluate(GIVE, [kind, path.name, base64.b64encode(path.read_bytes()).decode()])
+    assert window.wait_for_another("").shape == (32, 40, 3)
+    assert "given.png" in window.command()
+
+
+def test_the_command_line_is_copied(open_window, photo):
+    window = open_window(permissions=["clipboard-read", "clipboard-write"])
+    window.upload(photo)
+    window.page.click("#command button")
+    wait_until(lambda: window.page.evaluate("navigator.clipboard.readText()") == window.command())
+
+
 def test_painted_map_download_and_command_line(open_window, photo, tmp_path):
     window = open_window()
     window.upload(photo)
@@ -166,7 +193,7 @@ def test_painted_map_download_and_command_line(open_window, photo, tmp_path):
     assert (tmp_path / "out" / "photo.jpg").read_bytes() == downloaded
 
 
-@pytest.mark.parametrize(("ext", "suffix"), [("png", ".png"), ("tiff", ".tiff")])
+@pytest.mark.parametrize(("ext", "suffix"), [("png", ".png"), ("tiff", ".tiff"), ("webp", ".webp")])
 def test_download_at_scale_one_equals_the_command_line(open_window, photo, tmp_path, ext, suffix):
     window = open_window()
     window.upload(photo)
