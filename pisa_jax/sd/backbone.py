@@ -70,22 +70,25 @@ _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "Up
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
-class VaeHooks(NamedTuple):
-    """Overrides for the VAE's non-local layers (GroupNorm, attention) and resampling.
+class Hooks(NamedTuple):
+    """Overrides for the layers whose result at a position depends on other positions.
 
-    The defaults are for whole images; `vae_tiling` overrides them for tiles.
+    The defaults are for whole images; `vae_tiling` overrides them for tiles of the VAE, `padding` for padded images.
     """
 
     # (x, scale, bias, groups, epsilon) -> normalized x
     norm: Callable = layers.group_norm
-    # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
+    # Self-attention: (query, key, value), each (b, h w, heads, d), and (h, w), which is None in the UNet
+    # -> (b, h w, heads, d)
     attention: Callable = lambda query, key, value, size: layers.attention(query, key, value)
     # Applied to the input of each upsampler, and to the output of each downsampler.
     before_upsample: Callable = lambda x: x
     after_downsample: Callable = lambda x: x
+    # Applied to the input of each convolution with a kernel larger than 1 x 1.
+    before_conv: Callable = lambda x: x
 
 
-DEFAULT_HOOKS = VaeHooks()
+DEFAULT_HOOKS = Hooks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,18 +174,19 @@ def predict_noise(
     latents: Float[Array, "b h w c"],
     timesteps: Int[Array, " b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
+    hooks: Hooks = DEFAULT_HOOKS,
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents of any size with the UNet; float32."""
     batch = latents.shape[0]
     timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
     prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[1:]))
-    with nn.intercept_methods(_corrections()):
+    with nn.intercept_methods(_corrections(hooks)):
         out = backbone.unet.apply({"params": params}, latents.transpose(0, 3, 1, 2), timesteps, prompt).sample
     return out.transpose(0, 2, 3, 1).astype(jnp.float32)
 
 
 def posterior(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = DEFAULT_HOOKS
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: Hooks = DEFAULT_HOOKS
 ) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
     """Encode images in [-1, 1] to the mean and standard deviation of their unscaled latents; float32.
 
@@ -196,18 +200,22 @@ def posterior(
 
 
 def encode(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
+    backbone: Backbone,
+    params: Params,
+    images: Float[Array, "b h w 3"],
+    noise: Float[Array, "#b y x c"] | None = None,
+    hooks: Hooks = DEFAULT_HOOKS,
 ) -> Float[Array, "b y x c"]:
     """Encode images in [-1, 1] to scaled latents: the mean or, with noise, mean + std noise; float32.
 
     The sides of the images are multiples of `vae_scale_factor`.
     """
-    mean, std = posterior(backbone, params, images)
+    mean, std = posterior(backbone, params, images, hooks)
     return (mean if noise is None else mean + std * noise) * backbone.latent_scale
 
 
 def decode(
-    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = DEFAULT_HOOKS
+    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: Hooks = DEFAULT_HOOKS
 ) -> Float[Array, "b h w 3"]:
     """Decode scaled latents to images, nominally in [-1, 1] but not clipped; float32."""
     with nn.intercept_methods(_corrections(hooks)):
@@ -244,7 +252,7 @@ class Tokenizer:
         return len(self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
-def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
+def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
     """Return an interceptor for one call of a module.
 
     It records the input size of each downsampler of the UNet; the matching upsampler crops its output to that size.
@@ -261,16 +269,18 @@ def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
             sizes.append(args[0].shape[1:3])
         if isinstance(module, resnet_flax.FlaxUpsample2D):
             height, width = sizes.pop()
-            return module.conv(layers.upsample_nearest(args[0])[:, :height, :width])
-        if isinstance(module, vae_flax.FlaxDownsample2D):
+            return module.conv(layers.upsample_nearest(hooks.before_upsample(args[0]))[:, :height, :width])
+        if isinstance(module, resnet_flax.FlaxDownsample2D | vae_flax.FlaxDownsample2D):
             return hooks.after_downsample(next_fun(*args, **kwargs))
+        if isinstance(module, nn.Conv) and max(module.kernel_size) > 1:
+            return next_fun(hooks.before_conv(args[0]), *args[1:], **kwargs)
         corrected = _CORRECTED.get(type(module))
         return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)
 
     return intercept
 
 
-def _group_norm(hooks: VaeHooks, module: nn.GroupNorm, x):
+def _group_norm(hooks: Hooks, module: nn.GroupNorm, x):
     # FlaxTransformer2DModel creates its norm with 1e-5, PyTorch's with 1e-6.
     transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     weights = module.variables["params"]
@@ -282,17 +292,18 @@ def _geglu(_, module: attention_flax.FlaxGEGLU, x, *__):
     return linear * nn.gelu(gate, approximate=False)
 
 
-def _attention(_, module: attention_flax.FlaxAttention, x, context=None, *__):
-    context = x if context is None else context
+def _attention(hooks: Hooks, module: attention_flax.FlaxAttention, x, context=None, *__):
+    itself, context = context is None, x if context is None else context
 
     def heads(projected):
         return projected.reshape(*projected.shape[:2], module.heads, module.dim_head)
 
-    out = layers.attention(heads(module.query(x)), heads(module.key(context)), heads(module.value(context)))
+    projected = heads(module.query(x)), heads(module.key(context)), heads(module.value(context))
+    out = hooks.attention(*projected, None) if itself else layers.attention(*projected)
     return module.proj_attn(out.reshape(*out.shape[:2], -1))
 
 
-def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
+def _vae_attention(hooks: Hooks, module: vae_flax.FlaxAttentionBlock, x):
     tokens = module.group_norm(x).reshape(x.shape[0], -1, module.num_heads, x.shape[-1] // module.num_heads)
     flat = tokens.reshape(*tokens.shape[:2], -1)
     projected = (layer(flat).reshape(tokens.shape) for layer in (module.query, module.key, module.value))
@@ -300,10 +311,11 @@ def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
     return module.proj_attn(out.reshape(flat.shape)).reshape(x.shape) + x
 
 
-def _vae_upsample(hooks: VaeHooks, module: vae_flax.FlaxUpsample2D, x):
+def _vae_upsample(hooks: Hooks, module: vae_flax.FlaxUpsample2D, x):
     weights = module.conv.variables["params"]
     kernel, bias = (weights[name].astype(module.dtype) for name in ("kernel", "bias"))
-    return layers.upsample_conv(hooks.before_upsample(x).astype(module.dtype), kernel, bias)
+    x = hooks.before_upsample(hooks.before_conv(x))
+    return layers.upsample_conv(x.astype(module.dtype), kernel, bias)
 
 
 _CORRECTED = {
