@@ -47,20 +47,7 @@ class Session:
         ]
         self._pipeline, self._images, self._adjustable, self._convert = pipeline, images, adjustable, convert
         self._plans = [plan for _, plan in prepared]
-        # In latents, if the images are padded to a bucket.
-        self._sizes: Int[np.ndarray, "b 2"] | None = None
-        arrays, noise = [array for array, _ in prepared], None
-        if pipeline.buckets is None:
-            self._inputs = np.stack(arrays)
-            if seed is not None:
-                noise = model.posterior_noise(base, self._inputs.shape, seed)
-        else:
-            self._sizes = np.array([array.shape[:2] for array in arrays], np.int32) // base.vae_scale_factor
-            bucket = pipeline.buckets.of(covering(map(tuple, self._sizes.tolist())))
-            self._inputs = pad_images(arrays, tuple(side * base.vae_scale_factor for side in bucket))
-            if seed is not None:
-                own = [np.asarray(model.posterior_noise(base, (1, *array.shape), seed))[0] for array in arrays]
-                noise = pad_images(own, bucket)
+        self._inputs, noise, self._sizes = _as_batch(pipeline, [array for array, _ in prepared], seed)
         on_stage("encode")
         latents = pipeline.encode(self._inputs, noise, self._sizes)
         on_stage("predict")
@@ -132,10 +119,28 @@ class Session:
             return scale_maps.scale_at_latents(value, self._plans[0].working, self._inputs.shape[1:3], grid)
         factor, maps = self._pipeline.base.vae_scale_factor, []
         each = value if isinstance(value, list) else [value] * len(self._images)
-        for scale, plan, own in zip(each, self._plans, self._sizes.tolist(), strict=True):
-            padded = (own[0] * factor, own[1] * factor)
-            maps.append(scale_maps.scale_at_latents([scale], plan.working, padded, tuple(own))[0])
+        for scale, plan, (height, width) in zip(each, self._plans, self._sizes.tolist(), strict=True):
+            padded = (height * factor, width * factor)
+            [at_latents] = np.asarray(scale_maps.scale_at_latents([scale], plan.working, padded, (height, width)))
+            maps.append(at_latents)
         return pad_images(maps, grid)
+
+
+def _as_batch(
+    pipeline: Pipeline, arrays: Sequence[np.ndarray], seed: int | None
+) -> tuple[np.ndarray, Any, Int[np.ndarray, "b 2"] | None]:
+    """Return network inputs as one array, the noise of their latents, and their sizes in latents if they are padded."""
+    base, factor = pipeline.base, pipeline.base.vae_scale_factor
+    if pipeline.buckets is None:
+        batch = np.stack(arrays)
+        return batch, None if seed is None else model.posterior_noise(base, batch.shape, seed), None
+    sizes = [(len(array) // factor, array.shape[1] // factor) for array in arrays]
+    height, width = bucket = pipeline.buckets.of(covering(sizes))
+    noise = None
+    if seed is not None:
+        own = [np.asarray(model.posterior_noise(base, (1, *array.shape), seed))[0] for array in arrays]
+        noise = pad_images(own, bucket)
+    return pad_images(arrays, (height * factor, width * factor)), noise, np.array(sizes, np.int32)
 
 
 class Upscaler:

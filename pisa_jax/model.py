@@ -49,8 +49,8 @@ class BaseModel:
     vae_dtype: Any = jnp.float32
     # Names that `jax.ad_checkpoint.checkpoint_name` gives to block outputs: all that rematerialization keeps.
     block_outputs: tuple[str, ...] = ()
-    # True if `encode`, `decode` and `predict_noise` take `sizes` (b, 2), the heights and widths in latents of images that
-    # are padded at the bottom and at the right, and compute the images as without padding.
+    # True if `encode`, `decode` and `predict_noise` take `sizes` (b, 2), the heights and widths in latents of images
+    # that are padded at the bottom and at the right, and compute the images as without padding.
     takes_sizes: bool = False
     # Functions that run the VAE in tiles (`tiling.vae_tiles.TiledVae`); None: large images are not tiled.
     tiled_vae: Any = None

@@ -181,7 +181,7 @@ class Pipeline:
             return np.asarray(unet(array))
         padded = tuple(min(side, tile) for side in grid_size(size))
         sizes = np.full((len(array), 2), size, np.int32)
-        return np.asarray(unet(pad_images(array, padded), sizes))[:, : size[0], : size[1]]
+        return np.asarray(unet(pad_images(list(array), padded), sizes))[:, : size[0], : size[1]]
 
     def render(
         self,
