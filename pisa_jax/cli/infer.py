@@ -246,7 +246,8 @@ def enable_compilation_cache(choice: str | None) -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # A start compiles about a hundred small operations (the text encoder, the merge of an adapter) as well.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def load_upscaler(args: argparse.Namespace) -> "Upscaler":
