@@ -173,7 +173,7 @@ def param_shapes(backbone: Backbone) -> dict[str, Any]:
 
 
 def _declare(next_fun, args, kwargs, context):
-    """Interceptor of `init`: layers declare their parameters as zeros, and return zeros of the shape of their result."""
+    """Interceptor of `init`: layers declare their parameters, and return zeros of the shape of their result."""
     module, x = context.module, args[0] if args else kwargs.get("hidden_states")
     if context.method_name != "__call__":
         return next_fun(*args, **kwargs)

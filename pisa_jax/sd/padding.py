@@ -7,6 +7,8 @@ has the keys of the image. Sizes of levels follow those of the latents: downsamp
 upsampling returns to the size before, or doubles it in the decoder.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,8 +24,8 @@ def predict_noise(
     backbone: Backbone,
     params: Params,
     latents: Float[Array, "b h w c"],
-    timesteps: Array | int,
-    prompt: Array,
+    timesteps: Any,
+    prompt: Any,
     sizes: Sizes | None = None,
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents, of which the first `sizes` belong to the image; all without `sizes`."""
