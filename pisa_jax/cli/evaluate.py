@@ -168,8 +168,8 @@ def list_files(args: argparse.Namespace) -> list[Path]:
     return [file for path in (args.sr, args.gt, args.lq) if path for file in find_images(path)]
 
 
-def load_upscale(args: argparse.Namespace, items: Sequence[EvaluationItem]) -> UpscaleFunction:
-    """Load the model of the command line; returns its upscale function for the LQ images of `items`."""
+def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
+    """Load the model of the command line; returns its upscale function, with buckets for the images of --lq."""
     from pisa_jax.adapters.registry import import_decomposition
     from pisa_jax.inference import Upscaler
 
@@ -180,7 +180,7 @@ def load_upscale(args: argparse.Namespace, items: Sequence[EvaluationItem]) -> U
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
     upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile, buckets=args.buckets)
-    shapes = [header_shape(item.lq) for item in items if item.lq]
+    shapes = map(header_shape, find_images(args.lq))
     upscaler.plan_buckets([shape for shape in shapes if shape], args.scale)
 
     def upscale(image, rows):
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr evaluate") -> i
         weights = {"lpips-vgg": args.lpips_vgg, "lpips-alex": args.lpips_alex, "perceptual": args.perceptual}
         functions = registry.make_metrics(names, args.color, args.crop_border, weights)
         items, unmatched = pair_files(args.sr, args.gt, args.lq)
-        upscale = load_upscale(args, items) if args.model and items else None
+        upscale = load_upscale(args) if args.model and items else None
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
