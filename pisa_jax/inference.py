@@ -1,15 +1,12 @@
-"""Inference: three jitted stages (encode, predict, render) and the host-side steps before and after them."""
+"""Inference: an upscaler, and sessions that render one image at many scales."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from pisa_jax import model
 from pisa_jax.adapters import files
@@ -17,194 +14,14 @@ from pisa_jax.adapters.adapter_tree import with_sem
 from pisa_jax.config import AdapterSpec, check_seed, scales_by_name
 from pisa_jax.imaging import network_input, scale_maps
 from pisa_jax.imaging.any_image import to_image_data
-from pisa_jax.imaging.arrays import stack_images
-from pisa_jax.imaging.color import COLOR_FIXES, WAVELET_REACH, adain_in_place
+from pisa_jax.imaging.arrays import pad_images
 from pisa_jax.imaging.image_data import ImageData
-from pisa_jax.imaging.ranges import signed_to_unit, unit_to_signed
-from pisa_jax.model import BaseModel, Predictions
+from pisa_jax.model import BaseModel
+from pisa_jax.pipeline import DEFAULT, Pipeline, Settings
 from pisa_jax.runtime import distributed
-from pisa_jax.runtime.compilation import StageRunner
-from pisa_jax.runtime.trees import suggest
 from pisa_jax.sd import pretrained
-from pisa_jax.tiling import memory, vae_tiles
-from pisa_jax.tiling.windows import blend_windows
+from pisa_jax.tiling.buckets import covering
 from pisa_jax.weights import Weights, make_weights
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of inference that do not depend on the model."""
-
-    # "adain", "wavelet" or "none": how the colors of the input are restored.
-    color_fix: str = "adain"
-    # Small inputs are upscaled until the model works on at least this many pixels per side; it was trained on 512.
-    min_size: int = 512
-    # Side of the UNet's windows and their overlap, in latents; 0: no windows. Latents larger than tile^2 are split.
-    tile: int = 96
-    overlap: int = 32
-    # Windows of an image in one call of the UNet.
-    tile_batch: int = 1
-    # Side of the VAE's tiles in output pixels, for larger images; 0: no tiles, "auto": as large as memory allows.
-    vae_tile: int | str = "auto"
-    # Devices over which tiles and images are distributed.
-    devices: int = 1
-
-    def __post_init__(self):
-        if self.color_fix not in COLOR_FIXES:
-            hint = suggest(self.color_fix, COLOR_FIXES)
-            raise ValueError(f"unknown color fix {self.color_fix!r}; use one of {', '.join(COLOR_FIXES)}{hint}")
-        if self.tile and not 0 <= self.overlap < self.tile:
-            raise ValueError(f"overlap is {self.overlap}; with tile {self.tile} it must be in 0..{self.tile - 1}")
-        memory.check_tile(self.vae_tile)
-
-
-DEFAULT = Settings()
-
-
-def encode(base: BaseModel, weights: Weights, batch: Any, noise: Any) -> jax.Array:
-    """Stage 1: encode network inputs in [-1, 1] to scaled latents."""
-    return base.encode(weights.vae, batch, noise)
-
-
-def predict(base: BaseModel, specs: tuple[AdapterSpec, ...], rows: tuple, weights: Weights, latents: Any) -> jax.Array:
-    """Stage 2: predict the residuals at every row of scales of the later adapters, concatenated along the channels."""
-    out = model.predict_rows(base, weights.unet, weights.adapters, specs, latents, weights.prompt, rows)
-    return jnp.concatenate(list(out), axis=-1)
-
-
-def render(
-    base: BaseModel, color_fix: str, size: tuple, weights: Weights, predictions: Predictions, scales: Any, style: Any
-) -> jax.Array:
-    """Stage 3: decode images in [-1, 1] at given scales, cropped to `size`, with the colors of `style`."""
-    height, width = size
-    decoded = base.decode(weights.vae, model.combine(*predictions, scales))[:, :height, :width]
-    return recolor(color_fix, weights, decoded, style[:, :height, :width])
-
-
-def recolor(color_fix: str, weights: Weights, decoded: Any, style: Any) -> jax.Array:
-    """Apply the color fix: the end of stage 3, and a stage of its own for tiled images."""
-    del weights
-    # AdaIN's epsilon depends on the range of the values: the original's is for images in [0, 1].
-    content, source = signed_to_unit(jnp.clip(decoded, -1, 1)), signed_to_unit(style)
-    return unit_to_signed(jnp.clip(COLOR_FIXES[color_fix](content, source), 0, 1))
-
-
-class Pipeline:
-    """The three stages on batches of network inputs, in windows and tiles where the settings or memory require it."""
-
-    def __init__(
-        self,
-        base: BaseModel,
-        weights: Weights,
-        specs: Mapping[str, AdapterSpec],
-        settings: Settings,
-        on_compile: Callable[[str, float], None],
-        notice: Callable[[str], None],
-    ):
-        self.base, self.specs, self.settings, self.notice = base, dict(specs), settings, notice
-        self.mesh = distributed.local_mesh(settings.devices)
-        replicated = distributed.replicated(self.mesh)
-        placed = jax.device_put(weights, replicated) if settings.devices > 1 else weights
-        self.runner = StageRunner(placed, on_compile, mesh=self.mesh if settings.devices > 1 else None)
-        self.memory = memory.TileSizePolicy(settings.vae_tile, memory.free_bytes(self.mesh.devices.flat[0]), notice)
-
-    def encode(self, batch: Float[np.ndarray, "b h w 3"], noise: Float[Any, "1 y x c"] | None) -> Any:
-        """Encode network inputs in [-1, 1] to scaled latents: the posterior mean, or mean + std noise."""
-
-        def untiled():
-            return jax.block_until_ready(self.runner.run(encode, (self.base,), self._spread(batch), noise))
-
-        def tiled(tile):
-            moments = stack_images([self._tiled_vae("encoder", image, tile) for image in batch])
-            mean, std = np.split(moments, 2, axis=-1)
-            latents = mean if noise is None else mean + std * np.asarray(noise)
-            return jnp.asarray(latents * self.base.tiled_vae.latent_scale)
-
-        return self._within_memory(batch, untiled, tiled)
-
-    def predict(self, latents: Float[Any, "b y x c"], adjustable: bool) -> Predictions:
-        """Predict eps with the first 1, ..., n adapters; without `adjustable`, only the last, in place of each."""
-        settings, count = self.settings, len(self.specs)
-        live = len(self.runner.weights.adapters)  # the others are merged: the first, or none
-        ones = range(live - count + 1, live + 1)
-        rows = tuple((1.0,) * number + (0.0,) * (live - number) for number in ones)
-        static = (self.base, tuple(self.specs.values())[count - live :], rows if adjustable else rows[-1:])
-
-        def unet(array):
-            return self.runner.run(predict, static, self._spread(array))
-
-        batch, height, width, channels = latents.shape
-        if settings.tile and height * width > settings.tile**2:
-            windows = batch * settings.tile_batch * settings.devices
-            blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, windows)
-            found = jnp.asarray(blended)
-        else:
-            found = unet(latents)
-        eps = [found[..., first : first + channels] for first in range(0, found.shape[-1], channels)]
-        return Predictions(latents, tuple(eps if adjustable else eps * count))
-
-    def render(
-        self,
-        predictions: Predictions,
-        scales: Sequence[float | Float[np.ndarray, "#b _ _ 1"]],
-        style: Float[np.ndarray, "b h w 3"],
-        size: tuple[int, int],
-    ) -> Float[np.ndarray, "b y x 3"]:
-        """Decode images in [-1, 1] at given scales, cropped to `size`, with the colors of the inputs `style`.
-
-        A scale is a number or has a value for each latent. Numbers are repeated for each latent, too: one compiled
-        function serves both, and a constant map gives the same bits as its number.
-        """
-        shape = (*predictions.latents.shape[:3], 1)
-        maps = [np.broadcast_to(np.asarray(scale, np.float32), shape) for scale in scales]
-        height, width = size
-
-        def untiled():
-            static = (self.base, self.settings.color_fix, (height, width))
-            arrays = (self._spread(predictions), self._spread(maps), self._spread(style))
-            return np.asarray(self.runner.run(render, static, *arrays))
-
-        def tiled(tile):
-            results = []
-            combined = np.asarray(model.combine(*predictions, [jnp.asarray(each) for each in maps]))
-            for latents, source in zip(combined, style, strict=True):
-                decoded = self._tiled_vae("decoder", latents, tile)[:height, :width]
-                results.append(self._recolored(decoded, source[:height, :width], tile))
-            return stack_images(results)
-
-        return self._within_memory(style, untiled, tiled)
-
-    def _tiled_vae(self, part: str, array: np.ndarray, tile: int) -> np.ndarray:
-        """Run one image, or its latents, through the VAE in tiles of `tile` pixels."""
-        make = getattr(self.base.tiled_vae, part)
-        functions = make(self.runner.weights.vae, self.mesh, self.runner.run)
-        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.vae_scale_factor, 1))
-        if residual > vae_tiles.TOLERANCE:
-            limit = vae_tiles.TOLERANCE
-            self.notice(
-                f"the VAE {part}'s tiles did not converge (residual {residual:.1g} > {limit:g}); seams may be visible"
-            )
-        return out
-
-    def _recolored(self, decoded: np.ndarray, style: np.ndarray, tile: int) -> np.ndarray:
-        """Apply the color fix to one tiled image: on the host over the whole of it, or in tiles where it is local."""
-        if self.settings.color_fix == "adain":
-            adain_in_place(np.clip(decoded, -1, 1, out=decoded), style)
-            return decoded
-        stage = functools.partial(self.runner.run, recolor, (self.settings.color_fix,))
-        return vae_tiles.map_tiles(stage, (decoded, style), tile, WAVELET_REACH)
-
-    def _within_memory(self, batch: np.ndarray, untiled: Callable, tiled: Callable) -> Any:
-        if self.base.tiled_vae is None:
-            return untiled()
-        return self.memory.execute(self.base.tiled_vae.footprint(batch.shape), max(batch.shape[1:3]), untiled, tiled)
-
-    def _spread(self, arrays: Any) -> Any:
-        """Shard batches over the devices where their size allows it."""
-        count = self.settings.devices
-        if count == 1 or any(len(leaf) % count for leaf in jax.tree.leaves(arrays)):
-            return arrays
-        return jax.device_put(arrays, distributed.batch_sharding(self.mesh))
 
 
 class Session:
@@ -229,33 +46,39 @@ class Session:
             network_input.prepare_input(image, scale, settings.min_size, base.vae_scale_factor) for image in images
         ]
         self._pipeline, self._images, self._adjustable, self._convert = pipeline, images, adjustable, convert
-        self._inputs = np.stack([array for array, _ in prepared])
         self._plans = [plan for _, plan in prepared]
-        noise = None if seed is None else model.posterior_noise(base, self._inputs.shape, seed)
+        self._inputs, noise, self._sizes = _as_batch(pipeline, [array for array, _ in prepared], seed)
         on_stage("encode")
-        latents = pipeline.encode(self._inputs, noise)
+        latents = pipeline.encode(self._inputs, noise, self._sizes)
         on_stage("predict")
-        self._predictions = pipeline.predict(latents, adjustable)
+        self._predictions = pipeline.predict(latents, adjustable, self._sizes)
 
     @property
     def latents(self) -> Float[Any, "b y x c"]:
         """Scaled latents z_L of the network inputs."""
-        return self._predictions.latents
+        return self._without_padding(self._predictions.latents)
 
     @property
     def eps(self) -> tuple[Float[Any, "b y x c"], ...]:
         """Residuals of the UNet with the first 1, ..., n adapters; all the last in a session that is not adjustable."""
-        return self._predictions.eps
+        return tuple(map(self._without_padding, self._predictions.eps))
 
     @property
     def eps_pix(self) -> Float[Any, "b y x c"]:
         """Residual of the UNet with the first adapter, `pix`."""
-        return self._predictions.eps_pix
+        return self._without_padding(self._predictions.eps_pix)
 
     @property
     def eps_full(self) -> Float[Any, "b y x c"]:
         """Residual of the UNet with all adapters."""
-        return self._predictions.eps_full
+        return self._without_padding(self._predictions.eps_full)
+
+    def _without_padding(self, array: Any) -> Any:
+        """Crop an array to the largest height and width of the images."""
+        if self._sizes is None:
+            return array
+        height, width = self._sizes.max(0)
+        return jnp.asarray(np.asarray(array)[:, :height, :width])
 
     def render(self, *scales: Any, **named: Any) -> Any:
         """Return the (first) image, in the type of the image that was opened.
@@ -282,10 +105,42 @@ class Session:
                 "scales other than 1 need all predictions, and this session holds eps_full alone; open it with "
                 "adjustable=True"
             )
-        size, padded, grid = self._plans[0].working, self._inputs.shape[1:3], self.latents.shape[1:3]
-        at_latents = [scale_maps.scale_at_latents(value, size, padded, grid) for value in values]
+        at_latents = [self._at_latents(value) for value in values]
+        size = self._plans[0].working if self._sizes is None else np.array([plan.working for plan in self._plans])
         arrays = self._pipeline.render(self._predictions, at_latents, self._inputs, size)
         return [network_input.finish_output(*each) for each in zip(arrays, self._plans, self._images, strict=True)]
+
+    def _at_latents(self, value: scale_maps.ScaleOrMap) -> float | Float[np.ndarray, "#b y x 1"]:
+        """Return a number as it is, and maps as the scale of every latent of every image."""
+        if isinstance(value, float):
+            return value
+        grid = self._predictions.latents.shape[1:3]
+        if self._sizes is None:
+            return scale_maps.scale_at_latents(value, self._plans[0].working, self._inputs.shape[1:3], grid)
+        factor, maps = self._pipeline.base.vae_scale_factor, []
+        each = value if isinstance(value, list) else [value] * len(self._images)
+        for scale, plan, (height, width) in zip(each, self._plans, self._sizes.tolist(), strict=True):
+            padded = (height * factor, width * factor)
+            [at_latents] = np.asarray(scale_maps.scale_at_latents([scale], plan.working, padded, (height, width)))
+            maps.append(at_latents)
+        return pad_images(maps, grid)
+
+
+def _as_batch(
+    pipeline: Pipeline, arrays: Sequence[np.ndarray], seed: int | None
+) -> tuple[np.ndarray, Any, Int[np.ndarray, "b 2"] | None]:
+    """Return network inputs as one array, the noise of their latents, and their sizes in latents if they are padded."""
+    base, factor = pipeline.base, pipeline.base.vae_scale_factor
+    if pipeline.buckets is None:
+        batch = np.stack(arrays)
+        return batch, None if seed is None else model.posterior_noise(base, batch.shape, seed), None
+    sizes = [(len(array) // factor, array.shape[1] // factor) for array in arrays]
+    height, width = bucket = pipeline.buckets.of(covering(sizes))
+    noise = None
+    if seed is not None:
+        own = [np.asarray(model.posterior_noise(base, (1, *array.shape), seed))[0] for array in arrays]
+        noise = pad_images(own, bucket)
+    return pad_images(arrays, (height * factor, width * factor)), noise, np.array(sizes, np.int32)
 
 
 class Upscaler:
@@ -296,7 +151,8 @@ class Upscaler:
     >>> session = upscaler.open(image, scale=4)  # encoder and UNet run once
     >>> variants = [session.render(pix=1.0, sem=sem) for sem in (0.0, 0.5, 1.0)]
 
-    Stages are compiled once per image size; other scales never compile anything.
+    Stages are compiled once per bucket, a size of arrays for images of about this size; other scales never compile
+    anything.
     """
 
     def __init__(
@@ -399,8 +255,25 @@ class Upscaler:
         adjustable: bool,
         on_stage: Callable[[str], None] = lambda stage: None,
     ) -> Session:
-        """Open decoded images of equal size as one batch, for `Session.render_all`.
+        """Open decoded images as one batch, for `Session.render_all`: of equal size with buckets="off".
 
         `on_stage` is called with "encode" and "predict", the names of the stages, before each begins.
         """
         return Session(self.pipeline, images, scale, seed, adjustable, on_stage=on_stage)
+
+    def plan_buckets(self, sizes: Sequence[tuple[int, int]], scale: float | int) -> None:
+        """Choose the buckets for images of these heights and widths, upscaled by `scale`, that will be opened."""
+        if self.pipeline.buckets is not None:
+            self.pipeline.plan_buckets([self._latent_size(size, scale) for size in sizes])
+
+    def batch_key(self, size: tuple[int, int], scale: float | int) -> Hashable:
+        """Return a key that is equal for the heights and widths of images that one batch can hold."""
+        if self.pipeline.buckets is None:
+            return size
+        latents = self._latent_size(size, scale)
+        return self.pipeline.buckets.of(latents), self.pipeline.needs_windows(latents)
+
+    def _latent_size(self, size: tuple[int, int], scale: float | int) -> tuple[int, int]:
+        factor = self.pipeline.base.vae_scale_factor
+        height, width = network_input.working_size(size, scale, self.pipeline.settings.min_size)
+        return -(-height // factor), -(-width // factor)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from pisa_jax.adapters import injection
 from pisa_jax.adapters.adapter_tree import AdapterTree
@@ -49,6 +49,9 @@ class BaseModel:
     vae_dtype: Any = jnp.float32
     # Names that `jax.ad_checkpoint.checkpoint_name` gives to block outputs: all that rematerialization keeps.
     block_outputs: tuple[str, ...] = ()
+    # True if `encode`, `decode` and `predict_noise` take `sizes` (b, 2), the heights and widths in latents of images
+    # that are padded at the bottom and at the right, and compute the images as without padding.
+    takes_sizes: bool = False
     # Functions that run the VAE in tiles (`tiling.vae_tiles.TiledVae`); None: large images are not tiled.
     tiled_vae: Any = None
 
@@ -119,16 +122,17 @@ def predict_rows(
     prompt: Float[Array, "#b n d"],
     rows: tuple[tuple[float, ...], ...],
     dropout_keys: Key[Array, " b"] | None = None,
+    sizes: Int[Array, "b 2"] | None = None,
 ) -> Float[Array, "k b h w c"]:
     """Predict the residual for every row of scales of several adapters, each trained on top of those before it.
 
     The UNet runs once, on the batch repeated for each row. If an adapter other than the first depends on the weights
     that it adapts, the UNet runs once per row instead, with the adapters merged one after the other: a second copy of
-    its weights exists while it does.
+    its weights exists while it does. `sizes` are those of padded latents (`BaseModel.takes_sizes`).
     """
     if any(get_decomposition(spec).needs_kernel == "delta" for spec in specs[1:]):
-        return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row) for row in rows])
-    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows, dropout_keys)
+        return jnp.stack([_predict_merged(base, unet, adapters, specs, latents, prompt, row, sizes) for row in rows])
+    return _predict_additive(base, unet, adapters, specs, latents, prompt, rows, dropout_keys, sizes)
 
 
 def _predict_additive(
@@ -140,6 +144,7 @@ def _predict_additive(
     prompt: Array,
     rows: tuple[tuple[float, ...], ...],
     dropout_keys: Array | None = None,
+    sizes: Array | None = None,
 ) -> Array:
     count, batch, names = len(rows), latents.shape[0], [str(index) for index in range(len(adapters))]
     columns = {
@@ -148,18 +153,32 @@ def _predict_additive(
     prompt = jnp.tile(jnp.broadcast_to(prompt, (batch, *prompt.shape[1:])), (count, 1, 1))
     trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
     keys = None if dropout_keys is None else jnp.tile(dropout_keys, count)
+    sizes = None if sizes is None else jnp.tile(sizes, (count, 1))
     with nn.intercept_methods(injection.interceptor(trees, by_name, columns, keys)):
-        out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt)
+        out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt, **given(sizes))
     return out.reshape(count, *latents.shape)
 
 
 def _predict_merged(
-    base: BaseModel, unet: Params, adapters: Any, specs: Any, latents: Array, prompt: Array, scales: tuple[float, ...]
+    base: BaseModel,
+    unet: Params,
+    adapters: Any,
+    specs: Any,
+    latents: Array,
+    prompt: Array,
+    scales: tuple[float, ...],
+    sizes: Array | None = None,
 ) -> Array:
     for tree, spec, scale in zip(adapters, specs, scales, strict=True):
         if scale:
             unet = injection.merge(unet, {"": tree}, {"": spec}, {"": scale})
-    return base.predict_noise(unet, latents, TIMESTEP, jnp.broadcast_to(prompt, (len(latents), *prompt.shape[1:])))
+    prompt = jnp.broadcast_to(prompt, (len(latents), *prompt.shape[1:]))
+    return base.predict_noise(unet, latents, TIMESTEP, prompt, **given(sizes))
+
+
+def given(sizes: Array | None) -> dict[str, Array]:
+    """Return the argument `sizes` of the functions of a base model, if there is one: not all of them take it."""
+    return {} if sizes is None else {"sizes": sizes}
 
 
 def combine(

@@ -126,7 +126,7 @@ def test_another_pair_costs_one_decode():
     run = runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
     results = render_all(upscaler.open(random_image(8, 8)), PAIRS)
-    assert calls == ["encode", "predict", *["render"] * len(PAIRS)]
+    assert calls == ["encode", "predict", *["render_padded"] * len(PAIRS)]
     assert len({result.tobytes() for result in results}) == len(PAIRS)
 
 

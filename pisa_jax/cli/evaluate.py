@@ -26,6 +26,7 @@ from pisa_jax.cli.arguments import (
     seed,
     upscale_factor,
 )
+from pisa_jax.cli.infer_plan import header_shape
 from pisa_jax.cli.output_files import check_output_files
 from pisa_jax.config import Scales
 from pisa_jax.imaging.image_files import find_images
@@ -85,6 +86,9 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
         help="pairs of scales (default 1,1); with other adapters one number each, in their order")  # fmt: skip
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
+    add("--buckets", choices=["exact", "off"], default="exact",
+        help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
+        "equal results; off: compile every size")  # fmt: skip
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
@@ -165,7 +169,7 @@ def list_files(args: argparse.Namespace) -> list[Path]:
 
 
 def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
-    """Load the model of the command line; returns its upscale function."""
+    """Load the model of the command line; returns its upscale function, with buckets for the images of --lq."""
     from pisa_jax.adapters.registry import import_decomposition
     from pisa_jax.inference import Upscaler
 
@@ -175,7 +179,9 @@ def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
     def on_compile(what: str, seconds: float) -> None:
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
-    upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile)
+    upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile, buckets=args.buckets)
+    shapes = map(header_shape, find_images(args.lq))
+    upscaler.plan_buckets([shape for shape in shapes if shape], args.scale)
 
     def upscale(image, rows):
         adjustable = any(set(row) != {1.0} for row in rows)

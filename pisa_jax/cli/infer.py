@@ -102,6 +102,9 @@ def add_model_arguments(add: Callable[..., Any]) -> None:
         help="side of the VAE's tiles for larger images (default auto: by the free memory; 0: no tiles)")  # fmt: skip
     add("--vae_encoder_tiled_size", type=integer_at_least(0), metavar="PIXELS", help=argparse.SUPPRESS)
     add("--vae_decoder_tiled_size", type=integer_at_least(0), metavar="LATENTS", help=argparse.SUPPRESS)
+    add("--buckets", choices=["exact", "off"], default="exact",
+        help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
+        "equal results; off: compile every size")  # fmt: skip
     add("--devices", type=integer_at_least(1), default=1, metavar="N",
         help="shard tiles and images over N devices (default 1)")  # fmt: skip
     add("--dtype", choices=["bfloat16", "float32"], help="type of the UNet (default float32 on CPUs, else bfloat16)")
@@ -115,7 +118,7 @@ def _add_run_arguments(add: Callable[..., Any]) -> None:
     add("--seed", type=seed, metavar="N",
         help="sample the latent with this seed (default: use its mean, which is deterministic)")  # fmt: skip
     add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
-        help="images of equal size per call of the model (default 1)")  # fmt: skip
+        help="images per call of the model, of equal size or of one bucket (default 1)")  # fmt: skip
     add("--max-megapixels", type=megapixels, metavar="N",
         help="refuse larger input images before they are decoded (default 178.9)")  # fmt: skip
 
@@ -243,7 +246,8 @@ def enable_compilation_cache(choice: str | None) -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # A start compiles about a hundred small operations (the text encoder, the merge of an adapter) as well.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def load_upscaler(args: argparse.Namespace) -> "Upscaler":
@@ -271,6 +275,7 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
         overlap=args.overlap,
         vae_tile=args.vae_tile,
         devices=args.devices,
+        buckets=args.buckets,
     )
 
 

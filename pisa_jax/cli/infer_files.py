@@ -1,8 +1,8 @@
-"""Upscale image files: reading, batching by size, writing, and one report per input file."""
+"""Upscale image files: reading, batching by size or bucket, writing, and one report per input file."""
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,10 +70,15 @@ def upscale_files(
             on_report(_skip(file, report))
         else:
             queue.append((file, report))
-    if options.batch_size > 1:  # files of equal size one after the other: full batches, and few images that wait
-        order = {size: index for index, size in enumerate(dict.fromkeys(file.size for file, _ in queue))}
-        queue.sort(key=lambda pair: order[pair[0].size])
-    for batch in _batches(_decoded(queue, plan, on_report), options.batch_size):
+    upscaler.plan_buckets([file.shape for file, _ in queue if file.shape], options.scale)
+
+    def key_of(shape: tuple[int, int] | None) -> Hashable:
+        return shape and upscaler.batch_key(shape, options.scale)
+
+    if options.batch_size > 1:  # files of one batch one after the other: full batches, and few images that wait
+        order = {key: index for index, key in enumerate(dict.fromkeys(key_of(file.shape) for file, _ in queue))}
+        queue.sort(key=lambda pair: order[key_of(pair[0].shape)])
+    for batch in _batches(_decoded(queue, plan, on_report), options.batch_size, key_of):
         _upscale_batch(batch, plan, upscaler)
         for pending in batch:
             on_report(pending.report)
@@ -119,22 +124,24 @@ def _skip(file: PlannedFile, report: FileReport) -> FileReport:
     return report
 
 
-def _batches(files: Iterable[_PendingFile], batch_size: int) -> Iterator[list[_PendingFile]]:
-    """Group images of equal shape; fewer than 2 * batch_size images wait for their batch at any time."""
-    waiting: dict[tuple[int, ...], list[_PendingFile]] = defaultdict(list)
+def _batches(
+    files: Iterable[_PendingFile], batch_size: int, key_of: Callable[[tuple[int, int]], Hashable]
+) -> Iterator[list[_PendingFile]]:
+    """Group images whose shapes have equal keys; fewer than 2 * batch_size images wait for their batch at any time."""
+    waiting: dict[Hashable, list[_PendingFile]] = defaultdict(list)
     for file in files:
-        shape = file.image.rgb.shape
-        waiting[shape].append(file)
+        key = key_of(file.image.rgb.shape[:2])
+        waiting[key].append(file)
         del file
-        if len(waiting[shape]) == batch_size:
-            yield waiting.pop(shape)
+        if len(waiting[key]) == batch_size:
+            yield waiting.pop(key)
         elif sum(map(len, waiting.values())) >= 2 * batch_size:
-            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
     yield from waiting.values()
 
 
 def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler) -> None:
-    """Upscale images of equal size, write the results and complete the reports."""
+    """Upscale the images of a batch, write the results and complete the reports."""
     start = time.perf_counter()
     results, error = _compute(batch, plan.options, upscaler)
     if results is None and len(batch) > 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pisa_jax.cli.infer_names import scale_marks
 from pisa_jax.cli.scale_map_files import check_aspect_ratio, map_finder
@@ -38,7 +38,7 @@ class UpscaleOptions:
     maps: Mapping[str, Path] = field(default_factory=dict)
     # Seed with which the latent is sampled; None: its mean.
     seed: int | None = None
-    # Images of equal size per call of the model.
+    # Images per call of the model, of equal size or of one bucket.
     batch_size: int = 1
     # "auto" (the format of the input if it can hold the result), "png", "jpg", "webp" or "tiff".
     ext: str = "auto"
@@ -60,11 +60,18 @@ class PlannedFile:
     sheet: Path | None = None
     # (width, height) in the file's header, before the orientation is applied; None if the header is unreadable.
     size: tuple[int, int] | None = None
+    # The orientation in the header exchanges width and height.
+    turned: bool = False
     # Scale maps {name of the adapter: file}.
     maps: dict[str, Path] = field(default_factory=dict)
     # All output files exist and are to be kept.
     skipped: bool = False
     problem: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(height, width) of the image as it will be decoded, as far as its header tells."""
+        return self.size and (self.size if self.turned else self.size[::-1])
 
     @property
     def written(self) -> list[Path]:
@@ -142,7 +149,7 @@ def _plan_file(path: Path, options: UpscaleOptions, finders: Mapping[str, Callab
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")  # reading a pipe would wait for its writer
-        image_format, file.size = _read_header(path)
+        image_format, file.size, file.turned = _read_header(path)
         suffix = SUFFIXES.get(image_format if options.ext == "auto" else options.ext, ".png")
         if file.size:
             suffix = result_suffix(suffix, file.size, options)
@@ -160,7 +167,7 @@ def _plan_file(path: Path, options: UpscaleOptions, finders: Mapping[str, Callab
 
 def _check_map(path: Path, image_size: tuple[int, int] | None) -> None:
     """Compare the sizes in the headers of a map and its image; the orientation of either may turn it by 90 degrees."""
-    _, size = _read_header(path)
+    _, size, _ = _read_header(path)
     if size and image_size:
         check_aspect_ratio(path, size, image_size, turned=True)
 
@@ -169,8 +176,19 @@ def _is_done(file: PlannedFile, options: UpscaleOptions) -> bool:
     return options.skip_existing and all(path.exists() for path in file.written)
 
 
-def _read_header(path: Path) -> tuple[str, tuple[int, int] | None]:
-    """Read format and size of an image without its pixels; "" and None are what only the decoder can tell.
+def header_shape(path: Path) -> tuple[int, int] | None:
+    """Read the (height, width) of an image without its pixels; None if its header is unreadable."""
+    try:
+        _, size, turned = _read_header(path)
+    except (OSError, ImageError):
+        return None
+    return PlannedFile(path, size=size, turned=turned).shape
+
+
+def _read_header(path: Path) -> tuple[str, tuple[int, int] | None, bool]:
+    """Read format, size and orientation of an image without its pixels.
+
+    The orientation is True if it exchanges width and height; "" and None are what only the decoder can tell.
 
     Raises ImageError for an image of too many pixels.
     """
@@ -178,12 +196,20 @@ def _read_header(path: Path) -> tuple[str, tuple[int, int] | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=readable_formats()) as image:
-                return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size
+                return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size, _is_turned(image)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Use --max-megapixels to allow more.") from None
     except Exception:  # Pillow raises arbitrary exceptions on damaged data, and the decoder explains them better
         with path.open("rb") as file:
-            return "tiff" if is_tiff(file.read(4)) else "", None  # the decoder reads more layouts than Pillow
+            return "tiff" if is_tiff(file.read(4)) else "", None, False  # the decoder reads more layouts than Pillow
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return True if the EXIF data of an opened image turn it by 90 degrees; False if they are damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # Pillow raises arbitrary exceptions on damaged data
+        return False
 
 
 def _result_paths(path: Path, suffix: str, options: UpscaleOptions) -> list[Path]:

@@ -25,7 +25,7 @@ from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionMod
 from jax.ad_checkpoint import checkpoint_name  # noqa: E402
 from jaxtyping import Array, Float, Int  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTokenizerFast  # noqa: E402
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule  # noqa: E402
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPAttention, FlaxCLIPTextModule  # noqa: E402
 
 from pisa_jax.sd import layers  # noqa: E402
 
@@ -70,22 +70,25 @@ _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "Up
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
-class VaeHooks(NamedTuple):
-    """Overrides for the VAE's non-local layers (GroupNorm, attention) and resampling.
+class Hooks(NamedTuple):
+    """Overrides for the layers whose result at a position depends on other positions.
 
-    The defaults are for whole images; `vae_tiling` overrides them for tiles.
+    The defaults are for whole images; `vae_tiling` overrides them for tiles of the VAE, `padding` for padded images.
     """
 
     # (x, scale, bias, groups, epsilon) -> normalized x
     norm: Callable = layers.group_norm
-    # (query, key, value), each (b, h w, heads, d), and (h, w) -> (b, h w, heads, d)
+    # Self-attention: (query, key, value), each (b, h w, heads, d), and (h, w), which is None in the UNet
+    # -> (b, h w, heads, d)
     attention: Callable = lambda query, key, value, size: layers.attention(query, key, value)
     # Applied to the input of each upsampler, and to the output of each downsampler.
     before_upsample: Callable = lambda x: x
     after_downsample: Callable = lambda x: x
+    # Applied to the input of each convolution with a kernel larger than 1 x 1.
+    before_conv: Callable = lambda x: x
 
 
-DEFAULT_HOOKS = VaeHooks()
+DEFAULT_HOOKS = Hooks()
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +154,10 @@ def _construct(cls, config, ignored, read, blocks, dtype):
 
 
 def param_shapes(backbone: Backbone) -> dict[str, Any]:
-    """Return the parameter trees "unet", "vae" and "text" with `jax.ShapeDtypeStruct` leaves; computes nothing."""
+    """Return the parameter trees "unet", "vae" and "text" with `jax.ShapeDtypeStruct` leaves; computes nothing.
+
+    The modules are initialized without their arithmetic, whose tracing would take several seconds (`_declare`).
+    """
     key = jax.random.key(0)
     side = 8 * backbone.vae_scale_factor
     latents = jnp.zeros((1, backbone.latent_channels, 64, 64))
@@ -162,7 +168,47 @@ def param_shapes(backbone: Backbone) -> dict[str, Any]:
         "vae": lambda: backbone.vae.init(key, jnp.zeros((1, backbone.vae.in_channels, side, side))),
         "text": lambda: backbone.text.init(key, ids, jnp.ones_like(ids), ids),
     }
-    return {name: jax.eval_shape(function)["params"] for name, function in init.items()}
+    with nn.intercept_methods(_declare):
+        return {name: jax.eval_shape(function)["params"] for name, function in init.items()}
+
+
+def _declare(next_fun, args, kwargs, context):
+    """Interceptor of `init`: layers declare their parameters, and return zeros of the shape of their result."""
+    module, x = context.module, args[0] if args else kwargs.get("hidden_states")
+    if context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+    if isinstance(module, nn.Dense):
+        _declare_params(module, kernel=(x.shape[-1], module.features), bias=(module.features,))
+        return jnp.zeros((*x.shape[:-1], module.features), x.dtype)
+    if isinstance(module, nn.Conv):
+        kernel = (*module.kernel_size, x.shape[-1], module.features)
+        _declare_params(module, kernel=kernel, bias=(module.features,))
+        padding = ((0, 0), (0, 0)) if module.padding == "VALID" else module.padding
+        sides = [
+            (side + sum(added) - length) // stride + 1
+            for side, added, length, stride in zip(
+                x.shape[1:3], padding, module.kernel_size, module.strides or (1, 1), strict=True
+            )
+        ]
+        return jnp.zeros((len(x), *sides, module.features), x.dtype)
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        _declare_params(module, scale=x.shape[-1:], bias=x.shape[-1:])
+        return x
+    if isinstance(module, attention_flax.FlaxAttention):
+        context = x if len(args) < 2 or args[1] is None else args[1]
+        module.key(context), module.value(context)
+        return module.proj_attn(module.query(x))
+    if isinstance(module, FlaxCLIPAttention):
+        module.k_proj(x), module.v_proj(x)
+        return (module.out_proj(module.q_proj(x)),)
+    return next_fun(*args, **kwargs)
+
+
+def _declare_params(module: nn.Module, **shapes: tuple[int, ...]) -> None:
+    """Declare those of the parameters `kernel`, `scale` and `bias` that a layer has."""
+    for name, shape in shapes.items():
+        if getattr(module, f"use_{name}", True):
+            module.param(name, _zeros, shape, module.param_dtype)
 
 
 def predict_noise(
@@ -171,18 +217,19 @@ def predict_noise(
     latents: Float[Array, "b h w c"],
     timesteps: Int[Array, " b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
+    hooks: Hooks = DEFAULT_HOOKS,
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents of any size with the UNet; float32."""
     batch = latents.shape[0]
     timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
     prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[1:]))
-    with nn.intercept_methods(_corrections()):
+    with nn.intercept_methods(_corrections(hooks)):
         out = backbone.unet.apply({"params": params}, latents.transpose(0, 3, 1, 2), timesteps, prompt).sample
     return out.transpose(0, 2, 3, 1).astype(jnp.float32)
 
 
 def posterior(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: VaeHooks = DEFAULT_HOOKS
+    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], hooks: Hooks = DEFAULT_HOOKS
 ) -> tuple[Float[Array, "b y x c"], Float[Array, "b y x c"]]:
     """Encode images in [-1, 1] to the mean and standard deviation of their unscaled latents; float32.
 
@@ -196,18 +243,22 @@ def posterior(
 
 
 def encode(
-    backbone: Backbone, params: Params, images: Float[Array, "b h w 3"], noise: Float[Array, "#b y x c"] | None = None
+    backbone: Backbone,
+    params: Params,
+    images: Float[Array, "b h w 3"],
+    noise: Float[Array, "#b y x c"] | None = None,
+    hooks: Hooks = DEFAULT_HOOKS,
 ) -> Float[Array, "b y x c"]:
     """Encode images in [-1, 1] to scaled latents: the mean or, with noise, mean + std noise; float32.
 
     The sides of the images are multiples of `vae_scale_factor`.
     """
-    mean, std = posterior(backbone, params, images)
+    mean, std = posterior(backbone, params, images, hooks)
     return (mean if noise is None else mean + std * noise) * backbone.latent_scale
 
 
 def decode(
-    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: VaeHooks = DEFAULT_HOOKS
+    backbone: Backbone, params: Params, latents: Float[Array, "b y x c"], hooks: Hooks = DEFAULT_HOOKS
 ) -> Float[Array, "b h w 3"]:
     """Decode scaled latents to images, nominally in [-1, 1] but not clipped; float32."""
     with nn.intercept_methods(_corrections(hooks)):
@@ -223,7 +274,8 @@ def encode_text(backbone: Backbone, params: Params, token_ids: Int[Array, "b n"]
     No token is masked, as in SD 2.1.
     """
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-    out = backbone.text.apply({"params": params}, token_ids, jnp.ones_like(token_ids), positions)
+    with nn.intercept_methods(_without_random_values):
+        out = backbone.text.apply({"params": params}, token_ids, jnp.ones_like(token_ids), positions)
     return out.last_hidden_state.astype(jnp.float32)
 
 
@@ -244,7 +296,7 @@ class Tokenizer:
         return len(self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
-def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
+def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
     """Return an interceptor for one call of a module.
 
     It records the input size of each downsampler of the UNet; the matching upsampler crops its output to that size.
@@ -255,22 +307,45 @@ def _corrections(hooks: VaeHooks = DEFAULT_HOOKS) -> Callable:
         module = context.module
         if context.method_name != "__call__" or module.scope.is_mutable_collection("params"):
             return next_fun(*args, **kwargs)
+        _skip_random_values(module)
         if isinstance(module, _BLOCKS):
             return checkpoint_name(next_fun(*args, **kwargs), BLOCK_OUTPUT)
         if isinstance(module, resnet_flax.FlaxDownsample2D):
             sizes.append(args[0].shape[1:3])
         if isinstance(module, resnet_flax.FlaxUpsample2D):
             height, width = sizes.pop()
-            return module.conv(layers.upsample_nearest(args[0])[:, :height, :width])
-        if isinstance(module, vae_flax.FlaxDownsample2D):
+            return module.conv(layers.upsample_nearest(hooks.before_upsample(args[0]))[:, :height, :width])
+        if isinstance(module, resnet_flax.FlaxDownsample2D | vae_flax.FlaxDownsample2D):
             return hooks.after_downsample(next_fun(*args, **kwargs))
+        if isinstance(module, nn.Conv) and max(module.kernel_size) > 1:
+            return next_fun(hooks.before_conv(args[0]), *args[1:], **kwargs)
         corrected = _CORRECTED.get(type(module))
         return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)
 
     return intercept
 
 
-def _group_norm(hooks: VaeHooks, module: nn.GroupNorm, x):
+def _skip_random_values(module: nn.Module) -> None:
+    """Give a layer of one call of a model an initializer that is quickly traced.
+
+    Flax traces the initializer whenever a layer reads its kernel, to check the shape. For random values this was a
+    third of the time of tracing a model.
+    """
+    if isinstance(module, nn.Dense | nn.Conv):
+        object.__setattr__(module, "kernel_init", _zeros)
+
+
+def _without_random_values(next_fun, args, kwargs, context):
+    _skip_random_values(context.module)
+    return next_fun(*args, **kwargs)
+
+
+def _zeros(key, shape, dtype):
+    del key
+    return jax.lax.full(shape, 0, dtype)
+
+
+def _group_norm(hooks: Hooks, module: nn.GroupNorm, x):
     # FlaxTransformer2DModel creates its norm with 1e-5, PyTorch's with 1e-6.
     transformer = isinstance(module.parent, attention_flax.FlaxTransformer2DModel)
     weights = module.variables["params"]
@@ -282,17 +357,18 @@ def _geglu(_, module: attention_flax.FlaxGEGLU, x, *__):
     return linear * nn.gelu(gate, approximate=False)
 
 
-def _attention(_, module: attention_flax.FlaxAttention, x, context=None, *__):
-    context = x if context is None else context
+def _attention(hooks: Hooks, module: attention_flax.FlaxAttention, x, context=None, *__):
+    itself, context = context is None, x if context is None else context
 
     def heads(projected):
         return projected.reshape(*projected.shape[:2], module.heads, module.dim_head)
 
-    out = layers.attention(heads(module.query(x)), heads(module.key(context)), heads(module.value(context)))
+    projected = heads(module.query(x)), heads(module.key(context)), heads(module.value(context))
+    out = hooks.attention(*projected, None) if itself else layers.attention(*projected)
     return module.proj_attn(out.reshape(*out.shape[:2], -1))
 
 
-def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
+def _vae_attention(hooks: Hooks, module: vae_flax.FlaxAttentionBlock, x):
     tokens = module.group_norm(x).reshape(x.shape[0], -1, module.num_heads, x.shape[-1] // module.num_heads)
     flat = tokens.reshape(*tokens.shape[:2], -1)
     projected = (layer(flat).reshape(tokens.shape) for layer in (module.query, module.key, module.value))
@@ -300,10 +376,11 @@ def _vae_attention(hooks: VaeHooks, module: vae_flax.FlaxAttentionBlock, x):
     return module.proj_attn(out.reshape(flat.shape)).reshape(x.shape) + x
 
 
-def _vae_upsample(hooks: VaeHooks, module: vae_flax.FlaxUpsample2D, x):
+def _vae_upsample(hooks: Hooks, module: vae_flax.FlaxUpsample2D, x):
     weights = module.conv.variables["params"]
     kernel, bias = (weights[name].astype(module.dtype) for name in ("kernel", "bias"))
-    return layers.upsample_conv(hooks.before_upsample(x).astype(module.dtype), kernel, bias)
+    x = hooks.before_upsample(hooks.before_conv(x))
+    return layers.upsample_conv(x.astype(module.dtype), kernel, bias)
 
 
 _CORRECTED = {

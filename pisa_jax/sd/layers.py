@@ -5,6 +5,7 @@ rounding.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,11 +28,13 @@ def group_norm(
     bias: Float[Array, " c"],
     groups: int,
     epsilon: float,
+    mean_of: Callable[[Float[Array, "b *space c"]], Float[Array, "b c"]] | None = None,
 ) -> Float[Array, "b *space c"]:
     """Apply GroupNorm: y = (x - mean_g) / sqrt(var_g + epsilon) * scale + bias.
 
     Statistics are computed in float32 per channel and combined per group; y is one multiplication and one addition. The
     variance is computed around the mean in a second pass, because E[x^2] - E[x]^2 loses all digits for a large mean.
+    `mean_of` computes the mean of each channel; the default is over all positions.
 
     Reference: Wu and He 2018, equations 1 and 2.
     """
@@ -43,16 +46,22 @@ def group_norm(
         spread = jnp.broadcast_to(grouped, (*grouped.shape[:2], x.shape[-1] // groups))
         return spread.reshape(per_channel.shape[0], *[1] * len(space), x.shape[-1])
 
-    mean = over_group(wide.mean(axis=space))
-    variance = over_group(jnp.square(wide - mean).mean(axis=space))
+    def spatial_mean(array):
+        return mean_of(array) if mean_of else array.mean(axis=space)
+
+    mean = over_group(spatial_mean(wide))
+    variance = over_group(spatial_mean(jnp.square(wide - mean)))
     gain = jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)
     return (wide * gain + (bias.astype(jnp.float32) - mean * gain)).astype(x.dtype)
 
 
 def attention(
-    query: Float[Array, "b n h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"]
+    query: Float[Array, "b n h d"],
+    key: Float[Array, "b m h d"],
+    value: Float[Array, "b m h d"],
+    lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b n h d"]:
-    """Compute softmax(q k^T / sqrt(d)) v.
+    """Compute softmax(q k^T / sqrt(d)) v, of each sample over its first `lengths` keys or over all.
 
     With more than QUERY_CHUNK queries and keys, the score matrix is not stored where that can be avoided: TPUs use a
     kernel (`flash_attention`), GPUs cuDNN where `cudnn_attention_compiles`, and CPUs compute it in chunks, as the
@@ -61,15 +70,15 @@ def attention(
     Reference: Vaswani et al. 2017, equation 1.
     """
     if min(query.shape[1], key.shape[1]) <= QUERY_CHUNK:
-        return jax.nn.dot_product_attention(query, key, value)
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths)
     platform, scores = target_platform(), query.shape[1] * key.shape[1]
     if platform == "tpu" and flash_attention.is_supported(query.shape[1], key.shape[1], query.shape[-1]):
-        return flash_attention.flash_attention(query, key, value)
+        return flash_attention.flash_attention(query, key, value, lengths)
     even = query.shape[1] % 2 == key.shape[1] % 2 == 0  # cuDNN has no gradient for odd lengths
     kernel = "cudnn" if even and cudnn_attention_compiles(query.dtype, query.shape[-1]) else None
     if kernel is None and (platform == "cpu" or scores > MOST_SCORES):
-        return _chunked_attention(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
+        return _chunked_attention(query, key, value, lengths)
+    return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation=kernel)
 
 
 @functools.cache
@@ -89,26 +98,28 @@ def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
     return True
 
 
-def _chunked_attention(query, key, value):
+def _chunked_attention(query, key, value, lengths=None):
     positions, heads, channels = query.shape[1:]
     chunks = -(-positions // QUERY_CHUNK)
 
     @jax.checkpoint  # the gradient recomputes the scores of a chunk instead of keeping those of all chunks
-    def of_chunk(queries, keys, values):
+    def of_chunk(queries, keys, values, length):
         scores = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * channels**-0.5
+        if length is not None:
+            scores = jnp.where(jnp.arange(len(keys)) < length, scores, -jnp.inf)
         return jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
 
-    def of_head(arrays):
+    def of_head(length, arrays):
         queries, keys, values = arrays
-        return jax.lax.map(lambda chunk: of_chunk(chunk, keys, values), queries)
+        return jax.lax.map(lambda chunk: of_chunk(chunk, keys, values, length), queries)
 
-    def of_sample(query, key, value):
+    def of_sample(query, key, value, length):
         padded = jnp.pad(query, ((0, chunks * QUERY_CHUNK - positions), (0, 0), (0, 0)))
         queries = padded.reshape(chunks, QUERY_CHUNK, heads, channels).transpose(2, 0, 1, 3)
-        out = jax.lax.map(of_head, (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
+        out = jax.lax.map(functools.partial(of_head, length), (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
         return out.reshape(heads, -1, channels)[:, :positions].swapaxes(0, 1)
 
-    return jax.vmap(of_sample)(query, key, value)  # not lax.map: the batch may be sharded over devices
+    return jax.vmap(of_sample)(query, key, value, lengths)  # not lax.map: the batch may be sharded over devices
 
 
 # Keys per step of `attention_over_first_keys`: the 4 MB of scores fit a CPU's cache and are enough work for a GPU.

@@ -21,7 +21,7 @@ from pisa_jax.runtime.distributed import replicated
 from pisa_jax.runtime.trees import flatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import layers
-from pisa_jax.sd.backbone import Backbone, Params, VaeHooks
+from pisa_jax.sd.backbone import Backbone, Hooks, Params
 from pisa_jax.tiling.memory import Footprint
 from pisa_jax.tiling.vae_tiles import (
     EPSILON,
@@ -166,9 +166,9 @@ class _Hooks:
         self.margins = decoder_margins(backbone)[1:]
         self.measured = []
 
-    def vae_hooks(self) -> VaeHooks:
+    def vae_hooks(self) -> Hooks:
         """Return the overrides for `backbone.decode` and `backbone.posterior`."""
-        return VaeHooks(self.norm, self.attention, self.before_upsample, self.after_downsample)
+        return Hooks(self.norm, self.attention, self.before_upsample, self.after_downsample)
 
     def norm(self, x, scale, bias, groups, epsilon):
         """GroupNorm with the mean and variance of `statistics_for`."""

@@ -27,6 +27,12 @@ class StandIn(Upscaler):
     def __init__(self, fail=lambda images: None):
         self.batches, self.fail = [], fail
 
+    def plan_buckets(self, sizes, scale):
+        pass
+
+    def batch_key(self, size, scale):
+        return size
+
     def open_all(self, images, scale, seed, adjustable):
         self.batches.append(len(images))
         self.fail(images)
@@ -238,7 +244,7 @@ def test_few_images_wait_for_their_batch(tmp_path, monkeypatch):
     upscaler = StandIn()
     assert set(outcomes(run(inputs, tmp_path / "out", upscaler, batch_size=4)).values()) == {"ok"}
     assert upscaler.batches == [4, 4, 4]
-    monkeypatch.setattr("pisa_jax.cli.infer_plan._read_header", lambda path: ("", None))
+    monkeypatch.setattr("pisa_jax.cli.infer_plan._read_header", lambda path: ("", None, False))
     waiting, most = set(), 0
 
     def read(path, read=infer_files.read_image):

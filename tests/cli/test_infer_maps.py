@@ -21,6 +21,12 @@ class StandIn(Upscaler):
     def __init__(self):
         self.calls, self.adjustable = [], []
 
+    def plan_buckets(self, sizes, scale):
+        pass
+
+    def batch_key(self, size, scale):
+        return size
+
     def open_all(self, images, scale, seed, adjustable):
         self.adjustable.append(adjustable)
         return SimpleNamespace(render_all=lambda *scales: self.calls.append(scales) or list(images))
