@@ -13,7 +13,7 @@ import numpy as np
 from accelerator_parts import random_sd
 from accelerator_parts.operations import operations
 from accelerator_parts.random_sd import Program, compile_program, timed
-from pisa_jax import inference
+from pisa_jax import stages
 from pisa_jax.inference import Settings, Upscaler, Weights
 from pisa_jax.model import BaseModel, Predictions
 from pisa_jax.sd.base_model import make_base_model
@@ -81,18 +81,18 @@ def make_models(size: str) -> dict[str, Model]:
     }
 
 
-def stages(model: Model, case: Case) -> dict[str, tuple[Callable, tuple]]:
+def make_stages(model: Model, case: Case) -> dict[str, tuple[Callable, tuple]]:
     """Return the stages of inference as functions and their arguments."""
     base, weights = model
     latent_side = case.side // base.vae_scale_factor
     images = jnp.tanh(jax.random.normal(jax.random.key(0), (case.batch, case.side, case.side, 3)))
     latents = jax.random.normal(jax.random.key(1), (case.batch, latent_side, latent_side, base.latent_channels))
-    predict = functools.partial(inference.predict, base, (random_sd.SPEC,))
-    render = functools.partial(inference.render, base, "adain", (case.side, case.side))
+    predict = functools.partial(stages.predict, base, (random_sd.SPEC,))
+    render = functools.partial(stages.render, base, "adain", (case.side, case.side))
     predictions = Predictions(latents, (latents, -latents))
     without_vae = weights._replace(vae=None)  # so that the compiled UNet accepts the weights of both models
     return {
-        "encode": (functools.partial(inference.encode, base), (weights, images, None)),
+        "encode": (functools.partial(stages.encode, base), (weights, images, None)),
         "predict": (functools.partial(predict, ((1.0,),)), (without_vae, latents)),
         "predict_both": (functools.partial(predict, ((0.0,), (1.0,))), (without_vae, latents)),
         "render": (render, (weights, predictions, jnp.array(SCALES), images)),
@@ -103,7 +103,7 @@ def compile_case(
     rows, model: Model, case: Case, unets: dict[tuple[str, int], Program], slowest: dict[str, float]
 ) -> dict[str, Program] | None:
     """Compile the stages, several at a time; those of the UNet are in `unets` already where the VAE's dtype differs."""
-    wanted = {name: stage for name, stage in stages(model, case).items() if (name, case.batch) not in unets}
+    wanted = {name: stage for name, stage in make_stages(model, case).items() if (name, case.batch) not in unets}
     programs: dict[str, Program] = {}
 
     def build():
@@ -125,7 +125,7 @@ def compile_case(
 
 def measure_case(rows, model: Model, case: Case, programs, counted: dict[str, float], ceiling: float | None) -> None:
     """Time the three settings, and each stage."""
-    arguments = {name: arrays for name, (_, arrays) in stages(model, case).items()}
+    arguments = {name: arrays for name, (_, arrays) in make_stages(model, case).items()}
     calls = {name: program.compiled for name, program in programs.items()}
     default = None
     for kind, function in settings(model, calls, arguments).items():

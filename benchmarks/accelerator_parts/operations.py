@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from step_case import STAGES, StepCase, argument_shapes
 
 from accelerator_parts import random_sd
-from pisa_jax import inference, train_step
+from pisa_jax import stages, train_step
 from pisa_jax.adapters import injection
 from pisa_jax.model import Predictions
 from pisa_jax.sd import layers
 from pisa_jax.sd.base_model import make_base_model
+from pisa_jax.weights import Weights
 
 # By size and side, printed by this module: counting takes a minute.
 COUNTED = {
@@ -59,14 +60,14 @@ def count_inference(size: str, side: int) -> dict[str, float]:
     base = make_base_model(modules)
     sem = jax.eval_shape(lambda key: injection.init_adapter(key, shapes["unet"], random_sd.SPEC), jax.random.key(0))
     prompt = of((1, 77, modules.unet.cross_attention_dim), jnp.float32)
-    weights = inference.Weights(random_sd.cast(shapes["unet"], "bfloat16"), (sem,), shapes["vae"], prompt)
+    weights = Weights(random_sd.cast(shapes["unet"], "bfloat16"), (sem,), shapes["vae"], prompt)
     latent_side = side // base.vae_scale_factor
     images = of((1, side, side, 3), jnp.float32)
     latents = of((1, latent_side, latent_side, base.latent_channels), jnp.float32)
-    predict = functools.partial(inference.predict, base, (random_sd.SPEC,))
-    render = functools.partial(inference.render, base, "adain", (side, side))
+    predict = functools.partial(stages.predict, base, (random_sd.SPEC,))
+    render = functools.partial(stages.render, base, "adain", (side, side))
     return {
-        "encode": count(functools.partial(inference.encode, base), weights, images, None),
+        "encode": count(functools.partial(stages.encode, base), weights, images, None),
         "predict": count(functools.partial(predict, ((1.0,),)), weights, latents),
         "predict_both": count(functools.partial(predict, ((0.0,), (1.0,))), weights, latents),
         "render": count(render, weights, Predictions(latents, (latents, latents)), of((2,), jnp.float32), images),
