@@ -18,8 +18,8 @@ from timing import alternate, model_parser, seconds
 
 from pisa_jax import Upscaler, model
 from pisa_jax.adapters import files, injection
-from pisa_jax.stages import predict
 from pisa_jax.runtime.compilation import compiler_options
+from pisa_jax.stages import predict
 
 
 def compare(title: str, programs: dict, repeats: int) -> None:
