@@ -50,7 +50,8 @@ class BaseModel:
     # Names that `jax.ad_checkpoint.checkpoint_name` gives to block outputs: all that rematerialization keeps.
     block_outputs: tuple[str, ...] = ()
     # True if `encode`, `decode` and `predict_noise` take `sizes` (b, 2), the heights and widths in latents of images
-    # that are padded at the bottom and at the right, and compute the images as without padding.
+    # that are padded at the bottom and at the right, and compute the images as without padding. `predict_noise` then
+    # takes an `interceptor` of Flax's methods, too, for which the padding is zero in the inputs of convolutions.
     takes_sizes: bool = False
     # Functions that run the VAE in tiles (`tiling.vae_tiles.TiledVae`); None: large images are not tiled.
     tiled_vae: Any = None
@@ -154,8 +155,14 @@ def _predict_additive(
     trees, by_name = dict(zip(names, adapters, strict=True)), dict(zip(names, specs, strict=True))
     keys = None if dropout_keys is None else jnp.tile(dropout_keys, count)
     sizes = None if sizes is None else jnp.tile(sizes, (count, 1))
-    with nn.intercept_methods(injection.interceptor(trees, by_name, columns, keys)):
-        out = base.predict_noise(unet, jnp.tile(latents, (count, 1, 1, 1)), TIMESTEP, prompt, **given(sizes))
+    latents_of_rows = jnp.tile(latents, (count, 1, 1, 1))
+    interceptor = injection.interceptor(trees, by_name, columns, keys)
+    if sizes is None:
+        with nn.intercept_methods(interceptor):
+            out = base.predict_noise(unet, latents_of_rows, TIMESTEP, prompt)
+    else:
+        # Within the masks: an adapter must see the zeros beyond an image that its convolution sees.
+        out = base.predict_noise(unet, latents_of_rows, TIMESTEP, prompt, sizes=sizes, interceptor=interceptor)
     return out.reshape(count, *latents.shape)
 
 

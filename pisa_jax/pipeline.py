@@ -135,7 +135,7 @@ class Pipeline:
 
         batch, height, width, channels = latents.shape
         if sizes is not None:
-            found = self._predict_padded(unet, latents, sizes)
+            found = jnp.asarray(self._predict_padded(unet, latents, sizes))
         elif self.needs_windows((height, width)):
             windows = batch * settings.tile_batch * settings.devices
             blended = blend_windows(unet, np.asarray(latents), settings.tile, settings.overlap, windows)

@@ -7,15 +7,12 @@ import pytest
 from conftest import DATA, SHARED, golden
 from PIL import Image
 from recorded import recorded_runs, recorded_upscaler, run_deviations
-from tiny import close, nhwc, random_base, recorded_adapters, recorded_model
+from tiny import close, nhwc, random_image, random_upscaler, recorded_adapters, recorded_model
 
 from pisa_jax import Settings, Upscaler, inference, model
-from pisa_jax.adapters import injection
-from pisa_jax.config import AdapterSpec
 from pisa_jax.imaging import network_input
 from pisa_jax.imaging.image_data import from_array, to_array
 from pisa_jax.imaging.image_reading import read_image
-from pisa_jax.inference import Weights
 
 
 def parameters(runs, slow=()):
@@ -33,25 +30,8 @@ ROUNDED_SIZES = ("B_", "C_x3", "G_x4")
 PAIRS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.4, 1.3))
 
 
-def random_upscaler(
-    on_compile=lambda what, seconds: None, notice=lambda line: None, parts=None, **settings
-) -> Upscaler:
-    base, params = parts or random_base("nano")
-    spec = AdapterSpec(rank=2)
-    sem = jax.tree.map(lambda leaf: leaf + 0.05, injection.init_adapter(jax.random.key(1), params["unet"], spec))
-    prompt = jax.random.normal(jax.random.key(2), (1, 5, 32))
-    weights = Weights(params["unet"], (sem,), params["vae"], prompt)
-    return Upscaler(
-        base, weights, {"pix": spec, "sem": spec}, Settings(**({"min_size": 32} | settings)), on_compile, notice
-    )
-
-
 def render_all(session, pairs):
     return [session.render(*pair) for pair in pairs]
-
-
-def random_image(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("run", parameters(RUNS, slow=OTHER_SIZES))

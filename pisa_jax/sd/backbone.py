@@ -218,12 +218,16 @@ def predict_noise(
     timesteps: Int[Array, " b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
     hooks: Hooks = DEFAULT_HOOKS,
+    interceptor: Callable = lambda next_fun, args, kwargs, context: next_fun(*args, **kwargs),
 ) -> Float[Array, "b h w c"]:
-    """Predict the noise in scaled latents of any size with the UNet; float32."""
+    """Predict the noise in scaled latents of any size with the UNet; float32.
+
+    `interceptor` sees the layers behind `hooks`: the input of a convolution after `before_conv`.
+    """
     batch = latents.shape[0]
     timesteps = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
     prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[1:]))
-    with nn.intercept_methods(_corrections(hooks)):
+    with nn.intercept_methods(_corrections(hooks)), nn.intercept_methods(interceptor):
         out = backbone.unet.apply({"params": params}, latents.transpose(0, 3, 1, 2), timesteps, prompt).sample
     return out.transpose(0, 2, 3, 1).astype(jnp.float32)
 

@@ -7,6 +7,7 @@ has the keys of the image. Sizes of levels follow those of the latents: downsamp
 upsampling returns to the size before, or doubles it in the decoder.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,9 +28,14 @@ def predict_noise(
     timesteps: Any,
     prompt: Any,
     sizes: Sizes | None = None,
+    **interceptor: Callable,
 ) -> Float[Array, "b h w c"]:
-    """Predict the noise in scaled latents, of which the first `sizes` belong to the image; all without `sizes`."""
-    return bb.predict_noise(backbone, params, latents, timesteps, prompt, _hooks(sizes, latents.shape[1:3]))
+    """Predict the noise in scaled latents, of which the first `sizes` belong to the image; all without `sizes`.
+
+    `interceptor`, of Flax's methods, sees inputs of convolutions that are zero beyond the image.
+    """
+    hooks = _hooks(sizes, latents.shape[1:3])
+    return bb.predict_noise(backbone, params, latents, timesteps, prompt, hooks, **interceptor)
 
 
 def encode(
