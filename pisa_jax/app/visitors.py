@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from pisa_jax.app.visitor import Visitor
+from pisa_jax.tiling.host_memory import return_freed_memory
 
 MOST = 16  # windows with an image; the one that was idle longest is freed for another
 IDLE = 3600.0  # seconds after which a window's image is freed
@@ -35,17 +36,21 @@ class Visitors:
             idle = [other for other, (_, used) in self._visitors.items() if now - used > self._idle]
             surplus = list(self._visitors)[: max(len(self._visitors) + 1 - self._most, 0)]
             for other in dict.fromkeys(idle + surplus):
-                self._visitors.pop(other)[0].close()
+                self._free(other)
             self._visitors[key] = visitor, now
             return visitor
 
     def close(self, key: str) -> None:
         """Free the visitor of a key whose window was closed."""
         with self._lock:
-            if entry := self._visitors.pop(key, None):
-                entry[0].close()
+            if key in self._visitors:
+                self._free(key)
 
     def close_all(self) -> None:
         """Free all visitors."""
         for key in list(self._visitors):
             self.close(key)
+
+    def _free(self, key: str) -> None:
+        self._visitors.pop(key)[0].close()
+        return_freed_memory()

@@ -1,5 +1,7 @@
 """Memory of the host that this process may still use: that of the machine, or less in a container or a batch job."""
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +56,9 @@ def _text(file: Path) -> str:
         return file.read_text()
     except (OSError, ValueError):
         return ""
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system where the C library keeps it for later (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries, and Windows
+        ctypes.CDLL(None).malloc_trim(0)

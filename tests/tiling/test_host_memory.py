@@ -1,5 +1,8 @@
 """The memory that a container leaves to a process."""
 
+import platform
+from pathlib import Path
+
 import pytest
 
 from pisa_jax.tiling import host_memory
@@ -59,3 +62,17 @@ def test_a_limit_above_the_memory_or_below_the_usage(machine):
 def test_unreadable_entries_are_ignored(machine):
     write(machine, {"proc/self/cgroup": "0::/../elsewhere\n", "sys/fs/cgroup/memory.max": "many"})
     assert host_memory.available_bytes(machine) == 10 * GIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_returned():
+    def resident():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    # Blocks too small for a mapping of their own; the last one keeps the heap from shrinking by itself.
+    blocks = [b"1" * 2**16 for _ in range(2000)]
+    blocks = blocks[-1:]
+    before = resident()
+    host_memory.return_freed_memory()
+    assert before - resident() > 2**26
+    assert blocks
