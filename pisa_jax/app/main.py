@@ -108,9 +108,13 @@ def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Seque
         signal.signal(number, signal.default_int_handler)
     bound, address = bind(args.host, args.port)
     with bound, temporary_folder():
-        app = make_app(load_upscaler(args), args.max_megapixels, model_options, users)
+        server = Server(make_app(load_upscaler(args), args.max_megapixels, model_options, users), bound)
+        # From here on a flag and no exception: one that is raised in a callback of the garbage collector is lost.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         say(f"the page is at {address} (Ctrl-C stops it)", sys.stdout)
-        Server(app, bound).run()
+        server.run()
+    say("the page is closed", sys.stderr)
 
 
 def is_loopback(host: str) -> bool:
