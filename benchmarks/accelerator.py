@@ -43,18 +43,18 @@ def main() -> int:
     # Every result says what device it is of, and has the ceilings.
     parts = [part for part in PARTS if not args.parts or part.name in ("device", *args.parts)]
     with tempfile.TemporaryDirectory(prefix="pisa_jax_accelerator_") as folder:
-        return run(parts, args.minutes, args.size, args.json, Path(folder), args.cache)
+        return run(
+            parts, args.minutes, args.size, args.json, Path(folder), args.cache or Path(folder) / "compilation_cache"
+        )
 
 
-def run(
-    parts: list[Part], minutes: float, size: str, path: Path | None, folder: Path, cache: Path | None = None
-) -> int:
-    """Run the parts in time; temporary files are written to `folder`."""
+def run(parts: list[Part], minutes: float, size: str, path: Path | None, folder: Path, cache: Path) -> int:
+    """Run the parts in time; temporary files are written to `folder`, and compiled programs to `cache`."""
     start = time.time()
     print(f"{minutes:g} minutes, size {size}", flush=True)
     started = datetime.datetime.fromtimestamp(start, datetime.UTC).isoformat(timespec="seconds")
     report = Report(path or folder / "results.json", started=started, minutes=minutes, size=size)
-    ends, env = deadlines(parts, start, 60 * minutes), environment((cache or folder / "compilation_cache").absolute())
+    ends, env = deadlines(parts, start, 60 * minutes), environment(cache.absolute())
     for part in parts:
         run_one(report, part, ends.get(part.name, 0.0), size, env, folder / f"{part.name}.log")
     report.finish(summarize(report.document))

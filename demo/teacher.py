@@ -174,9 +174,10 @@ def upscale_folder(wheel: Path, images: Path, out: Path, size: int = BATCH) -> N
             reading = pool.map(read_rgb8, files)
             for first in range(0, len(files), size):
                 results = teacher(np.stack(list(itertools.islice(reading, size))))
-                targets = [out / f"{file.stem}.png" for file in files[first : first + size]]
-                # The device goes on while the results are written.
-                writing += map(pool.submit, itertools.repeat(write_image), targets, map(from_array, results))
+                writing += [  # while the device computes the next batch
+                    pool.submit(write_image, out / f"{file.stem}.png", from_array(result))
+                    for file, result in zip(files[first : first + size], results, strict=True)
+                ]
                 print(f"{len(writing)} of {len(missing)}", flush=True)
         for written in writing:
             written.result()

@@ -102,8 +102,7 @@ class Pipeline:
         factor = self.base.vae_scale_factor
 
         def untiled():
-            own = noise if sizes is None else self._spread(noise)
-            arrays = self._spread(batch), own, self._spread(sizes)
+            arrays = self._spread(batch), self._spread(noise), self._spread(sizes)
             return jax.block_until_ready(self.runner.run(encode, (self.base,), *arrays))
 
         def tiled(tile):
@@ -159,16 +158,15 @@ class Pipeline:
         pixels = COMPILED_PIXELS.get(jax.default_backend(), ACCELERATOR_PIXELS)
         self.buckets.plan(choose_buckets(sizes, programs, MOST_PROGRAMS - 1, pixels / self.base.vae_scale_factor**2))
 
-    def _predict_padded(self, unet: Callable, latents: Any, sizes: Int[np.ndarray, "b 2"]) -> np.ndarray:
+    def _predict_padded(self, unet: Callable, latents: Any, sizes: Int[np.ndarray, "b 2"]) -> Any:
         """Run the UNet on a padded batch: in windows of the images that need them, and else on the whole of it."""
         in_windows = [index for index, size in enumerate(sizes.tolist()) if self.needs_windows(tuple(size))]
-        found = np.asarray(unet(latents, sizes)) if len(in_windows) < len(sizes) else None
+        found = unet(latents, sizes) if len(in_windows) < len(sizes) else latents
         if not in_windows:
             return found
-        images = crop_images(np.asarray(latents), sizes)
+        images, results = (crop_images(np.asarray(array), sizes) for array in (latents, found))
         count = self.settings.tile_batch * self.settings.devices
         window = functools.partial(self._predict_window, unet)
-        results = list(images) if found is None else crop_images(found, sizes)
         for index in in_windows:
             tile, overlap = self.settings.tile, self.settings.overlap
             results[index] = blend_windows(window, images[index][None], tile, overlap, count)[0]

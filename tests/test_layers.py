@@ -15,7 +15,7 @@ ROOMS = {
     "stop_signals torch_layout trees watchdog | failures performance remote_paths weights_digest | agreement checksums "
     "mirror profiling run_lock torch_pickle | checkpoint run_directory run_log stop_step tensor_files | "
     "cluster distributed",
-    "imaging": "arrays color icc image_files matlab_resize ranges scale_maps tiff_tags xmp | exif image_data | "
+    "imaging": "arrays icc image_files masks matlab_resize ranges scale_maps tiff_tags xmp | color exif image_data | "
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",

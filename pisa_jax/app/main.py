@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        say("the page is closed", sys.stderr)
+    except KeyboardInterrupt:  # while the model is loaded
+        pass
+    say("the page is closed", sys.stderr)
     return 0
 
 
@@ -114,7 +115,6 @@ def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Seque
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         say(f"the page is at {address} (Ctrl-C stops it)", sys.stdout)
         server.run()
-    say("the page is closed", sys.stderr)
 
 
 def is_loopback(host: str) -> bool:

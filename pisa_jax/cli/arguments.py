@@ -5,8 +5,10 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pisa_jax.config import Scales, check_path, check_scales, check_seed
+from pisa_jax.tiling import buckets
 
 
 def local(text: str) -> str:
@@ -100,3 +102,10 @@ def megapixels(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
     return value
+
+
+def add_buckets(add: Callable[..., Any]) -> None:
+    """Add the flag --buckets."""
+    add("--buckets", choices=buckets.MODES, default="exact",
+        help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
+        "equal results; off: compile every size")  # fmt: skip

@@ -19,6 +19,7 @@ from pisa_jax import __version__
 from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     adapter_file,
+    add_buckets,
     integer_at_least,
     local,
     local_path,
@@ -86,9 +87,7 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
         help="pairs of scales (default 1,1); with other adapters one number each, in their order")  # fmt: skip
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
-    add("--buckets", choices=["exact", "off"], default="exact",
-        help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
-        "equal results; off: compile every size")  # fmt: skip
+    add_buckets(add)
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")

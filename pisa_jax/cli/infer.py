@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     adapter_file,
+    add_buckets,
     integer_at_least,
     local,
     local_path,
@@ -102,9 +103,7 @@ def add_model_arguments(add: Callable[..., Any]) -> None:
         help="side of the VAE's tiles for larger images (default auto: by the free memory; 0: no tiles)")  # fmt: skip
     add("--vae_encoder_tiled_size", type=integer_at_least(0), metavar="PIXELS", help=argparse.SUPPRESS)
     add("--vae_decoder_tiled_size", type=integer_at_least(0), metavar="LATENTS", help=argparse.SUPPRESS)
-    add("--buckets", choices=["exact", "off"], default="exact",
-        help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
-        "equal results; off: compile every size")  # fmt: skip
+    add_buckets(add)
     add("--devices", type=integer_at_least(1), default=1, metavar="N",
         help="shard tiles and images over N devices (default 1)")  # fmt: skip
     add("--dtype", choices=["bfloat16", "float32"], help="type of the UNet (default float32 on CPUs, else bfloat16)")

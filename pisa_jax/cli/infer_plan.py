@@ -60,18 +60,13 @@ class PlannedFile:
     sheet: Path | None = None
     # (width, height) in the file's header, before the orientation is applied; None if the header is unreadable.
     size: tuple[int, int] | None = None
-    # The orientation in the header exchanges width and height.
-    turned: bool = False
+    # (height, width) of the decoded image, if the header is readable.
+    shape: tuple[int, int] | None = None
     # Scale maps {name of the adapter: file}.
     maps: dict[str, Path] = field(default_factory=dict)
     # All output files exist and are to be kept.
     skipped: bool = False
     problem: str | None = None
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """(height, width) of the image as it will be decoded, as far as its header tells."""
-        return self.size and (self.size if self.turned else self.size[::-1])
 
     @property
     def written(self) -> list[Path]:
@@ -149,7 +144,7 @@ def _plan_file(path: Path, options: UpscaleOptions, finders: Mapping[str, Callab
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")  # reading a pipe would wait for its writer
-        image_format, file.size, file.turned = _read_header(path)
+        image_format, file.size, file.shape = _read_header(path)
         suffix = SUFFIXES.get(image_format if options.ext == "auto" else options.ext, ".png")
         if file.size:
             suffix = result_suffix(suffix, file.size, options)
@@ -179,16 +174,15 @@ def _is_done(file: PlannedFile, options: UpscaleOptions) -> bool:
 def header_shape(path: Path) -> tuple[int, int] | None:
     """Read the (height, width) of an image without its pixels; None if its header is unreadable."""
     try:
-        _, size, turned = _read_header(path)
+        return _read_header(path)[2]
     except (OSError, ImageError):
         return None
-    return PlannedFile(path, size=size, turned=turned).shape
 
 
-def _read_header(path: Path) -> tuple[str, tuple[int, int] | None, bool]:
-    """Read format, size and orientation of an image without its pixels.
+def _read_header(path: Path) -> tuple[str, tuple[int, int] | None, tuple[int, int] | None]:
+    """Read the format of an image, its (width, height), and the (height, width) of the oriented image.
 
-    The orientation is True if it exchanges width and height; "" and None are what only the decoder can tell.
+    Does not read the pixels; "" and None are what only the decoder can tell.
 
     Raises ImageError for an image of too many pixels.
     """
@@ -196,12 +190,13 @@ def _read_header(path: Path) -> tuple[str, tuple[int, int] | None, bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=readable_formats()) as image:
-                return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size, _is_turned(image)
+                shape = image.size if _is_turned(image) else image.size[::-1]
+                return {"MPO": "jpeg"}.get(image.format, image.format.lower()), image.size, shape
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error} Use --max-megapixels to allow more.") from None
     except Exception:  # Pillow raises arbitrary exceptions on damaged data, and the decoder explains them better
         with path.open("rb") as file:
-            return "tiff" if is_tiff(file.read(4)) else "", None, False  # the decoder reads more layouts than Pillow
+            return "tiff" if is_tiff(file.read(4)) else "", None, None  # the decoder reads more layouts than Pillow
 
 
 def _is_turned(image: Image.Image) -> bool:

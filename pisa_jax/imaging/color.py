@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-EPSILON = 1e-5  # added to the variance, as in the original program
+from pisa_jax.imaging.masks import image_mask
 
+EPSILON = 1e-5  # added to the variance, as in the original program
 
 Sizes = Int[Array, "b 2"] | None
 
@@ -29,8 +30,7 @@ def _mean_std(
 
 
 def _mean_std_of_padded(x, sizes):
-    rows, columns = (jnp.arange(x.shape[1 + axis]) < sizes[:, axis, None] for axis in range(2))
-    inside = (rows[:, :, None] & columns[:, None])[..., None]
+    inside = image_mask(sizes, x.shape[1:3])
     pixels = sizes.prod(1)[:, None, None, None]
     mean = jnp.where(inside, x, 0).sum((1, 2), keepdims=True) / pixels
     variance = jnp.where(inside, jnp.square(x - mean), 0).sum((1, 2), keepdims=True) / jnp.maximum(pixels - 1, 1)

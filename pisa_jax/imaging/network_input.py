@@ -69,11 +69,11 @@ def _resize8(image: Float[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float3
 
 def working_size(sides: tuple[int, int], scale: float | int, min_size: int = 512) -> tuple[int, int]:
     """Return the size at which the model works on an image of `sides`, without padding: as `prepare_input` makes it."""
-    height, width = _enlarged(sides, scale, min_size)
+    height, width = _first_size(sides, scale, min_size)
     return round(height * scale), round(width * scale)
 
 
-def _enlarged(sides: tuple[int, int], scale: float | int, min_size: int) -> tuple[int, int]:
+def _first_size(sides: tuple[int, int], scale: float | int, min_size: int) -> tuple[int, int]:
     """Return the size to which an image is upscaled first if it is too small, otherwise its own."""
     threshold = int(min_size / scale)
     if min(sides) >= threshold:
@@ -99,9 +99,9 @@ def prepare_input(
     exact8 = image.bits == 8 and image.icc is None  # color management gives values between the 8-bit levels
     upscale = _resize8 if exact8 else resize
     target = (round(sides[0] * scale), round(sides[1] * scale))
-    enlarged, working = _enlarged(sides, scale, min_size), working_size(sides, scale, min_size)
-    if enlarged != sides:
-        rgb = upscale(rgb, enlarged)
+    first, working = _first_size(sides, scale, min_size), working_size(sides, scale, min_size)
+    if first != sides:
+        rgb = upscale(rgb, first)
     rgb = np.clip(upscale(rgb, working), 0, 1)
     padding = (-working[0] % multiple, -working[1] % multiple)
     rgb = np.pad(rgb, ((0, padding[0]), (0, padding[1]), (0, 0)), mode="reflect")

@@ -5,6 +5,7 @@ the PyTorch modules, with which the published weights were trained, linen interc
 All functions take and return NHWC arrays, and latents are scaled (multiplied by `latent_scale`) unless stated.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -211,6 +212,11 @@ def _declare_params(module: nn.Module, **shapes: tuple[int, ...]) -> None:
             module.param(name, _zeros, shape, module.param_dtype)
 
 
+def no_interception(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+    """Interceptor of Flax's methods that changes nothing."""
+    return next_fun(*args, **kwargs)
+
+
 def predict_noise(
     backbone: Backbone,
     params: Params,
@@ -218,7 +224,7 @@ def predict_noise(
     timesteps: Int[Array, " b"] | Int[Array, ""] | int,
     prompt: Float[Array, "b n d"] | Float[Array, "1 n d"],
     hooks: Hooks = DEFAULT_HOOKS,
-    interceptor: Callable = lambda next_fun, args, kwargs, context: next_fun(*args, **kwargs),
+    interceptor: Callable = no_interception,
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents of any size with the UNet; float32.
 
@@ -362,13 +368,13 @@ def _geglu(_, module: attention_flax.FlaxGEGLU, x, *__):
 
 
 def _attention(hooks: Hooks, module: attention_flax.FlaxAttention, x, context=None, *__):
-    itself, context = context is None, x if context is None else context
+    attend = layers.attention if context is not None else functools.partial(hooks.attention, size=None)
+    context = x if context is None else context
 
     def heads(projected):
         return projected.reshape(*projected.shape[:2], module.heads, module.dim_head)
 
-    projected = heads(module.query(x)), heads(module.key(context)), heads(module.value(context))
-    out = hooks.attention(*projected, None) if itself else layers.attention(*projected)
+    out = attend(heads(module.query(x)), heads(module.key(context)), heads(module.value(context)))
     return module.proj_attn(out.reshape(*out.shape[:2], -1))
 
 

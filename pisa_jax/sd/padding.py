@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from pisa_jax.imaging.masks import image_mask
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import layers
 from pisa_jax.sd.backbone import Backbone, Hooks, Params
@@ -28,14 +29,14 @@ def predict_noise(
     timesteps: Any,
     prompt: Any,
     sizes: Sizes | None = None,
-    **interceptor: Callable,
+    interceptor: Callable = bb.no_interception,
 ) -> Float[Array, "b h w c"]:
     """Predict the noise in scaled latents, of which the first `sizes` belong to the image; all without `sizes`.
 
     `interceptor`, of Flax's methods, sees inputs of convolutions that are zero beyond the image.
     """
     hooks = _hooks(sizes, latents.shape[1:3])
-    return bb.predict_noise(backbone, params, latents, timesteps, prompt, hooks, **interceptor)
+    return bb.predict_noise(backbone, params, latents, timesteps, prompt, hooks, interceptor)
 
 
 def encode(
@@ -61,12 +62,6 @@ def _hooks(sizes: Sizes | None, padded: tuple[int, ...]) -> Hooks:
     return bb.DEFAULT_HOOKS if sizes is None else PaddedLevels(sizes, padded).hooks()
 
 
-def mask(sizes: Int[Array, "b 2"], padded: tuple[int, ...]) -> Bool[Array, "b h w 1"]:
-    """Return True for the first `sizes` (height, width) of the `padded` positions of each image."""
-    rows, columns = (jnp.arange(length) < sizes[:, axis, None] for axis, length in enumerate(padded))
-    return (rows[:, :, None] & columns[:, None])[..., None]
-
-
 class PaddedLevels:
     """Overrides of the layers for padded images. They track the size of the images through the levels of a module."""
 
@@ -82,7 +77,7 @@ class PaddedLevels:
 
     def norm(self, x, scale, bias, groups, epsilon):
         """GroupNorm with means over the positions of the image."""
-        inside, count = mask(self.sizes, self.padded), self.sizes.prod(1)[:, None]
+        inside, count = image_mask(self.sizes, self.padded), self.sizes.prod(1)[:, None]
 
         def mean_of(array):
             return jnp.where(inside, array, 0).sum((1, 2)) / count
@@ -100,7 +95,7 @@ class PaddedLevels:
 
     def before_conv(self, x):
         """Set what is beyond the image to zero; the VAE's downsampler adds a row and a column of zeros before."""
-        return jnp.where(mask(self.sizes, x.shape[1:3]), x, 0)
+        return jnp.where(image_mask(self.sizes, x.shape[1:3]), x, 0)
 
     def after_downsample(self, x):
         """Enter a level of half the size, rounded up."""

@@ -1,4 +1,7 @@
-"""Memory of the host that this process may still use: that of the machine, or less in a container or a batch job."""
+"""Memory of the host: how much this process may still use, and the return of freed memory.
+
+The limit is the memory of the machine, or less in a container or a batch job.
+"""
 
 import contextlib
 import ctypes

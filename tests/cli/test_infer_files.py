@@ -244,7 +244,7 @@ def test_few_images_wait_for_their_batch(tmp_path, monkeypatch):
     upscaler = StandIn()
     assert set(outcomes(run(inputs, tmp_path / "out", upscaler, batch_size=4)).values()) == {"ok"}
     assert upscaler.batches == [4, 4, 4]
-    monkeypatch.setattr("pisa_jax.cli.infer_plan._read_header", lambda path: ("", None, False))
+    monkeypatch.setattr("pisa_jax.cli.infer_plan._read_header", lambda path: ("", None, None))
     waiting, most = set(), 0
 
     def read(path, read=infer_files.read_image):
