@@ -113,13 +113,11 @@ class Window:
         self.page.set_input_files("#upload input[type=file]", path)
         self.wait_for_another(before)
 
-    def wait_for_another(self, before: str) -> np.ndarray:
-        """Wait until another result than the address `before` is drawn, and return it."""
-        self.page.wait_for_function(
-            "before => ![undefined, '', before].includes(document.querySelector('.viewer img.after').dataset.shown)",
-            arg=before,
-        )
-        return self.pixels()
+    def wait_for_another(self, before: str, image: str = "after") -> np.ndarray:
+        """Wait until another image than that of the address `before` is drawn, and return it."""
+        drawn = f"document.querySelector('.viewer img.{image}').dataset.shown"
+        self.page.wait_for_function(f"before => ![undefined, '', before].includes({drawn})", arg=before)
+        return self.pixels(image)
 
     def wait_for_label(self, label: str) -> None:
         """Wait until a result with a label is drawn."""

@@ -105,9 +105,11 @@ def test_pinned_result_is_compared(open_window, photo):
     window.page.click(".pin")
     window.page.wait_for_selector(".against option[value=pinned]:not([disabled])", state="attached")
     window.drag("scale-sem", 0)
+    bicubic = window.shown("before")
     window.page.select_option(".against", "pinned")
-    window.page.wait_for_function("document.querySelector('.before-tag').textContent === 'pix 1, sem 1'")
-    np.testing.assert_array_equal(window.pixels("before"), pinned)
+    # The label is there before the image is drawn.
+    np.testing.assert_array_equal(window.wait_for_another(bicubic, "before"), pinned)
+    assert window.page.inner_text(".before-tag") == "pix 1, sem 1"
 
 
 def paint(window):
