@@ -9,6 +9,7 @@
     python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
         --minutes 60
     python train.py configs/demo.py
+    python train.py configs/demo_pix_final.py
     python train.py configs/demo_sem.py
     python train.py configs/demo_final.py
 

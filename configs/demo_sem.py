@@ -2,7 +2,7 @@
 
     python train.py configs/demo_sem.py
 
-Run it after configs/demo.py, whose docstring lists all commands. Hardware: as there.
+Run it after configs/demo_pix_final.py; configs/demo.py lists all commands. Hardware: as there.
 Expected: with configs/demo_final.py, a SqueezeNet distance of 4.2 (CID22_val9) and 4.7 (Kodak24) at scales 1,1.
 Measured: not yet run to its end.
 """
@@ -14,7 +14,7 @@ SPEC = AdapterSpec(rank=40, alpha=40.0)
 config = Config(
     out="runs/demo_sem",
     model="runs/demo_model",
-    start="runs/demo/adapters.safetensors",
+    start="runs/demo_pix_final/adapters.safetensors",
     stages=(
         Stage(
             "sem",

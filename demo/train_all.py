@@ -35,8 +35,10 @@ from pisa_jax.runtime.atomic_write import atomic_write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.25, "prior": 0.12, "pix": 0.18, "sem": 0.2, "final": 0.25}
-ADAPTER_CONFIGS = {"pix": "demo.py", "sem": "demo_sem.py", "final": "demo_final.py"}
+SHARES = {"vae": 0.23, "prior": 0.1, "pix": 0.15, "pix_final": 0.1, "sem": 0.17, "final": 0.25}
+ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py", "final": "demo_final.py"}
+# The stage whose adapters a stage starts from.
+BEFORE = {"pix": None, "pix_final": "pix", "sem": "pix_final", "final": "sem"}
 # Share of the time for the start of stages, encoding and the measurement at the end.
 RESERVE = 0.1
 # A third of the steps from which the speed of an adapter's training is measured.
@@ -115,7 +117,7 @@ class Plan:
 def adapter_config(stage: str, out: Path, size: Size) -> Config:
     """Adapt the config of a stage to the folders and sizes of this run."""
     config = runpy.run_path(str(CONFIGS / ADAPTER_CONFIGS[stage]))["config"]
-    crop, batch = size.decoded if stage == "final" else size.adapters
+    crop, batch = size.decoded if stage.endswith("final") else size.adapters
     adapter = config.stages[0].adapter
     data = dataclasses.replace(
         config.data,
@@ -124,7 +126,7 @@ def adapter_config(stage: str, out: Path, size: Size) -> Config:
         crop=crop,
         workers=size.workers,
     )
-    before = {"pix": None, "sem": "pix", "final": "sem"}[stage]
+    before = BEFORE[stage]
     only = dataclasses.replace(config.stages[0], spec=AdapterSpec(rank=size.rank, alpha=float(size.rank)))
     return dataclasses.replace(
         config,
@@ -227,6 +229,7 @@ def main() -> None:
             *size.prior,
         ),
         "pix": lambda: train_adapter("pix", out, size, plan),
+        "pix_final": lambda: train_adapter("pix_final", out, size, plan),
         "sem": lambda: train_adapter("sem", out, size, plan),
         "final": lambda: train_adapter("final", out, size, plan),
         "adapters": lambda: shutil.copy(out / "final" / training.ADAPTERS_FILE, out),
