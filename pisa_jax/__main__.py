@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "measure image quality of results, or of a model over a grid of scales",
     "degrade": "make fixed LQ/GT evaluation sets",
     "prepare": "pack a folder of images into array_record files",
+    "warmup": "compile in advance, so that `infer` starts at once",
     "convert": "convert adapter files",
     "app": "open a page with live scales",
     "inspect": "describe and compare adapter files",

@@ -15,10 +15,11 @@ from pisa_jax.config import AdapterSpec, check_seed, scales_by_name
 from pisa_jax.imaging import network_input, scale_maps
 from pisa_jax.imaging.any_image import to_image_data
 from pisa_jax.imaging.arrays import pad_images
-from pisa_jax.imaging.image_data import ImageData
+from pisa_jax.imaging.image_data import ImageData, from_array
 from pisa_jax.model import BaseModel
 from pisa_jax.pipeline import DEFAULT, Pipeline, Settings
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import CompilingRunner
 from pisa_jax.sd import pretrained
 from pisa_jax.tiling.buckets import covering
 from pisa_jax.weights import Weights, make_weights
@@ -272,6 +273,16 @@ class Upscaler:
             return size
         latents = self._latent_size(size, scale)
         return self.pipeline.buckets.of(latents), self.pipeline.needs_windows(latents)
+
+    def compile(self, size: tuple[int, int], scale: float | int, adjustable: bool, count: int = 1) -> None:
+        """Compile all programs for a batch of `count` images of this height and width, and compute nothing."""
+        blank = [from_array(np.zeros((*size, 3), np.uint8))] * count
+        runner = self.pipeline.runner
+        self.pipeline.runner = CompilingRunner(runner)
+        try:
+            self.open_all(blank, scale, None, adjustable).render_all()
+        finally:
+            self.pipeline.runner = runner
 
     def _latent_size(self, size: tuple[int, int], scale: float | int) -> tuple[int, int]:
         factor = self.pipeline.base.vae_scale_factor

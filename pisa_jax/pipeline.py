@@ -156,7 +156,8 @@ class Pipeline:
             return 2 + (False in whole)  # encoder, decoder, and the UNet, except for windows, which are of one size
 
         pixels = COMPILED_PIXELS.get(jax.default_backend(), ACCELERATOR_PIXELS)
-        self.buckets.plan(choose_buckets(sizes, programs, MOST_PROGRAMS - 1, pixels / self.base.vae_scale_factor**2))
+        saved = pixels / self.base.vae_scale_factor**2
+        self.buckets.plan(choose_buckets(sizes, programs, MOST_PROGRAMS - 1, saved, self.buckets.known))
 
     def _predict_padded(self, unet: Callable, latents: Any, sizes: Int[np.ndarray, "b 2"]) -> Any:
         """Run the UNet on a padded batch: in windows of the images that need them, and else on the whole of it."""

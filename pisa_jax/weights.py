@@ -11,6 +11,7 @@ from pisa_jax.adapters import fit, injection
 from pisa_jax.adapters.adapter_tree import Adapters, AdapterTree
 from pisa_jax.model import LoadedModel
 from pisa_jax.runtime import distributed
+from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.runtime.weights_digest import weights_digest
 
 
@@ -50,7 +51,7 @@ def make_weights(
     tokens = loaded.tokenize([prompt])
     if (count := loaded.count_tokens(prompt)) > tokens.shape[1]:
         notice(f"the prompt has {count} tokens and is cut: the text encoder takes {tokens.shape[1]}")
-    embedding = base.encode_text(text, jnp.asarray(tokens))
+    embedding = jax.jit(base.encode_text, compiler_options=compiler_options())(text, jnp.asarray(tokens))
     del text
     return Weights(
         injection.merge(

@@ -72,3 +72,17 @@ def test_sizes_of_a_bucket_compile_once():
 def test_unknown_mode():
     with pytest.raises(ValueError, match="buckets is 'on'; use one of 'exact', 'off'"):
         random_upscaler(buckets="on")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"tile": 6, "overlap": 2, "tile_batch": 3}, {"vae_tile": 64}, {"buckets": "off"}], ids=str
+)
+def test_compiling_in_advance_leaves_nothing_to_compile(settings):
+    compiled = []
+    upscaler = random_upscaler(lambda what, seconds: compiled.append(what), **settings)
+    images = [from_array(random_image(20, 26))] * 2
+    upscaler.compile((20, 26), 4, adjustable=True, count=2)
+    assert compiled
+    expected, compiled[:] = list(compiled), []
+    upscaler.open_all(images, 4, None, True).render_all(0.5, 1.2)
+    assert not compiled, f"{compiled} were not among {expected}"

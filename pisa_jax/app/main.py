@@ -14,6 +14,7 @@ from typing import Any
 from pisa_jax.cli.arguments import megapixels
 from pisa_jax.cli.infer import (
     add_model_arguments,
+    buckets_recorded,
     complete_model_arguments,
     enable_compilation_cache,
     limit_megapixels,
@@ -89,8 +90,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
         if not users and not is_loopback(args.host):
             say(f"anybody who can reach {args.host} can use this page; --auth adds a login", sys.stderr)
         limit_megapixels(args.max_megapixels)
-        enable_compilation_cache(args.compile_cache)
-        run(args, model_options, users)
+        run(args, model_options, users, enable_compilation_cache(args.compile_cache))
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
@@ -100,7 +100,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr app") -> int:
     return 0
 
 
-def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Sequence[tuple[str, str]]) -> None:
+def run(
+    args: argparse.Namespace, model_options: Mapping[str, Any], users: Sequence[tuple[str, str]], cache: Path | None
+) -> None:
     """Load the model and serve the page until SIGINT or SIGTERM."""
     from pisa_jax.app.server import Server, bind, make_app, temporary_folder
 
@@ -108,8 +110,9 @@ def run(args: argparse.Namespace, model_options: Mapping[str, Any], users: Seque
     for number in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT: so that the temporary files are removed
         signal.signal(number, signal.default_int_handler)
     bound, address = bind(args.host, args.port)
-    with bound, temporary_folder():
-        server = Server(make_app(load_upscaler(args), args.max_megapixels, model_options, users), bound)
+    upscaler = load_upscaler(args)
+    with bound, temporary_folder(), buckets_recorded(upscaler, args, cache, adjustable=True, batch_size=1):
+        server = Server(make_app(upscaler, args.max_megapixels, model_options, users), bound)
         # From here on a flag and no exception: one that is raised in a callback of the garbage collector is lost.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))

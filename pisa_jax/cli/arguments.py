@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ def megapixels(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
     return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse a width and a height in pixels, such as "640x512"."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if found is None or not all(map(int, found.groups())):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height in pixels, such as 640x512")
+    width, height = map(int, found.groups())
+    return width, height
 
 
 def add_buckets(add: Callable[..., Any]) -> None:

@@ -27,7 +27,6 @@ from pisa_jax.cli.arguments import (
     seed,
     upscale_factor,
 )
-from pisa_jax.cli.infer_plan import header_shape
 from pisa_jax.cli.output_files import check_output_files
 from pisa_jax.config import Scales
 from pisa_jax.imaging.image_files import find_images
@@ -88,6 +87,8 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
     add_buckets(add)
+    add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
+        help="images per call of the model, of equal size or of one bucket (default 1)")  # fmt: skip
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
@@ -168,8 +169,9 @@ def list_files(args: argparse.Namespace) -> list[Path]:
 
 
 def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
-    """Load the model of the command line; returns its upscale function, with buckets for the images of --lq."""
+    """Load the model of the command line; returns its upscale function for the images of --lq."""
     from pisa_jax.adapters.registry import import_decomposition
+    from pisa_jax.cli.evaluate_model import BatchUpscaler
     from pisa_jax.inference import Upscaler
 
     for name in args.decomposition:
@@ -179,15 +181,7 @@ def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
     upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile, buckets=args.buckets)
-    shapes = map(header_shape, find_images(args.lq))
-    upscaler.plan_buckets([shape for shape in shapes if shape], args.scale)
-
-    def upscale(image, rows):
-        adjustable = any(set(row) != {1.0} for row in rows)
-        session = upscaler.open(image, args.scale, args.seed, adjustable=adjustable)
-        return [session.render(*row) for row in rows]
-
-    return upscale
+    return BatchUpscaler(upscaler, find_images(args.lq), args.scale, args.seed, args.batch_size)
 
 
 def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Upscale photographs: `python infer.py -i photo.jpg -o out --scales 1,0.7`; without arguments: the shipped samples."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
     args = parse_arguments(argv, prog)
     if args.max_megapixels:
         limit_megapixels(args.max_megapixels)
-    enable_compilation_cache(args.compile_cache)
+    cache = enable_compilation_cache(args.compile_cache)
     from pisa_jax.cli.infer_plan import make_plan
 
     try:
@@ -188,7 +189,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "infer.py") -> int:
     except (OSError, ValueError) as error:
         say(f"{prog}: {error}", sys.stderr)
         return 1
-    return upscale_with_progress(plan, upscaler, args.json)
+    adjustable = bool(args.maps) or any(set(row) != {1.0} for row in args.scales)
+    with buckets_recorded(upscaler, args, cache, adjustable, args.batch_size):
+        return upscale_with_progress(plan, upscaler, args.json)
 
 
 def limit_megapixels(limit: float) -> None:
@@ -227,13 +230,13 @@ def upscale_options(args: argparse.Namespace) -> "UpscaleOptions":
     )
 
 
-def enable_compilation_cache(choice: str | None) -> None:
+def enable_compilation_cache(choice: str | None) -> Path | None:
     """Keep compiled functions in the folder `choice`, in the user's cache folder (None), or not at all ("off").
 
-    If the folder cannot be made, they are not kept, and a line says so.
+    Returns the folder. If it cannot be made, compiled functions are not kept, and a line says so.
     """
     if choice == "off":
-        return
+        return None
     try:
         folder = Path(
             choice or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pisa_jax", "compiled")
@@ -241,12 +244,13 @@ def enable_compilation_cache(choice: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         say(f"compiled functions are not kept: {error}; give a folder as --compile-cache", sys.stderr)
-        return
+        return None
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # A start compiles about a hundred small operations (the text encoder, the merge of an adapter) as well.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return folder
 
 
 def load_upscaler(args: argparse.Namespace) -> "Upscaler":
@@ -276,6 +280,25 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
         devices=args.devices,
         buckets=args.buckets,
     )
+
+
+@contextlib.contextmanager
+def buckets_recorded(
+    upscaler: "Upscaler", args: argparse.Namespace, cache: Path | None, adjustable: bool, batch_size: int
+) -> Iterator[None]:
+    """Prefer the buckets of earlier runs, whose programs are in the compilation cache, and record those of this run."""
+    buckets = upscaler.pipeline.buckets
+    if buckets is None:
+        yield
+        return
+    from pisa_jax.cli.known_buckets import KnownBuckets
+
+    known = KnownBuckets(cache, args, adjustable, batch_size)
+    buckets.known = known.read()
+    try:
+        yield
+    finally:
+        known.add(buckets.used)
 
 
 def upscale_with_progress(plan: "Plan", upscaler: "Upscaler", json_file: Path | None) -> int:

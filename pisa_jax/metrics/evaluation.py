@@ -25,8 +25,8 @@ from pisa_jax.runtime.messages import error_text, number_text
 
 RESULT, GROUND_TRUTH = "sr", "ground truth"
 
-# An LQ image and scales of the adapters -> the upscaled image at each of them.
-UpscaleFunction = Callable[[RGB8, Sequence[Scales]], list[np.ndarray]]
+# The file of an LQ image and scales of the adapters -> the upscaled image at each of them.
+UpscaleFunction = Callable[[Path, Sequence[Scales]], list[np.ndarray]]
 
 
 class ItemResult(NamedTuple):
@@ -58,7 +58,7 @@ def method_images(
     if item.lq:
         lq = read_rgb8(item.lq)
         if upscale:
-            images |= dict(zip(scales, upscale(lq, list(scales.values())), strict=True))
+            images |= dict(zip(scales, upscale(item.lq, list(scales.values())), strict=True))
         images[report.REFERENCE] = matlab_bicubic(lq, scale)
     return images
 

@@ -93,6 +93,10 @@ class StageRunner:
 
     def run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
         """Return stage(*static, weights, *arrays); calls on_compile(description, seconds) after each compilation."""
+        return self.program(stage, static, *arrays)(self.weights, *arrays)
+
+    def program(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
+        """Return the compiled function for arrays of these shapes; it takes (weights, *arrays)."""
 
         def compile_stage():
             start = time.perf_counter()
@@ -105,4 +109,17 @@ class StageRunner:
             return compiled
 
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arrays))
-        return self.compiled.get((stage, static, shapes), compile_stage)(self.weights, *arrays)
+        return self.compiled.get((stage, static, shapes), compile_stage)
+
+
+class CompilingRunner(StageRunner):
+    """Compiles for a StageRunner what it will run, and computes nothing: all results are 1."""
+
+    def __init__(self, runner: StageRunner):
+        super().__init__(runner.weights, runner.on_compile, mesh=runner.mesh)
+        self.compiled = runner.compiled
+
+    def run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
+        """Compile the stage for these shapes; returns ones in the place of its result."""
+        results = self.program(stage, static, *arrays).out_info
+        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), results)

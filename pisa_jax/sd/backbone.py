@@ -206,10 +206,13 @@ def _declare(next_fun, args, kwargs, context):
 
 
 def _declare_params(module: nn.Module, **shapes: tuple[int, ...]) -> None:
-    """Declare those of the parameters `kernel`, `scale` and `bias` that a layer has."""
+    """Declare those of the parameters `kernel`, `scale` and `bias` that a layer has.
+
+    `module.param` would trace a random key for each of them.
+    """
     for name, shape in shapes.items():
         if getattr(module, f"use_{name}", True):
-            module.param(name, _zeros, shape, module.param_dtype)
+            module.put_variable("params", name, jax.lax.full(shape, 0, module.param_dtype))
 
 
 def no_interception(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
@@ -284,7 +287,7 @@ def encode_text(backbone: Backbone, params: Params, token_ids: Int[Array, "b n"]
     No token is masked, as in SD 2.1.
     """
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-    with nn.intercept_methods(_without_random_values):
+    with nn.intercept_methods(_without_checks):
         out = backbone.text.apply({"params": params}, token_ids, jnp.ones_like(token_ids), positions)
     return out.last_hidden_state.astype(jnp.float32)
 
@@ -317,7 +320,7 @@ def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
         module = context.module
         if context.method_name != "__call__" or module.scope.is_mutable_collection("params"):
             return next_fun(*args, **kwargs)
-        _skip_random_values(module)
+        _skip_checks(module)
         if isinstance(module, _BLOCKS):
             return checkpoint_name(next_fun(*args, **kwargs), BLOCK_OUTPUT)
         if isinstance(module, resnet_flax.FlaxDownsample2D):
@@ -335,24 +338,19 @@ def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
     return intercept
 
 
-def _skip_random_values(module: nn.Module) -> None:
-    """Give a layer of one call of a model an initializer that is quickly traced.
+def _skip_checks(module: nn.Module) -> None:
+    """Let a layer read its parameters as they are.
 
-    Flax traces the initializer whenever a layer reads its kernel, to check the shape. For random values this was a
-    third of the time of tracing a model.
+    Flax traces the initializer of a parameter whenever a layer reads it, to compare the shapes: a third of the time of
+    tracing a model. Shapes are compared when weights are loaded (`param_shapes`).
     """
-    if isinstance(module, nn.Dense | nn.Conv):
-        object.__setattr__(module, "kernel_init", _zeros)
+    if isinstance(module, nn.Dense | nn.Conv | nn.LayerNorm):
+        object.__setattr__(module, "param", lambda name, *_: module.scope.get_variable("params", name))
 
 
-def _without_random_values(next_fun, args, kwargs, context):
-    _skip_random_values(context.module)
+def _without_checks(next_fun, args, kwargs, context):
+    _skip_checks(context.module)
     return next_fun(*args, **kwargs)
-
-
-def _zeros(key, shape, dtype):
-    del key
-    return jax.lax.full(shape, 0, dtype)
 
 
 def _group_norm(hooks: Hooks, module: nn.GroupNorm, x):

@@ -47,16 +47,22 @@ def covering(sizes: Iterable[Size]) -> Size:
 
 
 def choose_buckets(
-    sizes: Sequence[Size], cost_of: Callable[[Sequence[Size]], int], most: int, saved: float
+    sizes: Sequence[Size],
+    cost_of: Callable[[Sequence[Size]], int],
+    most: int,
+    saved: float,
+    known: Sequence[Size] = (),
 ) -> list[Size]:
     """Choose buckets for images of the given sizes.
 
     Starting from the grid, the two buckets whose union adds the least area are joined, until all buckets together cost
-    at most `most` and no union adds less than `saved`.
+    at most `most` and no union adds less than `saved`. Then every bucket gives way to known ones that cover its images,
+    unless these add more than `saved`.
 
     Args:
         cost_of: sizes of the images of one bucket -> its cost, such as the number of its programs.
         saved: area whose computation takes as long as the compilation that one bucket less saves.
+        known: buckets that have been compiled before.
     """
     groups: dict[Size, list[Size]] = {}
     for size in sizes:
@@ -72,15 +78,29 @@ def choose_buckets(
             break
         members = groups.pop(pair[0]) + groups.pop(pair[1])
         groups.setdefault(covering(pair), []).extend(members)
-    return list(groups)
+    replaced = (_known_instead(bucket, members, known, saved) for bucket, members in groups.items())
+    return list(dict.fromkeys(itertools.chain.from_iterable(replaced)))
+
+
+def _known_instead(bucket: Size, members: Sequence[Size], known: Sequence[Size], saved: float) -> list[Size]:
+    """Return known buckets for images of one bucket, or this bucket where that takes longer than its compilation."""
+    fitting = [[each for each in known if _covers(each, size)] for size in members]
+    if bucket in known or not all(fitting):
+        return [bucket]
+    smallest = [min(each, key=_area) for each in fitting]
+    return smallest if sum(map(_area, smallest)) - len(members) * _area(bucket) < saved else [bucket]
 
 
 class Buckets:
-    """The buckets in use. The result for an image is the same in each, up to rounding."""
+    """The buckets in use. The result for an image is the same in each, up to rounding.
+
+    `known` are those whose programs have been compiled by earlier runs.
+    """
 
     def __init__(self):
         self.used: list[Size] = []
         self.planned: list[Size] = []
+        self.known: list[Size] = []
 
     def plan(self, buckets: Iterable[Size]) -> None:
         """Use these buckets for all images that they cover."""
@@ -91,7 +111,9 @@ class Buckets:
         own = grid_size(size)
         fitting = [bucket for bucket in self.planned if _covers(bucket, size)]
         fitting = fitting or [
-            bucket for bucket in self.used if _covers(bucket, size) and _area(bucket) <= MOST_AREA * _area(own)
+            bucket
+            for bucket in [*self.used, *self.known]
+            if _covers(bucket, size) and _area(bucket) <= MOST_AREA * _area(own)
         ]
         if own in self.used or not fitting:
             chosen = own

@@ -14,9 +14,12 @@ import pytest
 from conftest import DATA, golden, shared_data
 from PIL import Image
 from small_adapters import random_adapters
+from tiny import random_upscaler
 
 from pisa_jax.adapters.files import save_adapters
 from pisa_jax.cli import evaluate
+from pisa_jax.cli.evaluate_model import BatchUpscaler
+from pisa_jax.imaging.image_data import ImageError, from_array
 from pisa_jax.imaging.image_reading import read_rgb8
 from pisa_jax.imaging.matlab_resize import matlab_bicubic
 from pisa_jax.inference import Session, Upscaler
@@ -245,7 +248,8 @@ def model(monkeypatch, tmp_path):
     calls = []
 
     def load(args):
-        def upscale(image, pairs):
+        def upscale(file, pairs):
+            image = read_rgb8(file)
             calls.append((image.shape, list(pairs)))
             large = matlab_bicubic(image, args.scale).astype(float)
             blurred = matlab_bicubic(matlab_bicubic(large, 0.5), 2)
@@ -296,10 +300,10 @@ def test_an_image_that_the_model_cannot_upscale_does_not_stop_the_others(model, 
     def fragile(args):
         upscale = load(args)
 
-        def fails_on_small(image, pairs):
-            if image.shape[0] == 8:
+        def fails_on_small(file, pairs):
+            if len(read_rgb8(file)) == 8:
                 raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-            return upscale(image, pairs)
+            return upscale(file, pairs)
 
         return fails_on_small
 
@@ -314,8 +318,8 @@ def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
     """Stand-ins check the calls against the real signatures."""
     upscaler, session = (mock.create_autospec(kind, instance=True) for kind in (Upscaler, Session))
     monkeypatch.setattr(Upscaler, "load", mock.create_autospec(Upscaler.load, return_value=upscaler))
-    upscaler.open.return_value = session
-    session.render.return_value = colors(0)
+    upscaler.open_all.return_value = session
+    session.render_all.return_value = [from_array(colors(0))]
 
     def arguments(function):
         return inspect.signature(function).bind(*function.call_args.args, **function.call_args.kwargs).arguments
@@ -325,9 +329,35 @@ def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
                "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32") == 0  # fmt: skip
     loaded = {"model": "folder", "adapters": ["a.pkl"], "dtype": "float32"}
     assert loaded.items() <= arguments(Upscaler.load).items()
-    opened = arguments(upscaler.open)
+    opened = arguments(upscaler.open_all)
     assert (opened["scale"], opened["seed"], opened["adjustable"]) == (1.0, 3, True)
-    assert session.render.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]
+    assert session.render_all.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]
+
+
+def test_batches_of_one_bucket_change_no_result(tmp_path):
+    """A file that cannot be read, or upscaled in a batch, is not the failure of the others."""
+    lq = write(tmp_path / "lq", **{f"i{side}": colors(side, 16, 8 * side) for side in (2, 3, 4, 7)})
+    (lq / "broken.png").write_bytes((lq / "i2.png").read_bytes()[:60])
+    files, rows = sorted(lq.iterdir()), [(1.0, 0.0), (0.5, 1.0)]
+    upscaler = random_upscaler()
+    alone = {file.name: BatchUpscaler(upscaler, [file], 4, None, 1) for file in files}
+    together = BatchUpscaler(upscaler, files, 4, None, 3)
+    for file in files[1:]:
+        for found, expected in zip(together(file, rows), alone[file.name](file, rows), strict=True):
+            assert np.abs(found.astype(int) - expected).max() <= 1  # rounding to 8 bits
+    with pytest.raises(ImageError, match="broken"):
+        together(files[0], rows)
+    assert {len(call.args[0]) for call in opened(upscaler, BatchUpscaler(upscaler, files, 4, None, 3), files[1:])} != {
+        1
+    }
+
+
+def opened(upscaler, upscale, files):
+    """Return the calls of `open_all` for the files."""
+    with mock.patch.object(upscaler, "open_all", wraps=upscaler.open_all) as open_all:
+        for file in files:
+            upscale(file, [(1.0, 1.0)])
+    return open_all.call_args_list
 
 
 def test_three_adapters_of_two_files(model, tmp_path, monkeypatch, capsys):
@@ -341,9 +371,9 @@ def test_three_adapters_of_two_files(model, tmp_path, monkeypatch, capsys):
     def load(args):
         assert args.adapters == [str(tmp_path / "ab"), str(tmp_path / "c")]
 
-        def upscale(image, scales):
+        def upscale(file, scales):
             rows.append(scales)
-            return [matlab_bicubic(image, args.scale) for _ in scales]
+            return [matlab_bicubic(read_rgb8(file), args.scale) for _ in scales]
 
         return upscale
 

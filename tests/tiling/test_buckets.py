@@ -49,6 +49,23 @@ def test_buckets_are_joined_where_compilation_takes_longer():
     assert choose_buckets([], lambda members: 3, 24, 0.0) == []
 
 
+def test_known_buckets_replace_those_that_they_cover_at_little_cost():
+    sizes = [(60, 60), (58, 62), (96, 100)]
+    known = [(64, 64), (200, 200)]
+    cost = {"cost_of": lambda members: 3, "most": 24}
+    assert set(choose_buckets(sizes, **cost, saved=0.0)) == {(60, 60), (60, 64), (96, 104)}
+    assert set(choose_buckets(sizes, **cost, saved=600.0, known=known)) == {(64, 64), (96, 104)}
+    assert set(choose_buckets(sizes, **cost, saved=600.0, known=[(60, 64), *known])) == {(60, 64), (96, 104)}
+    assert set(choose_buckets(sizes, **cost, saved=1e6, known=known)) == {(64, 64), (200, 200)}
+
+
+def test_a_known_bucket_serves_images_that_nobody_planned():
+    buckets = Buckets()
+    buckets.known = [(64, 64), (300, 300)]
+    assert buckets.of((60, 60)) == (64, 64)
+    assert buckets.of((200, 200)) == grid_size((200, 200))
+
+
 @pytest.mark.parametrize("mode", ["on", "Exact", ""])
 def test_modes(mode):
     from pisa_jax import Settings

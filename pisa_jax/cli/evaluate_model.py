@@ -1,0 +1,58 @@
+"""Results of a model for `pisa-sr evaluate`: images of one bucket are upscaled together."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pisa_jax.cli.infer_plan import header_shape
+from pisa_jax.config import Scales
+from pisa_jax.imaging.image_data import from_array, to_array
+from pisa_jax.imaging.image_reading import read_rgb8
+from pisa_jax.inference import Upscaler
+
+
+class BatchUpscaler:
+    """Upscales the files of an evaluation in batches; a call returns the results of one file.
+
+    The results of the other files of a batch are kept until they are asked for.
+    """
+
+    def __init__(self, upscaler: Upscaler, files: Sequence[Path], scale: float, seed: int | None, batch_size: int):
+        self._upscaler, self._scale, self._seed = upscaler, scale, seed
+        self._ready: dict[Path, list[np.ndarray]] = {}
+        shapes = {file: shape for file in files if (shape := header_shape(file))}
+        upscaler.plan_buckets(list(shapes.values()), scale)
+        groups = defaultdict(list)
+        for file, shape in shapes.items():
+            groups[upscaler.batch_key(shape, scale)].append(file)
+        batches = [group[at : at + batch_size] for group in groups.values() for at in range(0, len(group), batch_size)]
+        self._batch_of = {file: batch for batch in batches for file in batch}
+
+    def __call__(self, file: Path, rows: Sequence[Scales]) -> list[np.ndarray]:
+        """Return the upscaled image of a file at each row of scales; raises what its reading or upscaling raises."""
+        if file not in self._ready:
+            batch = [each for each in self._batch_of.get(file, [file]) if each == file or _is_readable(each)]
+            try:
+                self._ready |= self._upscale(batch, rows)
+            except Exception:
+                if len(batch) == 1:
+                    raise
+                self._ready |= self._upscale([file], rows)  # one file must not be the failure of the others
+        return self._ready.pop(file)
+
+    def _upscale(self, batch: Sequence[Path], rows: Sequence[Scales]) -> dict[Path, list[np.ndarray]]:
+        adjustable = any(set(row) != {1.0} for row in rows)
+        images = [from_array(read_rgb8(file)) for file in batch]
+        session = self._upscaler.open_all(images, self._scale, self._seed, adjustable)
+        rendered = [list(map(to_array, session.render_all(*row))) for row in rows]
+        return {file: list(results) for file, results in zip(batch, zip(*rendered, strict=True), strict=True)}
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        read_rgb8(file)
+    except Exception:  # its own call reports the error
+        return False
+    return True
