@@ -19,7 +19,9 @@ class BatchUpscaler:
     The results of the other files of a batch are kept until they are asked for.
     """
 
-    def __init__(self, upscaler: Upscaler, files: Sequence[Path], scale: float, seed: int | None, batch_size: int):
+    def __init__(
+        self, upscaler: Upscaler, files: Sequence[Path], scale: float | int, seed: int | None, batch_size: int
+    ):
         self._upscaler, self._scale, self._seed = upscaler, scale, seed
         self._ready: dict[Path, list[np.ndarray]] = {}
         shapes = {file: shape for file in files if (shape := header_shape(file))}
