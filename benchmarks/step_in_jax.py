@@ -20,6 +20,7 @@ from pisa_jax.adapters import injection
 from pisa_jax.runtime.distributed import make_mesh
 from pisa_jax.runtime.torch_layout import flax_kernel
 from pisa_jax.sd import pretrained
+from pisa_jax.tiling.host_memory import return_freed_memory
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     write_draws(settings, case, model.base, key)
     jitted = train_step.jit_train_step(model.base, case.objective, case.optimizer, frozen, mesh)
     program = jitted.lower(frozen, state, batch, key).compile()
+    return_freed_memory()  # as a training run does
 
     def step():
         nonlocal state

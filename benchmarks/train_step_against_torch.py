@@ -38,6 +38,8 @@ class Program:
         )
         self.first = self._read()
         self.memory: dict[str, float] = {}
+        # Of every step, the sum over all threads.
+        self.cpu_seconds: list[float] = []
         first = self.first
         print(
             f"  {first['versions']}: first step {first['first_step_s']:.1f} s, loss {first['total']:.6f}, "
@@ -48,7 +50,9 @@ class Program:
     def seconds(self) -> float:
         """Run one step; returns its time in seconds."""
         print("step", file=self._process.stdin, flush=True)
-        return self._read()["seconds"]
+        measured = self._read()
+        self.cpu_seconds.append(measured["cpu_seconds"])
+        return measured["seconds"]
 
     def close(self) -> None:
         """End the process and read its memory."""
@@ -79,19 +83,27 @@ def compare(settings: StepSettings, python: str, layouts: list[str], repeats: in
     times = alternate({name: program.seconds for name, program in programs.items()}, repeats)
     for program in programs.values():
         program.close()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    fastest = min(layouts, key=medians.__getitem__)
-    for name, program in programs.items():
+    report(programs, times)
+
+
+def report(programs: dict[str, Program], times: dict[str, list[float]]) -> None:
+    """Print times and memory of the programs, and the ratios to PyTorch with the faster of its layouts."""
+    figures = {
+        name: {
+            "time": statistics.median(times[name]),
+            "time on the CPU": statistics.median(program.cpu_seconds[1:]),
+            "memory": program.memory["steps_GiB"],
+            "memory with what came before": program.memory["peak_GiB"],
+        }
+        for name, program in programs.items()
+    }
+    for name, values in figures.items():
+        time, cpu, memory, whole = values.values()
         spread = f"{min(times[name]):.2f} to {max(times[name]):.2f}"
-        memory = f"{program.memory['steps_GiB']:.2f} GiB, with what came before {program.memory['peak_GiB']:.2f} GiB"
-        print(f"  {name:17s} {medians[name]:6.2f} s ({spread}), {memory}")
-    ours, theirs = programs["pisa_jax"].memory, programs[fastest].memory
-    time_ratio = medians["pisa_jax"] / medians[fastest]
-    print(
-        f"  of PyTorch with {fastest}: time {time_ratio:.2f}, memory {ours['steps_GiB'] / theirs['steps_GiB']:.2f}, "
-        f"with what came before {ours['peak_GiB'] / theirs['peak_GiB']:.2f}",
-        flush=True,
-    )
+        print(f"  {name:17s} {time:6.2f} s ({spread}), {cpu:6.2f} s on the CPU, {memory:.2f} GiB, {whole:.2f} GiB")
+    fastest = min((name for name in figures if name != "pisa_jax"), key=lambda name: figures[name]["time"])
+    ratios = (f"{what} {value / figures[fastest][what]:.2f}" for what, value in figures["pisa_jax"].items())
+    print(f"  of PyTorch with {fastest}: {', '.join(ratios)}", flush=True)
 
 
 def main() -> None:
