@@ -33,13 +33,14 @@ def linear_map(module: nn.Dense | nn.Conv) -> LinearMap:
             "it from targets"
         )
     strides, dilations = _pair(module.strides), (_pair(module.input_dilation), _pair(module.kernel_dilation))
-    plain = strides == (1, 1) and dilations == ((1, 1), (1, 1)) and not isinstance(padding, str)
-    few_outputs_by_taps = target_platform() == "cpu" and plain and not has_groups(module)
+    plain = strides == (1, 1) and dilations == ((1, 1), (1, 1)) and not has_groups(module)
+    by_taps = plain and target_platform() == "cpu"
 
     def conv(x, kernel):
         batch = x.shape[:-3]
         x, kernel = _promoted(module, x.reshape(-1, *x.shape[-3:]), kernel)
-        if few_outputs_by_taps and math.prod(kernel.shape[:2]) * kernel.shape[-1] <= kernel.shape[2]:
+        few = math.prod(kernel.shape[:2]) * kernel.shape[-1] <= kernel.shape[2]
+        if by_taps and few and not isinstance(padding, str):
             y = conv_to_few_outputs(x, kernel, padding)
         else:
             y = jax.lax.conv_general_dilated(
