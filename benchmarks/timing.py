@@ -43,6 +43,6 @@ def environment() -> dict[str, str]:
     """Return the environment variables of a program in PyTorch.
 
     Threads of OpenMP that wait give up their core, unless the caller sets OMP_WAIT_POLICY. By default they occupy it,
-    which makes a step up to 60 times slower while other programs use the cores.
+    which makes PyTorch several times slower while other programs use the cores.
     """
     return {"OMP_WAIT_POLICY": "passive", **os.environ}
