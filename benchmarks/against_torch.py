@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import alternate, seconds
+from timing import alternate, environment, seconds
 
 from pisa_jax import model
 from pisa_jax.runtime.compilation import compiler_options
@@ -33,7 +33,9 @@ class Torch:
 
     def __init__(self, python: str, folder: str, layout: str):
         command = [python, Path(__file__).with_name("torch_stages.py"), folder, layout]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
         print(self._process.stdout.readline().strip(), flush=True)
 
     def seconds(self, stage: str, side: int) -> float:

@@ -1,6 +1,7 @@
 """Command line and timing functions of the benchmarks of whole models."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,3 +37,12 @@ def alternate(timed: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     """Call the functions (which return seconds) alternately `repeats` times after one warm-up round."""
     rounds = [{name: function() for name, function in timed.items()} for _ in range(repeats + 1)]
     return {name: [figures[name] for figures in rounds[1:]] for name in timed}
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables of a program in PyTorch.
+
+    Threads of OpenMP that wait give up their core, unless the caller sets OMP_WAIT_POLICY. By default they occupy it,
+    which makes PyTorch several times slower while other programs use the cores.
+    """
+    return {"OMP_WAIT_POLICY": "passive", **os.environ}

@@ -37,6 +37,7 @@ from pisa_jax.runtime.stop_signals import StopSignals
 from pisa_jax.runtime.stop_step import StopStep
 from pisa_jax.runtime.watchdog import Watchdog
 from pisa_jax.runtime.weights_digest import weights_digest
+from pisa_jax.tiling.host_memory import return_freed_memory
 from pisa_jax.training_compile import Programs, compile_stage, explain_out_of_memory, shapes_of
 from pisa_jax.training_loop import outside_steps, stop_before, train_stage
 from pisa_jax.training_mesh import check_mesh
@@ -126,6 +127,7 @@ def compile_stages(run: Run, index: int, step: int) -> dict[int, Programs]:
         stop_before(run, step)
         with outside_steps(run):
             programs[position] = compile_stage(run.config, position, shapes, run.mesh, run.start, bool(run.validation))
+    return_freed_memory()  # compilation needs as much memory on the host as a step of a small model
     return programs
 
 

@@ -331,6 +331,7 @@ def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
         if isinstance(module, resnet_flax.FlaxDownsample2D | vae_flax.FlaxDownsample2D):
             return hooks.after_downsample(next_fun(*args, **kwargs))
         if isinstance(module, nn.Conv) and max(module.kernel_size) > 1:
+            object.__setattr__(module, "conv_general_dilated", layers.conv)
             return next_fun(hooks.before_conv(args[0]), *args[1:], **kwargs)
         corrected = _CORRECTED.get(type(module))
         return corrected(hooks, module, *args) if corrected else next_fun(*args, **kwargs)

@@ -8,6 +8,7 @@ import pytest
 from tiny import close
 
 from pisa_jax.adapters import injection
+from pisa_jax.adapters.layer_maps import linear_map
 from pisa_jax.config import AdapterSpec
 
 X = np.random.default_rng(0).normal(size=(2, 9, 8, 6)).astype(np.float32)
@@ -74,3 +75,21 @@ def test_names_of_scales_are_checked():
             injection.merge(params, trees, specs, scales)
     with pytest.raises(ValueError, match=r"missing pix; unexpected pxi; did you mean 'pix'\?"):
         injection.interceptor(trees, specs, {"pxi": jnp.ones(())})
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (1, (0, 2))])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_convolution_to_few_outputs_and_its_gradients(padding, dtype):
+    """An input of 12 channels and a kernel of 3 x 2 to 2 outputs: computed as one product for all taps."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (2, 5, 4, 12)), (1, (3, 2, 12, 2)))
+    )
+    module = nn.Conv(2, (3, 2), padding=padding, dtype=dtype, use_bias=False, parent=None)
+    y, found = jax.vjp(linear_map(module), x, kernel)
+    other, expected = jax.vjp(
+        lambda x, kernel: module.clone(dtype=jnp.float32).apply({"params": {"kernel": kernel}}, x), x, kernel
+    )
+    assert y.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for each, plain in zip((y, *found(other.astype(dtype))), (other, *expected(other)), strict=True):
+        np.testing.assert_allclose(each.astype(jnp.float32), plain, atol=tolerance * float(abs(plain).max()))

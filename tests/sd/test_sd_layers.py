@@ -1,4 +1,4 @@
-"""GroupNorm, attention and upsampling against their definitions."""
+"""GroupNorm, attention, convolution and upsampling against their definitions."""
 
 import flax.linen as nn
 import jax
@@ -161,6 +161,41 @@ def test_upsample_conv_equals_a_convolution_of_the_upsampled_image(shape):
         {"params": {"kernel": kernel, "bias": bias}}, layers.upsample_nearest(x)
     )
     np.testing.assert_allclose(layers.upsample_conv(x, kernel, bias), plain, atol=2e-5)
+
+
+def conv_and_gradients(function, dtype, *, positions, padding=((1, 1), (1, 1)), strides=(1, 1)):
+    x, kernel = normal(1, 2, positions // 2, 5).astype(dtype), normal(3, 3, 5, 24, seed=1).astype(dtype)
+    y, gradients = jax.vjp(lambda *arrays: function(*arrays, strides, padding, **CONV_OPTIONS), x, kernel)
+    return y, *gradients(normal(*y.shape, seed=2).astype(dtype))
+
+
+CONV_OPTIONS = {
+    "lhs_dilation": (1, 1),
+    "rhs_dilation": (1, 1),
+    "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    "feature_group_count": 1,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 1))])
+def test_the_gradient_of_a_convolution_of_few_positions(dtype, padding):
+    found = conv_and_gradients(layers.conv, dtype, positions=6, padding=padding)
+    expected = conv_and_gradients(jax.lax.conv_general_dilated, jnp.float32, positions=6, padding=padding)
+    assert [each.dtype for each in found] == [dtype] * 3
+    for each, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(each, np.float32), other, atol=2e-5 if dtype == jnp.float32 else 0.05 * float(abs(other).max())
+        )
+
+
+@pytest.mark.parametrize("changed", [{"positions": 8}, {"positions": 6, "strides": (2, 2)}])
+def test_other_convolutions_are_those_of_jax(changed):
+    found, expected = (
+        jax.make_jaxpr(lambda function=function: conv_and_gradients(function, jnp.float32, **changed))()
+        for function in (layers.conv, jax.lax.conv_general_dilated)
+    )
+    assert str(found) == str(expected)
 
 
 def test_upsample_nearest_repeats_pixels():
