@@ -51,14 +51,21 @@ def plan(pixels: int) -> list[dict]:
     keys = vae_tiles.AttentionKeys(head, head, integers())
     placement = vae_tiles.TilePlacement(*[integers(1, 2)] * 4)
     for name, make_functions, tile_fn in (
-        ("tile of the decoder", vae_tiling.tiled_decoder, vae_tiling.decode_tile),
-        ("tile of the encoder", vae_tiling.tiled_encoder, vae_tiling.encode_tile),
+        ("decoder", vae_tiling.tiled_decoder, vae_tiling.decode_tile),
+        ("encoder", vae_tiling.tiled_encoder, vae_tiling.encode_tile),
     ):
         functions = make_functions(modules, params, mesh, None)
         window = vae_tiles.window_length(tile, side, functions.margin) * functions.input_scale
         windows = array(1, window, window, modules.latent_channels if functions.input_scale == 1 else 3)
         stage = functools.partial(vae_tiling.process_tiles, modules, tile_fn, mesh, (tile, tile))
-        found[name] = temporaries(stage, weights, windows, placement, array(*functions.statistics_shape), keys)
+        statistics = array(*functions.statistics_shape)
+        found[f"tile of the {name}"] = temporaries(stage, weights, windows, placement, statistics, keys)
+        patch, margin, count = vae_tiles.sample_shape((side, side), (tile, tile))
+        window = (patch[0] + 2 * margin) * functions.input_scale
+        stage = functools.partial(vae_tiling.measure_sample, modules, tile_fn, patch)
+        windows = array(count, window, window, windows.shape[-1])
+        placements = vae_tiles.TilePlacement(*[integers(count, 2)] * 4)
+        found[f"sample of the {name}"] = temporaries(stage, weights, windows, placements, statistics, None)
     return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
 
 

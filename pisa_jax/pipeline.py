@@ -49,6 +49,8 @@ class Settings:
     tile_batch: int = 1
     # Side of the VAE's tiles in output pixels, for larger images; 0: no tiles, "auto": as large as memory allows.
     vae_tile: int | str = "auto"
+    # "exact": passes over the tiles until they equal the whole image to a tolerance; "fast": one pass, unchecked.
+    vae_tile_mode: str = "exact"
     # Devices over which tiles and images are distributed.
     devices: int = 1
     # "exact": images are computed in arrays of a few sizes, so that few programs are compiled, with the results that
@@ -62,6 +64,8 @@ class Settings:
         if self.tile and not 0 <= self.overlap < self.tile:
             raise ValueError(f"overlap is {self.overlap}; with tile {self.tile} it must be in 0..{self.tile - 1}")
         memory.check_tile(self.vae_tile)
+        if self.vae_tile_mode not in memory.TILE_MODES:
+            raise ValueError(f"vae_tile_mode is {self.vae_tile_mode!r}; allowed are {', '.join(memory.TILE_MODES)}")
         check_mode(self.buckets)
 
 
@@ -223,11 +227,12 @@ class Pipeline:
         """Run one image, or its latents, through the VAE in tiles of `tile` pixels."""
         make = getattr(self.base.tiled_vae, part)
         functions = make(self.runner.weights.vae, self.mesh, self.runner.run)
-        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.vae_scale_factor, 1))
-        if residual > vae_tiles.TOLERANCE:
-            limit = vae_tiles.TOLERANCE
+        fast, side = self.settings.vae_tile_mode == "fast", max(tile // self.base.vae_scale_factor, 1)
+        out, residual = vae_tiles.process_in_tiles(functions, array, side, fast)
+        if residual > functions.tolerance:
             self.notice(
-                f"the VAE {part}'s tiles did not converge (residual {residual:.1g} > {limit:g}); seams may be visible"
+                f"the VAE {part}'s tiles did not converge (residual {residual:.1g} > {functions.tolerance:g}); "
+                "colors and contrast may deviate"
             )
         return out
 

@@ -109,3 +109,10 @@ def add_buckets(add: Callable[..., Any]) -> None:
     add("--buckets", choices=buckets.MODES, default="exact",
         help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
         "equal results; off: compile every size")  # fmt: skip
+
+
+def add_tile_mode(add: Callable[..., Any]) -> None:
+    """Add the flag --vae-tile-mode."""
+    add("--vae-tile-mode", choices=["exact", "fast"], default="exact",
+        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of a sample, "
+        "unchecked, in about two thirds of the time (default exact)")  # fmt: skip

@@ -20,6 +20,7 @@ from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     adapter_file,
     add_buckets,
+    add_tile_mode,
     integer_at_least,
     local,
     local_path,
@@ -88,6 +89,7 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add("-s", "--scale", type=upscale_factor, default=4.0, help="upscale factor of --lq (default 4)")
     add("--dtype", choices=["bfloat16", "float32"], help="dtype of the UNet")
     add_buckets(add)
+    add_tile_mode(add)
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
@@ -178,7 +180,14 @@ def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
     def on_compile(what: str, seconds: float) -> None:
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
-    upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile, buckets=args.buckets)
+    upscaler = Upscaler.load(
+        args.model,
+        args.adapters,
+        dtype=args.dtype,
+        on_compile=on_compile,
+        buckets=args.buckets,
+        vae_tile_mode=args.vae_tile_mode,
+    )
     shapes = map(header_shape, find_images(args.lq))
     upscaler.plan_buckets([shape for shape in shapes if shape], args.scale)
 

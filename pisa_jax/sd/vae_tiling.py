@@ -32,6 +32,8 @@ from pisa_jax.tiling.vae_tiles import (
     TilePlacement,
 )
 
+# Mean errors in standard deviations that change an image by about 0.1 gray levels on average (docs/vae_tiling.md).
+DECODER_TOLERANCE, ENCODER_TOLERANCE = 2e-3, 6e-3
 # Rows of an activation whose moments are computed at once.
 ROWS_PER_BLOCK = 16
 
@@ -77,17 +79,19 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
 def tiled_decoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> TileFunctions:
     """Return the decoder, scaled latents -> images; `run(stage, static, *arrays)` runs a stage with the weights."""
     margin, scale = decoder_margins(backbone)[0], backbone.vae_scale_factor
-    return _tile_functions(backbone, params["decoder"], mesh, run, decode_tile, margin, 1, scale, 3)
+    return _tile_functions(backbone, params["decoder"], mesh, run, decode_tile, margin, 1, scale, 3, DECODER_TOLERANCE)
 
 
 def tiled_encoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> TileFunctions:
     """Return the encoder, images -> mean and standard deviation of unscaled latents, concatenated as channels."""
     margin, scale = encoder_margin(backbone), backbone.vae_scale_factor
-    channels = 2 * backbone.latent_channels
-    return _tile_functions(backbone, params["encoder"], mesh, run, encode_tile, margin, scale, 1, channels)
+    geometry = margin, scale, 1, 2 * backbone.latent_channels
+    return _tile_functions(backbone, params["encoder"], mesh, run, encode_tile, *geometry, ENCODER_TOLERANCE)
 
 
-def _tile_functions(backbone, params, mesh, run, tile_fn, margin, input_scale, output_scale, channels):
+def _tile_functions(
+    backbone, params, mesh, run, tile_fn, margin, input_scale, output_scale, channels, tolerance
+) -> TileFunctions:
     norms = sum(path.endswith("/scale") for path in flatten(params))
     return TileFunctions(
         process_tiles=lambda size, *arrays: run(process_tiles, (backbone, tile_fn, mesh, size), *arrays),
@@ -98,6 +102,7 @@ def _tile_functions(backbone, params, mesh, run, tile_fn, margin, input_scale, o
         output_scale=output_scale,
         output_channels=channels,
         statistics_shape=(norms, 2, backbone.vae.norm_num_groups),
+        tolerance=tolerance,
         batch_size=mesh.size,
     )
 

@@ -1,22 +1,23 @@
 """Run the encoder or the decoder of a VAE on an image of any size, tile by tile, in the memory of one tile.
 
 Two kinds of layers of a VAE depend on the whole image: GroupNorm through its statistics, and attention through its keys
-and values. `process_in_tiles` determines both iteratively. In each pass, all tiles are computed with given statistics
-and keys, and their own are measured. Once the given and the measured ones agree, the tiles equal the result of the
-whole image.
+and values. `process_in_tiles` estimates both from samples, then computes all tiles with them. A sample consists of
+small patches from all over the image that are computed in one call and normalized with their common statistics. The
+statistics of several samples are pooled.
 
-Using the measured statistics in the next pass would correct only one more layer per pass, because the statistics of a
-layer depend on all layers before it. Therefore a sample, small patches from all over the image that are computed in one
-call, carries a change through all layers at once: it is normalized with its own statistics, corrected by the shift
-between its statistics and those of the image in the previous pass. The shift hardly depends on the statistics, so each
-pass reduces the error to about a tenth.
+The pass over all tiles measures the statistics and keys of the image. One tile is then computed again with the measured
+ones: if that hardly changes it, the tiles equal the result of the whole image to the tolerance. Otherwise, another pass
+follows. Using the measured statistics in that pass would correct only one more layer, because the statistics of a layer
+depend on all layers before it. Therefore a sample carries the change through all layers at once: it is normalized with
+its own statistics, corrected by the shift between its statistics and those of the image in the previous pass. The shift
+hardly depends on the statistics, so each further pass reduces the error to about a tenth.
 
 This module knows neither a model nor jax: it takes functions. Positions and sizes are counted in latents.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,13 @@ from jaxtyping import Float, Int
 
 # With more latents than this, only every second (third, ...) row and column provides keys for the attention.
 MAX_KEYS = 2**16
-# Patches of the sample along each axis; together they have the area of a tile.
-SAMPLE_PATCHES = 4
-# Convergence: largest difference of means in standard deviations, of variances and of keys in relative terms.
-TOLERANCE = 5e-3
+# Side of a sample's patches in latents. Small ones represent the image better, and their margins cost more.
+PATCH = 16
+# Area of all samples with their margins, relative to the image.
+SAMPLED_AREA = 0.75
 MAX_PASSES = 8
+# Steps of the R2 sequence: 1 / g and 1 / g^2 with g^3 = g + 1.
+R2_STEP = (0.7548776662466927, 0.5698402909980532)
 # Added to variances before division, as the GroupNorms of the VAE do.
 EPSILON = 1e-6
 
@@ -81,6 +84,7 @@ class TileFunctions(NamedTuple):
     output_scale: int  # output positions per latent along each axis
     output_channels: int
     statistics_shape: tuple[int, int, int]  # norms, 2 (mean, variance), groups
+    tolerance: float  # residual of `process_in_tiles` that ends the passes
     batch_size: int = 1  # tiles per call
 
 
@@ -120,22 +124,34 @@ def window_length(length: int, side: int, margin: int) -> int:
     return min(length + 2 * margin, side)
 
 
-def sample_grid(
-    sides: Sequence[int], size: Sequence[int], margin: int
-) -> tuple[tuple[int, int], int, list[TilePlacement]]:
-    """Return the size, the margin and the placements of the sample's patches, evenly spaced over the image.
+def sample_shape(sides: Sequence[int], size: Sequence[int]) -> tuple[tuple[int, int], int, int]:
+    """Return the size, the margin and the number of a sample's patches; their windows have the area of a tile.
 
-    The margin is at most a quarter of a patch: the sample may be inexact, but must not need more memory than a tile.
+    The margin is a quarter of a patch: the statistics may be inexact, but must not need more memory than a tile.
     """
-    patch = tuple(max(length // SAMPLE_PATCHES, 1) for length in size)
-    margin = min(margin, -(-max(patch) // 4))
-    rows, columns = (
-        [_place(start, start, start + length, length, side, margin)
-         for start in np.linspace(0, side - length, SAMPLE_PATCHES).round().astype(int)]
-        for side, length in zip(sides, patch, strict=True)
-    )  # fmt: skip
-    placements = [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
-    return patch, margin, placements
+    patch = min(PATCH, max(max(size) // 4, 1))
+    margin = -(-patch // 4)
+    lengths = tuple(min(patch, side) for side in sides)
+    window = math.prod(window_length(length, side, margin) for length, side in zip(lengths, sides, strict=True))
+    return lengths, margin, max(math.prod(size) // window, 1)
+
+
+def sample_grid(
+    sides: Sequence[int], patch: Sequence[int], margin: int, count: int, index: int = 0
+) -> list[TilePlacement]:
+    """Return the `count` patches of one sample; samples of successive indices complement each other.
+
+    The patches are cells of a grid over the image, chosen by the R2 sequence, whose points are evenly spread.
+
+    Reference: Roberts 2018, "The unreasonable effectiveness of quasirandom sequences".
+    """
+    points = (0.5 + np.outer(index * count + np.arange(count), R2_STEP)) % 1
+    axes = []
+    for side, length, point in zip(sides, patch, points.T, strict=True):
+        starts = np.linspace(0, side - length, max(side // length, 1)).round().astype(int)
+        axes.append([_place(start, start, start + length, length, side, margin)
+                     for start in starts[(point * len(starts)).astype(int)]])  # fmt: skip
+    return [TilePlacement(*np.transpose(pair).astype(np.int32)) for pair in zip(*axes, strict=True)]
 
 
 def extract_windows(
@@ -153,9 +169,13 @@ def write_tile(
     image: np.ndarray, placement: TilePlacement, result: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
 ) -> None:
     """Copy a tile's own area into `image`, from an array `result` whose first element is at position `first`."""
-    (top, left), (bottom, right) = placement.start * scale, placement.stop * scale
-    y, x = (placement.start - first) * scale
-    image[top:bottom, left:right] = result[y : y + bottom - top, x : x + right - left]
+    own_area(image, placement, scale=scale)[:] = own_area(result, placement, first, scale)
+
+
+def own_area(array: np.ndarray, placement: TilePlacement, first: Any = 0, scale: int = 1) -> np.ndarray:
+    """Return the view of a tile's own area in an array whose first element is at position `first`."""
+    (top, left), (bottom, right) = (placement.start - first) * scale, (placement.stop - first) * scale
+    return array[top:bottom, left:right]
 
 
 def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:
@@ -170,34 +190,32 @@ def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margi
 
 
 def process_in_tiles(
-    functions: TileFunctions, source: Float[np.ndarray, "h w c"], tile: int
+    functions: TileFunctions, source: Float[np.ndarray, "h w c"], tile: int, fast: bool = False
 ) -> tuple[Float[np.ndarray, "y x d"], float]:
     """Run the encoder or decoder on one image with tiles of `tile` latents.
 
-    Returns the output and the residual: the largest difference between the statistics (or keys) that were used and
-    those that were measured. Above TOLERANCE, the iteration stopped after MAX_PASSES without convergence.
+    Returns the output and the residual, an estimate of its error: the mean absolute change of one tile if the measured
+    statistics and keys replace those that were used, in standard deviations of the tile. Above `functions.tolerance`,
+    MAX_PASSES did not suffice. With `fast`, the statistics of one sample are used in one pass, and the residual is 0.
     """
-    sides = tuple(side // functions.input_scale for side in source.shape[:2])
+    sides = _latent_sides(functions, source)
     size = tuple(min(tile, side) for side in sides)
-    patch, margin, placements = sample_grid(sides, size, functions.margin)
-    windows = extract_windows(source, placements, patch, margin, functions.input_scale)
-    sample = patch, windows, _stack_placements(placements)
-    shift, keys = np.zeros(functions.statistics_shape, np.float32), None
+    samples = 1 if fast else math.ceil(SAMPLED_AREA * math.prod(sides) / math.prod(size))
+    no_shift = np.zeros(functions.statistics_shape, np.float32)
+    statistics, keys = _pool_samples(
+        [functions.measure_sample(*_sample(functions, source, size, index), no_shift, None) for index in range(samples)]
+    )
+    keys, residual = functions.transfer(keys), 0.0
     output = np.empty((*(side * functions.output_scale for side in sides), functions.output_channels), np.float32)
-    for index in range(MAX_PASSES):
-        on_device = None if keys is None else functions.transfer(keys)
-        found = SampleMeasurements(*map(np.asarray, functions.measure_sample(*sample, shift, on_device)))
-        if keys is None:
-            keys = _keys_of_sample(found)
-            on_device = functions.transfer(keys)
-        moments, new_keys = _run_pass(functions, source, size, found.applied, on_device, output)
-        statistics = _combine_moments(found.applied, moments)
-        residual = float(np.abs(statistics_shift(found.applied, statistics)).max())
-        # The keys of the first pass are those of the sample: there is nothing to compare the measured ones with.
-        residual = max(residual, _key_difference(keys, new_keys) if index else np.inf)
-        if residual < TOLERANCE:
+    for remaining in reversed(range(MAX_PASSES)):
+        measured, new_keys = _run_pass(functions, source, size, statistics, keys, output)
+        if fast:
             break
-        shift, keys = statistics_shift(found.measured, statistics), new_keys
+        keys = functions.transfer(new_keys)
+        residual = _change_of_a_tile(functions, source, size, measured, keys, output)
+        if residual < functions.tolerance or not remaining:
+            break
+        statistics = _propagate(functions, _sample(functions, source, size, 0), statistics, measured, keys)
     return output, residual
 
 
@@ -211,22 +229,62 @@ def statistics_shift(
     )
 
 
-def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.ndarray, AttentionKeys]:
-    """Compute all tiles once: write `output`, return the moments and the keys of the image."""
-    sides = tuple(side // functions.input_scale for side in source.shape[:2])
-    moments, new_keys = np.zeros(functions.statistics_shape), _empty_keys(keys, sides)
-    placements = tile_grid(sides, size, functions.margin)
+def _latent_sides(functions, source) -> tuple[int, int]:
+    return tuple(side // functions.input_scale for side in source.shape[:2])
+
+
+def _sample(functions, source, size, index) -> tuple[tuple, np.ndarray, TilePlacement]:
+    """Return the size, the windows and the placements of the patches of sample number `index`."""
+    sides = _latent_sides(functions, source)
+    patch, margin, count = sample_shape(sides, size)
+    placements = sample_grid(sides, patch, margin, count, index)
+    windows = extract_windows(source, placements, patch, margin, functions.input_scale)
+    return patch, windows, _stack_placements(placements)
+
+
+def _process(
+    functions, source, size, placements, statistics, keys
+) -> Iterator[tuple[TilePlacement, np.ndarray, TileMeasurements]]:
+    """Compute tiles in batches; yield the placement, the output and the measurements of each tile."""
     for first in range(0, len(placements), functions.batch_size):
         current = placements[first : first + functions.batch_size]
         padded = current + [current[-1]] * (functions.batch_size - len(current))
         windows = extract_windows(source, padded, size, functions.margin, functions.input_scale)
         results, found = functions.process_tiles(size, windows, _stack_placements(padded), statistics, keys)
-        found = TileMeasurements(*map(np.asarray, found))
-        for index, (placement, result) in enumerate(zip(current, np.asarray(results), strict=False)):
-            write_tile(output, placement, result, placement.output, functions.output_scale)
-            moments += found.moments[index] * (math.prod(placement.stop - placement.start) / math.prod(sides))
-            _write_keys(new_keys, sides, placement, found.keys[index], found.values[index])
-    return moments, new_keys
+        rows = zip(current, np.asarray(results), *map(np.asarray, found), strict=False)
+        yield from ((placement, result, TileMeasurements(*arrays)) for placement, result, *arrays in rows)
+
+
+def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.ndarray, AttentionKeys]:
+    """Compute all tiles once: write `output`, return the statistics and the keys of the image."""
+    sides = _latent_sides(functions, source)
+    moments, new_keys = np.zeros(functions.statistics_shape), _empty_keys(keys, sides)
+    placements = tile_grid(sides, size, functions.margin)
+    for placement, result, found in _process(functions, source, size, placements, statistics, keys):
+        write_tile(output, placement, result, placement.output, functions.output_scale)
+        moments += found.moments * (math.prod(placement.stop - placement.start) / math.prod(sides))
+        _write_keys(new_keys, sides, placement, found.keys, found.values)
+    return _combine_moments(statistics, moments), new_keys
+
+
+def _change_of_a_tile(functions, source, size, statistics, keys, output) -> float:
+    """Return the mean absolute change of the middle tile with other statistics and keys, in standard deviations."""
+    placements = tile_grid(_latent_sides(functions, source), size, functions.margin)
+    middle = placements[len(placements) // 2 : len(placements) // 2 + 1]
+    placement, result, _ = next(_process(functions, source, size, middle, statistics, keys))
+    before = own_area(output, placement, scale=functions.output_scale)
+    change = np.abs(own_area(result, placement, placement.output, functions.output_scale) - before).mean()
+    return float(change / (before.std() + EPSILON))
+
+
+def _propagate(functions, sample, statistics, measured, keys) -> np.ndarray:
+    """Return new statistics of the image, given those that were used in a pass and those `measured` in it."""
+    patch, windows, placements = sample
+    rest = (0, -len(windows) % functions.batch_size)
+    padded = (np.pad(array, (rest, *[(0, 0)] * (array.ndim - 1)), "edge") for array in (windows, *placements))
+    _, found = functions.process_tiles(patch, next(padded), TilePlacement(*padded), statistics, keys)
+    of_sample = _combine_moments(statistics, np.asarray(found.moments)[: len(windows)].mean(0))
+    return np.asarray(functions.measure_sample(*sample, statistics_shift(of_sample, measured), keys).applied)
 
 
 def _key_stride(sides) -> int:
@@ -256,23 +314,23 @@ def _stack_placements(placements: Sequence[TilePlacement]) -> TilePlacement:
     return TilePlacement(*map(np.stack, zip(*placements, strict=True)))
 
 
-def _keys_of_sample(sample: SampleMeasurements) -> AttentionKeys:
-    """Return the keys of the sample in arrays of MAX_KEYS, so that one compilation serves images of every size."""
-    stride = -(-len(sample.keys) // MAX_KEYS)
-    count = len(sample.keys[::stride])
-    arrays = [np.zeros((MAX_KEYS, *array.shape[1:]), np.float32) for array in (sample.keys, sample.values)]
-    for array, own in zip(arrays, (sample.keys, sample.values), strict=True):
-        array[:count] = own[::stride]
-    return AttentionKeys(*arrays, np.int32(count))
+def _pool_samples(samples: Sequence[SampleMeasurements]) -> tuple[np.ndarray, AttentionKeys]:
+    """Return the mean and variance over all samples, and their keys.
+
+    The keys are in arrays of MAX_KEYS, so that one compilation serves images of every size.
+    """
+    mean, variance = np.moveaxis([np.asarray(sample.measured) for sample in samples], 2, 0)
+    statistics = np.stack([mean.mean(0), variance.mean(0) + mean.var(0)], axis=1)
+    keys, values = (np.concatenate([np.asarray(sample[at]) for sample in samples]) for at in (2, 3))
+    stride = -(-len(keys) // MAX_KEYS)
+    count = len(keys[::stride])
+    arrays = [np.zeros((MAX_KEYS, *array.shape[1:]), np.float32) for array in (keys, values)]
+    for array, found in zip(arrays, (keys, values), strict=True):
+        array[:count] = found[::stride]
+    return statistics, AttentionKeys(*arrays, np.int32(count))
 
 
 def _combine_moments(statistics, moments):
     """Return mean and variance of the image from its moments around the means in `statistics`."""
     mean, square = moments[:, 0], moments[:, 1]
     return np.stack([statistics[:, 0] + mean, np.maximum(square - mean**2, 0)], axis=1).astype(np.float32)
-
-
-def _key_difference(keys: AttentionKeys, other: AttentionKeys) -> float:
-    """Return the relative root mean square difference between two sets of keys of the same image."""
-    count = other.count
-    return float(np.linalg.norm(keys.keys[:count] - other.keys[:count]) / np.linalg.norm(other.keys[:count]))
