@@ -23,26 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from pisa_jax.tiling.placements import TilePlacement, extract_windows, own_area, stack_placements, tile_grid, write_tile
+from pisa_jax.tiling.samples import Sample, Sampler
+
 # With more latents than this, only every second (third, ...) row and column provides keys for the attention.
 MAX_KEYS = 2**16
-# Side of a sample's patches in latents. Small ones represent the image better, and their margins cost more.
-PATCH = 16
 # Area of all samples with their margins, relative to the image.
 SAMPLED_AREA = 0.75
 MAX_PASSES = 8
-# Steps of the R2 sequence: 1 / g and 1 / g^2 with g^3 = g + 1.
-R2_STEP = (0.7548776662466927, 0.5698402909980532)
 # Added to variances before division, as the GroupNorms of the VAE do.
 EPSILON = 1e-6
-
-
-class TilePlacement(NamedTuple):
-    """Positions (row, column) of one tile or of a batch of tiles in the image."""
-
-    window: Int[Any, "*b 2"]  # first position of the window, the input of the tile
-    output: Int[Any, "*b 2"]  # first position of the output
-    start: Int[Any, "*b 2"]  # the tile's own area: each position of the image belongs to exactly one tile
-    stop: Int[Any, "*b 2"]
 
 
 class AttentionKeys(NamedTuple):
@@ -75,8 +65,10 @@ class TileFunctions(NamedTuple):
 
     # (size, windows, placements, statistics, keys) -> (outputs of that size, TileMeasurements)
     process_tiles: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys], tuple[Any, TileMeasurements]]
-    # (size, windows, placements, shift, keys) -> SampleMeasurements; without keys, the sample attends to itself
-    measure_sample: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys | None], SampleMeasurements]
+    # (size, windows, placements, weights of the patches, shift, keys) -> SampleMeasurements; without keys, the sample
+    # attends to itself
+    measure_sample: Callable[..., SampleMeasurements]
+    process_whole: Callable[[np.ndarray], Any]  # (1, h, w, c) -> (1, y, x, d), without tiles
     # Transfer keys to the devices, once for all tiles of a pass.
     transfer: Callable[[AttentionKeys], AttentionKeys]
     margin: int  # latents that a tile needs around its output
@@ -85,6 +77,7 @@ class TileFunctions(NamedTuple):
     output_channels: int
     statistics_shape: tuple[int, int, int]  # norms, 2 (mean, variance), groups
     tolerance: float  # residual of `process_in_tiles` that ends the passes
+    whole_tiles: int  # an image whose sides are at most this many tiles is computed without tiles
     batch_size: int = 1  # tiles per call
 
 
@@ -93,100 +86,12 @@ class TiledVae(NamedTuple):
 
     # Shape (b, h, w, c) of network inputs -> estimated memory (`memory.Footprint`).
     footprint: Callable
-    # (vae params, mesh, run) -> `TileFunctions`: images to the mean and deviation of unscaled latents, and scaled
-    # latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
+    # (vae params, mesh, run) -> `TileFunctions` of the parts: images to the mean and deviation of unscaled latents, and
+    # scaled latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
     encoder: Callable
     decoder: Callable
     # The UNet's latents are the encoder's multiplied by this (0.18215 for SD 2.1).
     latent_scale: float
-
-
-def tile_grid(sides: Sequence[int], size: Sequence[int], margin: int) -> list[TilePlacement]:
-    """Return tiles of `size` that cover an image of `sides`, row by row.
-
-    Tiles at the border are shifted inwards, so all have the same size.
-    """
-    rows, columns = (
-        [_place(start, start, min(start + length, side), length, side, margin) for start in range(0, side, length)]
-        for side, length in zip(sides, size, strict=True)
-    )
-    return [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
-
-
-def _place(output, start, stop, length, side, margin):
-    """Return (window, output, start, stop) along one axis."""
-    output = min(output, side - length)
-    return np.clip(output - margin, 0, side - window_length(length, side, margin)), output, start, stop
-
-
-def window_length(length: int, side: int, margin: int) -> int:
-    """Return the length of a window along an axis: the tile with its margins, or the whole side if it is shorter."""
-    return min(length + 2 * margin, side)
-
-
-def sample_shape(sides: Sequence[int], size: Sequence[int]) -> tuple[tuple[int, int], int, int]:
-    """Return the size, the margin and the number of a sample's patches; their windows have the area of a tile.
-
-    The margin is a quarter of a patch: the statistics may be inexact, but must not need more memory than a tile.
-    """
-    patch = min(PATCH, max(max(size) // 4, 1))
-    margin = -(-patch // 4)
-    lengths = tuple(min(patch, side) for side in sides)
-    window = math.prod(window_length(length, side, margin) for length, side in zip(lengths, sides, strict=True))
-    return lengths, margin, max(math.prod(size) // window, 1)
-
-
-def sample_grid(
-    sides: Sequence[int], patch: Sequence[int], margin: int, count: int, index: int = 0
-) -> list[TilePlacement]:
-    """Return the `count` patches of one sample; samples of successive indices complement each other.
-
-    The patches are cells of a grid over the image, chosen by the R2 sequence, whose points are evenly spread.
-
-    Reference: Roberts 2018, "The unreasonable effectiveness of quasirandom sequences".
-    """
-    points = (0.5 + np.outer(index * count + np.arange(count), R2_STEP)) % 1
-    axes = []
-    for side, length, point in zip(sides, patch, points.T, strict=True):
-        starts = np.linspace(0, side - length, max(side // length, 1)).round().astype(int)
-        axes.append([_place(start, start, start + length, length, side, margin)
-                     for start in starts[(point * len(starts)).astype(int)]])  # fmt: skip
-    return [TilePlacement(*np.transpose(pair).astype(np.int32)) for pair in zip(*axes, strict=True)]
-
-
-def extract_windows(
-    array: np.ndarray, placements: Sequence[TilePlacement], size: Sequence[int], margin: int, scale: int = 1
-) -> np.ndarray:
-    """Stack the windows of tiles of `size`, from an array with `scale` positions per latent."""
-    lengths = [
-        window_length(length, side // scale, margin) * scale for length, side in zip(size, array.shape[:2], strict=True)
-    ]
-    corners = [placement.window * scale for placement in placements]
-    return np.stack([array[y : y + lengths[0], x : x + lengths[1]] for y, x in corners])
-
-
-def write_tile(
-    image: np.ndarray, placement: TilePlacement, result: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
-) -> None:
-    """Copy a tile's own area into `image`, from an array `result` whose first element is at position `first`."""
-    own_area(image, placement, scale=scale)[:] = own_area(result, placement, first, scale)
-
-
-def own_area(array: np.ndarray, placement: TilePlacement, first: Any = 0, scale: int = 1) -> np.ndarray:
-    """Return the view of a tile's own area in an array whose first element is at position `first`."""
-    (top, left), (bottom, right) = (placement.start - first) * scale, (placement.stop - first) * scale
-    return array[top:bottom, left:right]
-
-
-def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:
-    """Apply a local function of (1, h, w, c) arrays tile by tile; its output depends on `margin` positions around."""
-    sides = arrays[0].shape[:2]
-    size = tuple(min(tile, side) for side in sides)
-    image = np.empty_like(arrays[0])
-    for placement in tile_grid(sides, size, margin):
-        result = np.asarray(function(*(extract_windows(array, [placement], size, margin) for array in arrays)))
-        write_tile(image, placement, result[0], placement.window)
-    return image
 
 
 def process_in_tiles(
@@ -199,11 +104,13 @@ def process_in_tiles(
     MAX_PASSES did not suffice. With `fast`, the statistics of one sample are used in one pass, and the residual is 0.
     """
     sides = _latent_sides(functions, source)
-    size = tuple(min(tile, side) for side in sides)
+    if max(sides) <= functions.whole_tiles * tile:
+        return np.asarray(functions.process_whole(source[None]))[0], 0.0
+    size = tuple(min(tile * functions.whole_tiles, side) for side in sides)
+    sampler, no_shift = Sampler(source, size, functions.input_scale), np.zeros(functions.statistics_shape, np.float32)
     samples = 1 if fast else math.ceil(SAMPLED_AREA * math.prod(sides) / math.prod(size))
-    no_shift = np.zeros(functions.statistics_shape, np.float32)
     statistics, keys = _pool_samples(
-        [functions.measure_sample(*_sample(functions, source, size, index), no_shift, None) for index in range(samples)]
+        [functions.measure_sample(*sampler.sample(index), no_shift, None) for index in range(samples)]
     )
     keys, residual = functions.transfer(keys), 0.0
     output = np.empty((*(side * functions.output_scale for side in sides), functions.output_channels), np.float32)
@@ -215,7 +122,7 @@ def process_in_tiles(
         residual = _change_of_a_tile(functions, source, size, measured, keys, output)
         if residual < functions.tolerance or not remaining:
             break
-        statistics = _propagate(functions, _sample(functions, source, size, 0), statistics, measured, keys)
+        statistics = _propagate(functions, sampler.sample(0), statistics, measured, keys)
     return output, residual
 
 
@@ -233,15 +140,6 @@ def _latent_sides(functions, source) -> tuple[int, int]:
     return tuple(side // functions.input_scale for side in source.shape[:2])
 
 
-def _sample(functions, source, size, index) -> tuple[tuple, np.ndarray, TilePlacement]:
-    """Return the size, the windows and the placements of the patches of sample number `index`."""
-    sides = _latent_sides(functions, source)
-    patch, margin, count = sample_shape(sides, size)
-    placements = sample_grid(sides, patch, margin, count, index)
-    windows = extract_windows(source, placements, patch, margin, functions.input_scale)
-    return patch, windows, _stack_placements(placements)
-
-
 def _process(
     functions, source, size, placements, statistics, keys
 ) -> Iterator[tuple[TilePlacement, np.ndarray, TileMeasurements]]:
@@ -250,7 +148,7 @@ def _process(
         current = placements[first : first + functions.batch_size]
         padded = current + [current[-1]] * (functions.batch_size - len(current))
         windows = extract_windows(source, padded, size, functions.margin, functions.input_scale)
-        results, found = functions.process_tiles(size, windows, _stack_placements(padded), statistics, keys)
+        results, found = functions.process_tiles(size, windows, stack_placements(padded), statistics, keys)
         rows = zip(current, np.asarray(results), *map(np.asarray, found), strict=False)
         yield from ((placement, result, TileMeasurements(*arrays)) for placement, result, *arrays in rows)
 
@@ -277,29 +175,31 @@ def _change_of_a_tile(functions, source, size, statistics, keys, output) -> floa
     return float(change / (before.std() + EPSILON))
 
 
-def _propagate(functions, sample, statistics, measured, keys) -> np.ndarray:
+def _propagate(functions, sample: Sample, statistics, measured, keys) -> np.ndarray:
     """Return new statistics of the image, given those that were used in a pass and those `measured` in it."""
-    patch, windows, placements = sample
-    rest = (0, -len(windows) % functions.batch_size)
-    padded = (np.pad(array, (rest, *[(0, 0)] * (array.ndim - 1)), "edge") for array in (windows, *placements))
-    _, found = functions.process_tiles(patch, next(padded), TilePlacement(*padded), statistics, keys)
-    of_sample = _combine_moments(statistics, np.asarray(found.moments)[: len(windows)].mean(0))
+    rest = (0, -len(sample.windows) % functions.batch_size)
+    padded = (
+        np.pad(array, (rest, *[(0, 0)] * (array.ndim - 1)), "edge") for array in (sample.windows, *sample.placements)
+    )
+    _, found = functions.process_tiles(sample.size, next(padded), TilePlacement(*padded), statistics, keys)
+    moments = np.asarray(found.moments)[: len(sample.windows)]
+    of_sample = _combine_moments(statistics, np.tensordot(sample.weights, moments, 1))
     return np.asarray(functions.measure_sample(*sample, statistics_shift(of_sample, measured), keys).applied)
 
 
-def _key_stride(sides) -> int:
+def key_stride(sides: Sequence[int]) -> int:
     """Return the smallest stride of rows and columns for which the image has at most MAX_KEYS keys."""
     return next(n for n in itertools.count(1) if math.prod(-(-side // n) for side in sides) <= MAX_KEYS)
 
 
 def _empty_keys(like, sides) -> AttentionKeys:
     arrays = (np.zeros(array.shape, np.float32) for array in like[:2])
-    return AttentionKeys(*arrays, np.int32(math.prod(-(-side // _key_stride(sides)) for side in sides)))
+    return AttentionKeys(*arrays, np.int32(math.prod(-(-side // key_stride(sides)) for side in sides)))
 
 
 def _write_keys(new_keys, sides, placement, *measured):
     """Write the keys and values of a tile's own area to their places in those of the image, which are row by row."""
-    stride = _key_stride(sides)
+    stride = key_stride(sides)
     y, x = (
         np.arange(-(-start // stride) * stride, stop, stride)
         for start, stop in zip(placement.start, placement.stop, strict=True)
@@ -308,10 +208,6 @@ def _write_keys(new_keys, sides, placement, *measured):
     for array, found in zip(new_keys, measured, strict=False):
         own = found[np.ix_(y - placement.output[0], x - placement.output[1])]
         array[target] = own.reshape(-1, *array.shape[1:])
-
-
-def _stack_placements(placements: Sequence[TilePlacement]) -> TilePlacement:
-    return TilePlacement(*map(np.stack, zip(*placements, strict=True)))
 
 
 def _pool_samples(samples: Sequence[SampleMeasurements]) -> tuple[np.ndarray, AttentionKeys]:
