@@ -30,7 +30,7 @@ from pisa_jax.tiling.memory import Footprint
 from pisa_jax.tiling.vae_tiles import AttentionKeys, SampleMeasurements, TileFunctions, TileMeasurements, TilePlacement
 
 # Mean errors in standard deviations that change an image by about 0.1 gray levels on average (docs/vae_tiling.md).
-TOLERANCE = 2e-3
+DECODER_TOLERANCE, ENCODER_TOLERANCE = 1.5e-3, 3e-3
 
 
 def decoder_margins(backbone: Backbone) -> list[int]:
@@ -65,9 +65,8 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
     positions = height * width // backbone.vae_scale_factor**2
     scores = 0 if jax.default_backend() == "cpu" else 8 * min(positions**2, layers.MOST_SCORES)
     untiled = batch * (per_pixel * height * width + scores)
-    return Footprint(
-        untiled, per_pixel, max(decoder_margins(backbone)[1], encoder_margins(backbone)[1]) * backbone.vae_scale_factor
-    )
+    margin = max(decoder_margins(backbone)[1], encoder_margins(backbone)[1]) * backbone.vae_scale_factor
+    return Footprint(untiled, per_pixel, margin)
 
 
 def trunk_tiles(backbone: Backbone) -> int:
@@ -126,7 +125,7 @@ def _tile_functions(backbone, mesh, run, tile_fn, margin, scales, channels, norm
         output_scale=scales[1],
         output_channels=channels,
         statistics_shape=(norms, 2, backbone.vae.norm_num_groups),
-        tolerance=TOLERANCE,
+        tolerance=DECODER_TOLERANCE if tile_fn in (decode_trunk, decode_levels) else ENCODER_TOLERANCE,
         whole_tiles=trunk_tiles(backbone) if is_trunk else 1,
         batch_size=mesh.size,
     )

@@ -25,11 +25,11 @@ from pisa_jax.tiling.placements import (
 )
 
 # Side of a patch in latents. Small ones represent the image better, and their margins cost more.
-PATCH = 16
+PATCH = 8
 # Steps of the R2 sequence: 1 / g and 1 / g^2 with g^3 = g + 1.
 R2_STEP = (0.7548776662466927, 0.5698402909980532)
 # Directions of the features that the weights reproduce, at most, and per patch.
-MOST_DIRECTIONS, DIRECTIONS_PER_PATCH = 16, 0.25
+MOST_DIRECTIONS, DIRECTIONS_PER_PATCH = 32, 0.25
 # Added to the covariance of the features of the sample, relative to its mean, for directions that hardly vary in it.
 RIDGE = 0.02
 

@@ -29,7 +29,7 @@ from pisa_jax.tiling.samples import Sample, Sampler
 # With more latents than this, only every second (third, ...) row and column provides keys for the attention.
 MAX_KEYS = 2**16
 # Area of all samples with their margins, relative to the image.
-SAMPLED_AREA = 0.75
+SAMPLED_AREA = 0.5
 MAX_PASSES = 8
 # Added to variances before division, as the GroupNorms of the VAE do.
 EPSILON = 1e-6
@@ -166,7 +166,11 @@ def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.nda
 
 
 def _change_of_a_tile(functions, source, size, statistics, keys, output) -> float:
-    """Return the mean absolute change of the middle tile with other statistics and keys, in standard deviations."""
+    """Return the mean absolute change of a tile with other statistics and keys, in standard deviations of the tile.
+
+    The tile is at the center of the image and has a quarter of the area of the others, which is enough for a mean.
+    """
+    size = tuple(-(-length // 2) for length in size)
     placements = tile_grid(_latent_sides(functions, source), size, functions.margin)
     middle = placements[len(placements) // 2 : len(placements) // 2 + 1]
     placement, result, _ = next(_process(functions, source, size, middle, statistics, keys))
