@@ -32,6 +32,8 @@ R2_STEP = (0.7548776662466927, 0.5698402909980532)
 MOST_DIRECTIONS, DIRECTIONS_PER_PATCH = 32, 0.25
 # Added to the covariance of the features of the sample, relative to its mean, for directions that hardly vary in it.
 RIDGE = 0.02
+# Added to divisors that can be 0.
+TINY = 1e-12
 
 
 class Sample(NamedTuple):
@@ -94,30 +96,28 @@ class Sampler:
         return Sample(self.patch, windows, stack_placements(placements), calibrated_weights(self.features, chosen))
 
     def _features(self, cell: TilePlacement) -> Float[np.ndarray, " n"]:
-        at_border = np.count_nonzero(cell.start == 0) + np.count_nonzero(cell.stop == self.sides)
-        return patch_features(own_area(self.source, cell, scale=self.scale), at_border)
-
-
-def patch_features(patch: Float[np.ndarray, "h w c"], at_border: int) -> Float[np.ndarray, " n"]:
-    """Return the features of a patch: means and mean squares of channels and of their differences, and the border."""
-    moments = [patch.mean((0, 1)), np.square(patch).mean((0, 1))]
-    differences = [np.square(np.diff(patch, axis=axis)).sum((0, 1)) / patch[..., 0].size for axis in (0, 1)]
-    return np.concatenate([*moments, sum(differences), [at_border]])
+        """Return means and mean squares of the channels and of their differences, and the number of image borders."""
+        patch = own_area(self.source, cell, scale=self.scale)
+        moments = [patch.mean((0, 1)), np.square(patch).mean((0, 1))]
+        differences = [np.square(np.diff(patch, axis=axis)).sum((0, 1)) / patch[..., 0].size for axis in (0, 1)]
+        borders = np.count_nonzero(cell.start == 0) + np.count_nonzero(cell.stop == self.sides)
+        return np.concatenate([*moments, sum(differences), [borders]])
 
 
 def calibrated_weights(features: Float[np.ndarray, "m n"], chosen: Int[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
     """Return weights of sum 1 for the chosen patches, given the features of all m patches of an image."""
-    count = len(chosen)
-    centered = features - features.mean(0)
-    centered = centered / (centered.std(0) + 1e-6 * np.abs(features).max(0) + 1e-12)
-    directions = np.linalg.svd(centered.T @ centered, hermitian=True)[0]
-    coordinates = centered @ directions[:, : max(min(MOST_DIRECTIONS, int(count * DIRECTIONS_PER_PATCH)), 1)]
-    coordinates = coordinates / (coordinates.std(0) + 1e-12)
-    sample = coordinates[chosen]
-    covariance = sample.T @ sample / count
-    covariance += RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance)) + 1e-9 * np.eye(
-        len(covariance)
-    )
-    # The mean over the image is 0 in each direction.
+    known = _standardized(features)
+    directions = np.linalg.svd(known.T @ known, hermitian=True)[0]  # the principal ones first
+    number = max(min(MOST_DIRECTIONS, features.shape[1], int(len(chosen) * DIRECTIONS_PER_PATCH)), 1)
+    sample = _standardized(known @ directions[:, :number])[chosen]
+    covariance = sample.T @ sample / len(chosen)
+    covariance += (RIDGE * np.trace(covariance) / number + TINY) * np.eye(number)
+    # In each direction, the mean over the image is 0.
     weights = np.maximum(1 - sample @ np.linalg.solve(covariance, sample.mean(0)), 0)
     return np.float32(weights / weights.sum())
+
+
+def _standardized(features):
+    """Return features with mean 0 and standard deviation 1, or 0 for those that are constant up to rounding."""
+    rounding = 1e-6 * np.abs(features).max(0) + TINY
+    return (features - features.mean(0)) / (features.std(0) + rounding)
