@@ -41,7 +41,7 @@ def test_weights_reproduce_what_is_known_of_the_image():
     weights = samples.calibrated_weights(features, chosen)
     assert (weights >= 0).all()
     equal, calibrated = (np.abs(w @ features[chosen] - features.mean(0)).mean() for w in (np.full(60, 1 / 60), weights))
-    assert calibrated < 0.25 * equal
+    assert calibrated < 0.3 * equal
 
 
 def test_weights_of_a_uniform_image_are_equal():

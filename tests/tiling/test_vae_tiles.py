@@ -226,8 +226,8 @@ def test_tile_shapes_are_compiled_once_and_new_scales_compile_nothing(monkeypatc
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
     upscaler(random_image(28, 33))
-    # The levels of encoder and decoder measure samples without and with keys. They process tiles, a smaller tile for the
-    # check, and patches.
+    # The levels of encoder and decoder measure samples without and with keys, and process tiles, patches, and a smaller
+    # tile for the check.
     levels = [*["measure_sample"] * 4, *["process_tiles"] * 6]
     assert sorted(what.split()[0] for what in compiled) == sorted([*levels, "predict", *["process_whole"] * 2])
     upscaler(random_image(35, 30))
