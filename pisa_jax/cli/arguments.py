@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pisa_jax.config import Scales, check_path, check_scales, check_seed
-from pisa_jax.tiling import buckets
+from pisa_jax.tiling import buckets, memory
 
 
 def local(text: str) -> str:
@@ -113,6 +113,6 @@ def add_buckets(add: Callable[..., Any]) -> None:
 
 def add_tile_mode(add: Callable[..., Any]) -> None:
     """Add the flag --vae-tile-mode."""
-    add("--vae-tile-mode", choices=["exact", "fast"], default="exact",
-        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of a sample, "
-        "unchecked, in about two thirds of the time (default exact)")  # fmt: skip
+    add("--vae-tile-mode", choices=memory.TILE_MODES, default="exact",
+        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of one sample, "
+        "unchecked (default exact)")  # fmt: skip

@@ -72,11 +72,11 @@ def footprint(backbone: Backbone, shape: Sequence[int]) -> Footprint:
 def trunk_tiles(backbone: Backbone) -> int:
     """Return the side of the trunk's tiles in sides of the levels' tiles, such that both need the same memory.
 
-    At its resolution, the trunk holds about five activations at a time.
+    At its resolution, the trunk holds up to seven activations at a time (measured, docs/vae_tiling.md).
     """
     channels = backbone.vae.block_out_channels
     levels = 4 * channels[min(1, len(channels) - 1)] * backbone.vae_scale_factor**2
-    return max(math.isqrt(levels // (5 * channels[-1])), 1)
+    return max(math.isqrt(levels // (7 * channels[-1])), 1)
 
 
 def tiled_decoder(backbone: Backbone, params: Params, mesh: Mesh, run: Callable) -> list[TileFunctions]:
