@@ -114,5 +114,5 @@ def add_buckets(add: Callable[..., Any]) -> None:
 def add_tile_mode(add: Callable[..., Any]) -> None:
     """Add the flag --vae-tile-mode."""
     add("--vae-tile-mode", choices=memory.TILE_MODES, default="exact",
-        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of one sample, "
+        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of a sample, "
         "unchecked (default exact)")  # fmt: skip
