@@ -126,6 +126,7 @@ def _tile_functions(backbone, mesh, run, tile_fn, margin, scales, channels, norm
         output_channels=channels,
         statistics_shape=(norms, 2, backbone.vae.norm_num_groups),
         tolerance=TOLERANCE,
+        has_attention=is_trunk,
         whole_tiles=trunk_tiles(backbone) if is_trunk else 1,
         batch_size=mesh.size,
     )

@@ -77,6 +77,7 @@ class TileFunctions(NamedTuple):
     output_channels: int
     statistics_shape: tuple[int, int, int]  # norms, 2 (mean, variance), groups
     tolerance: float  # residual of `process_in_tiles` that ends the passes
+    has_attention: bool  # without, keys are not used
     whole_tiles: int  # an image whose sides are at most this many tiles is computed without tiles
     batch_size: int = 1  # tiles per call
 
@@ -188,6 +189,7 @@ def _propagate(functions, sample: Sample, statistics, measured, keys) -> np.ndar
     _, found = functions.process_tiles(sample.size, next(padded), TilePlacement(*padded), statistics, keys)
     moments = np.asarray(found.moments)[: len(sample.windows)]
     of_sample = _combine_moments(statistics, np.tensordot(sample.weights, moments, 1))
+    keys = keys if functions.has_attention else None  # as for the first samples, so that nothing is compiled
     return np.asarray(functions.measure_sample(*sample, statistics_shift(of_sample, measured), keys).applied)
 
 

@@ -226,12 +226,11 @@ def test_tile_shapes_are_compiled_once_and_new_scales_compile_nothing(monkeypatc
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
     upscaler(random_image(28, 33))
-    # The levels of encoder and decoder measure samples without and with keys, and process tiles, patches, and a smaller
-    # tile for the check.
-    levels = [*["measure_sample"] * 4, *["process_tiles"] * 6]
+    # The levels of encoder and decoder measure samples, and process tiles, patches, and a smaller tile for the check.
+    levels = [*["measure_sample"] * 2, *["process_tiles"] * 6]
     assert sorted(what.split()[0] for what in compiled) == sorted([*levels, "predict", *["process_whole"] * 2])
     upscaler(random_image(35, 30))
-    assert [what.split()[0] for what in compiled[13:]] == ["process_whole"] * 2
+    assert [what.split()[0] for what in compiled[11:]] == ["process_whole"] * 2
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
