@@ -26,7 +26,7 @@ from pisa_jax.pipeline import Pipeline
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = (1.0, 0.7)
 # Names of the programs of inference in the compilation cache.
-PROGRAMS = re.compile(r"jit_(encode|predict|render|process_tiles|measure_sample|recolor)")
+PROGRAMS = re.compile(r"jit_(encode|predict|render|recolor|.*tiles|.*sample|.*trunk)")
 
 
 def run_folder(images: Path, model: list[str], cache: Path, out: Path) -> str:

@@ -29,7 +29,7 @@ from pisa_jax.model import Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import compiler_options
 from pisa_jax.sd import backbone, random_model, vae_tiling
-from pisa_jax.tiling import memory, vae_tiles
+from pisa_jax.tiling import memory, placements, samples, vae_tiles
 
 GIB = 2**30
 
@@ -47,18 +47,31 @@ def plan(pixels: int) -> list[dict]:
 
     latents = array(1, tile, tile, modules.latent_channels)
     found = {"whole decoder": temporaries(functools.partial(backbone.decode, modules), params, latents)}
-    head = array(vae_tiles.MAX_KEYS, 1, modules.vae.block_out_channels[-1])
+    head = array(vae_tiles.MAX_KEYS, 1, 1)  # the levels have no attention
     keys = vae_tiles.AttentionKeys(head, head, integers())
-    placement = vae_tiles.TilePlacement(*[integers(1, 2)] * 4)
-    for name, make_functions, tile_fn in (
-        ("tile of the decoder", vae_tiling.tiled_decoder, vae_tiling.decode_tile),
-        ("tile of the encoder", vae_tiling.tiled_encoder, vae_tiling.encode_tile),
-    ):
-        functions = make_functions(modules, params, mesh, None)
-        window = vae_tiles.window_length(tile, side, functions.margin) * functions.input_scale
-        windows = array(1, window, window, modules.latent_channels if functions.input_scale == 1 else 3)
-        stage = functools.partial(vae_tiling.process_tiles, modules, tile_fn, mesh, (tile, tile))
-        found[name] = temporaries(stage, weights, windows, placement, array(*functions.statistics_shape), keys)
+
+    def run(stage, static, *arrays):
+        return temporaries(functools.partial(stage, *static), weights, *arrays)
+
+    decoder, encoder = (
+        make(modules, params, mesh, run) for make in (vae_tiling.tiled_decoder, vae_tiling.tiled_encoder)
+    )
+    features = modules.vae.block_out_channels[-2:]
+    found["trunk of the decoder"] = decoder[0].process_whole(array(1, tile, tile, modules.latent_channels))
+    found["trunk of the encoder"] = encoder[1].process_whole(array(1, tile, tile, features[0]))
+    for name, functions, channels in (("decoder", decoder[1], features[1]), ("encoder", encoder[0], 3)):
+
+        def windows(count, length, margin, functions=functions, channels=channels):
+            window = placements.window_length(length, side, margin) * functions.input_scale
+            placement = placements.TilePlacement(*[integers(count, 2)] * 4)
+            return array(count, window, window, channels), placement
+
+        statistics = array(*functions.statistics_shape)
+        tiles = windows(1, tile, functions.margin)
+        found[f"tile of the {name}"] = functions.process_tiles((tile, tile), *tiles, statistics, keys)
+        patch, margin, count = samples.sample_shape((side, side), (tile, tile))
+        patches = windows(count, patch[0], margin)
+        found[f"sample of the {name}"] = functions.measure_sample(patch, *patches, array(count), statistics, None)
     return [{"kind": "plan", "what": what, "pixels": pixels, "bytes": size} for what, size in found.items()]
 
 

@@ -20,7 +20,7 @@ from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import StageRunner
 from pisa_jax.runtime.trees import suggest
 from pisa_jax.stages import encode, predict, recolor, render, render_padded
-from pisa_jax.tiling import memory, vae_tiles
+from pisa_jax.tiling import memory, placements, vae_tiles
 from pisa_jax.tiling.buckets import Buckets, Size, check_mode, choose_buckets, grid_size
 from pisa_jax.tiling.windows import blend_windows
 from pisa_jax.weights import Weights
@@ -49,6 +49,8 @@ class Settings:
     tile_batch: int = 1
     # Side of the VAE's tiles in output pixels, for larger images; 0: no tiles, "auto": as large as memory allows.
     vae_tile: int | str = "auto"
+    # "exact": passes over the tiles until they equal the whole image to a tolerance; "fast": one pass, unchecked.
+    vae_tile_mode: str = "exact"
     # Devices over which tiles and images are distributed.
     devices: int = 1
     # "exact": images are computed in arrays of a few sizes, so that few programs are compiled, with the results that
@@ -62,6 +64,8 @@ class Settings:
         if self.tile and not 0 <= self.overlap < self.tile:
             raise ValueError(f"overlap is {self.overlap}; with tile {self.tile} it must be in 0..{self.tile - 1}")
         memory.check_tile(self.vae_tile)
+        if self.vae_tile_mode not in memory.TILE_MODES:
+            raise ValueError(f"vae_tile_mode is {self.vae_tile_mode!r}; allowed are {', '.join(memory.TILE_MODES)}")
         check_mode(self.buckets)
 
 
@@ -223,14 +227,15 @@ class Pipeline:
     def _tiled_vae(self, part: str, array: np.ndarray, tile: int) -> np.ndarray:
         """Run one image, or its latents, through the VAE in tiles of `tile` pixels."""
         make = getattr(self.base.tiled_vae, part)
-        functions = make(self.runner.weights.vae, self.mesh, self.runner.run)
-        out, residual = vae_tiles.process_in_tiles(functions, array, max(tile // self.base.vae_scale_factor, 1))
-        if residual > vae_tiles.TOLERANCE:
-            limit = vae_tiles.TOLERANCE
-            self.notice(
-                f"the VAE {part}'s tiles did not converge (residual {residual:.1g} > {limit:g}); seams may be visible"
-            )
-        return out
+        fast, side = self.settings.vae_tile_mode == "fast", max(tile // self.base.vae_scale_factor, 1)
+        for functions in make(self.runner.weights.vae, self.mesh, self.runner.run):
+            array, residual = vae_tiles.process_in_tiles(functions, array, side, fast)
+            if residual > functions.tolerance:
+                self.notice(
+                    f"the VAE {part}'s tiles did not converge (residual {residual:.1g} > {functions.tolerance:g}); "
+                    "colors and contrast may deviate"
+                )
+        return array
 
     def _recolored(self, decoded: np.ndarray, style: np.ndarray, tile: int) -> np.ndarray:
         """Apply the color fix to one tiled image: on the host over the whole of it, or in tiles where it is local."""
@@ -238,7 +243,7 @@ class Pipeline:
             adain_in_place(np.clip(decoded, -1, 1, out=decoded), style)
             return decoded
         stage = functools.partial(self.runner.run, recolor, (self.settings.color_fix,))
-        return vae_tiles.map_tiles(stage, (decoded, style), tile, WAVELET_REACH)
+        return placements.map_tiles(stage, (decoded, style), tile, WAVELET_REACH)
 
     def _within_memory(self, batch: np.ndarray, untiled: Callable, tiled: Callable) -> Any:
         if self.base.tiled_vae is None:

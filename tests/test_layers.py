@@ -19,7 +19,7 @@ ROOMS = {
     "network_input pixels png_chunks | decode_deep decode_tiff metadata | decode encode | "
     "image_reading image_writing | any_image contact_sheet",
     "losses": "",
-    "tiling": "buckets host_memory vae_tiles windows | memory",
+    "tiling": "buckets host_memory placements windows | memory samples | vae_tiles",
     "adapters": "adapter_tree | checks decomposition | full hra layer_maps loha lokr lora oft pisa_sr_file pissa "
     "vera | dora files foreign_keys hira interchange tucker | "
     "foreign_files registry | fit start | injection",
@@ -28,7 +28,8 @@ ROOMS = {
     "degradation latents tfds unusable_files | samples | loader",
     "metrics": "lpips pairing psnr_ssim | niqe validation | registry | report | evaluation",
     "train_step": "",
-    "sd": "flash_attention | layers | backbone | padding vae_tiling | base_model | pretrained | random_model",
+    "sd": "flash_attention | layers | backbone | padding vae_tile_hooks | vae_tiling | base_model | pretrained | "
+    "random_model",
     "weights": "",
     "stages": "",
     "pipeline": "",

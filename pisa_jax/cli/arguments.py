@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pisa_jax.config import Scales, check_path, check_scales, check_seed
-from pisa_jax.tiling import buckets
+from pisa_jax.tiling import buckets, memory
 
 
 def local(text: str) -> str:
@@ -119,3 +119,10 @@ def add_buckets(add: Callable[..., Any]) -> None:
     add("--buckets", choices=buckets.MODES, default="exact",
         help="exact (default): compute images of many sizes in arrays of a few sizes, which are compiled once, with "
         "equal results; off: compile every size")  # fmt: skip
+
+
+def add_tile_mode(add: Callable[..., Any]) -> None:
+    """Add the flag --vae-tile-mode."""
+    add("--vae-tile-mode", choices=memory.TILE_MODES, default="exact",
+        help="exact: the VAE's tiles equal the whole image to a tolerance; fast: one pass with statistics of a sample, "
+        "unchecked (default exact)")  # fmt: skip

@@ -20,6 +20,7 @@ from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     adapter_file,
     add_buckets,
+    add_tile_mode,
     integer_at_least,
     local,
     local_path,
@@ -89,6 +90,7 @@ def parser(prog: str = "pisa-sr evaluate") -> argparse.ArgumentParser:
     add_buckets(add)
     add("--batch-size", type=integer_at_least(1), default=1, metavar="N",
         help="images per call of the model, of equal size or of one bucket (default 1)")  # fmt: skip
+    add_tile_mode(add)
     add("--seed", type=seed, metavar="N",
         help="sample the latents with this seed (default: deterministic latents)")  # fmt: skip
     add("--plot", type=local_path, metavar="FILE", help="plot fidelity against perception (PNG, SVG, PDF)")
@@ -180,7 +182,14 @@ def load_upscale(args: argparse.Namespace) -> UpscaleFunction:
     def on_compile(what: str, seconds: float) -> None:
         say(f"compiled {what} in {seconds:.1f} s", sys.stderr)
 
-    upscaler = Upscaler.load(args.model, args.adapters, dtype=args.dtype, on_compile=on_compile, buckets=args.buckets)
+    upscaler = Upscaler.load(
+        args.model,
+        args.adapters,
+        dtype=args.dtype,
+        on_compile=on_compile,
+        buckets=args.buckets,
+        vae_tile_mode=args.vae_tile_mode,
+    )
     return BatchUpscaler(upscaler, find_images(args.lq), args.scale, args.seed, args.batch_size)
 
 

@@ -16,6 +16,7 @@ from pisa_jax.cli.adapter_scales import adapter_names, complete_scales
 from pisa_jax.cli.arguments import (
     adapter_file,
     add_buckets,
+    add_tile_mode,
     integer_at_least,
     local,
     local_path,
@@ -102,6 +103,7 @@ def add_model_arguments(add: Callable[..., Any]) -> None:
         help="overlap of the windows (default 32)")  # fmt: skip
     add("--vae-tile", type=parse_vae_tile, default=None, metavar="PIXELS|auto|0",
         help="side of the VAE's tiles for larger images (default auto: by the free memory; 0: no tiles)")  # fmt: skip
+    add_tile_mode(add)
     add("--vae_encoder_tiled_size", type=integer_at_least(0), metavar="PIXELS", help=argparse.SUPPRESS)
     add("--vae_decoder_tiled_size", type=integer_at_least(0), metavar="LATENTS", help=argparse.SUPPRESS)
     add_buckets(add)
@@ -277,6 +279,7 @@ def load_upscaler(args: argparse.Namespace) -> "Upscaler":
         tile=args.tile,
         overlap=args.overlap,
         vae_tile=args.vae_tile,
+        vae_tile_mode=args.vae_tile_mode,
         devices=args.devices,
         buckets=args.buckets,
     )

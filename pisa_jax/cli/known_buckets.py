@@ -19,6 +19,7 @@ OPTIONS = (
     "tile",
     "overlap",
     "vae_tile",
+    "vae_tile_mode",
     "devices",
     "dtype",
     "vae_dtype",

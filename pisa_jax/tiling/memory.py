@@ -12,6 +12,9 @@ MEMORY_FRACTION = 0.5
 # Pixels; the margin of a smaller tile costs more than the tile itself.
 MIN_TILE = 64
 
+# How tiles of the VAE get the statistics of the whole image (`vae_tiles.process_in_tiles`).
+TILE_MODES = ("exact", "fast")
+
 
 def free_bytes(device: Any) -> int:
     """Return the bytes that a jax device can still allocate; for a CPU, what the host's memory and limits leave."""

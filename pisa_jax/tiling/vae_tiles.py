@@ -1,45 +1,38 @@
 """Run the encoder or the decoder of a VAE on an image of any size, tile by tile, in the memory of one tile.
 
 Two kinds of layers of a VAE depend on the whole image: GroupNorm through its statistics, and attention through its keys
-and values. `process_in_tiles` determines both iteratively. In each pass, all tiles are computed with given statistics
-and keys, and their own are measured. Once the given and the measured ones agree, the tiles equal the result of the
-whole image.
+and values. `process_in_tiles` estimates both from samples, then computes all tiles with them. A sample consists of
+small patches from all over the image that are computed in one call and normalized with their common statistics. The
+statistics of several samples are pooled.
 
-Using the measured statistics in the next pass would correct only one more layer per pass, because the statistics of a
-layer depend on all layers before it. Therefore a sample, small patches from all over the image that are computed in one
-call, carries a change through all layers at once: it is normalized with its own statistics, corrected by the shift
-between its statistics and those of the image in the previous pass. The shift hardly depends on the statistics, so each
-pass reduces the error to about a tenth.
+The pass over all tiles measures the statistics and keys of the image. One tile is then computed again with the measured
+ones: if that hardly changes it, the tiles equal the result of the whole image to the tolerance. Otherwise, another pass
+follows. Using the measured statistics in that pass would correct only one more layer, because the statistics of a layer
+depend on all layers before it. Therefore a sample carries the change through all layers at once: it is normalized with
+its own statistics, corrected by the shift between its statistics and those of the image in the previous pass. The shift
+hardly depends on the statistics, so each further pass reduces the error to about a tenth.
 
 This module knows neither a model nor jax: it takes functions. Positions and sizes are counted in latents.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from pisa_jax.tiling.placements import TilePlacement, extract_windows, own_area, stack_placements, tile_grid, write_tile
+from pisa_jax.tiling.samples import Sample, Sampler
+
 # With more latents than this, only every second (third, ...) row and column provides keys for the attention.
 MAX_KEYS = 2**16
-# Patches of the sample along each axis; together they have the area of a tile.
-SAMPLE_PATCHES = 4
-# Convergence: largest difference of means in standard deviations, of variances and of keys in relative terms.
-TOLERANCE = 5e-3
+# Area of all samples with their margins, relative to the image.
+SAMPLED_AREA = 0.5
 MAX_PASSES = 8
 # Added to variances before division, as the GroupNorms of the VAE do.
 EPSILON = 1e-6
-
-
-class TilePlacement(NamedTuple):
-    """Positions (row, column) of one tile or of a batch of tiles in the image."""
-
-    window: Int[Any, "*b 2"]  # first position of the window, the input of the tile
-    output: Int[Any, "*b 2"]  # first position of the output
-    start: Int[Any, "*b 2"]  # the tile's own area: each position of the image belongs to exactly one tile
-    stop: Int[Any, "*b 2"]
 
 
 class AttentionKeys(NamedTuple):
@@ -72,8 +65,10 @@ class TileFunctions(NamedTuple):
 
     # (size, windows, placements, statistics, keys) -> (outputs of that size, TileMeasurements)
     process_tiles: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys], tuple[Any, TileMeasurements]]
-    # (size, windows, placements, shift, keys) -> SampleMeasurements; without keys, the sample attends to itself
-    measure_sample: Callable[[tuple, np.ndarray, TilePlacement, np.ndarray, AttentionKeys | None], SampleMeasurements]
+    # (size, windows, placements, weights of the patches, shift, keys) -> SampleMeasurements; without keys, the sample
+    # attends to itself
+    measure_sample: Callable[..., SampleMeasurements]
+    process_whole: Callable[[np.ndarray], Any]  # (1, h, w, c) -> (1, y, x, d), without tiles
     # Transfer keys to the devices, once for all tiles of a pass.
     transfer: Callable[[AttentionKeys], AttentionKeys]
     margin: int  # latents that a tile needs around its output
@@ -81,6 +76,9 @@ class TileFunctions(NamedTuple):
     output_scale: int  # output positions per latent along each axis
     output_channels: int
     statistics_shape: tuple[int, int, int]  # norms, 2 (mean, variance), groups
+    tolerance: float  # residual of `process_in_tiles` that ends the passes
+    has_attention: bool  # without, keys are not used
+    whole_tiles: int  # an image whose sides are at most this many tiles is computed without tiles
     batch_size: int = 1  # tiles per call
 
 
@@ -89,115 +87,43 @@ class TiledVae(NamedTuple):
 
     # Shape (b, h, w, c) of network inputs -> estimated memory (`memory.Footprint`).
     footprint: Callable
-    # (vae params, mesh, run) -> `TileFunctions`: images to the mean and deviation of unscaled latents, and scaled
-    # latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
+    # (vae params, mesh, run) -> `TileFunctions` of the parts: images to the mean and deviation of unscaled latents, and
+    # scaled latents to images. `run(function, static, *arrays)` returns function(*static, weights, *arrays), compiled.
     encoder: Callable
     decoder: Callable
     # The UNet's latents are the encoder's multiplied by this (0.18215 for SD 2.1).
     latent_scale: float
 
 
-def tile_grid(sides: Sequence[int], size: Sequence[int], margin: int) -> list[TilePlacement]:
-    """Return tiles of `size` that cover an image of `sides`, row by row.
-
-    Tiles at the border are shifted inwards, so all have the same size.
-    """
-    rows, columns = (
-        [_place(start, start, min(start + length, side), length, side, margin) for start in range(0, side, length)]
-        for side, length in zip(sides, size, strict=True)
-    )
-    return [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
-
-
-def _place(output, start, stop, length, side, margin):
-    """Return (window, output, start, stop) along one axis."""
-    output = min(output, side - length)
-    return np.clip(output - margin, 0, side - window_length(length, side, margin)), output, start, stop
-
-
-def window_length(length: int, side: int, margin: int) -> int:
-    """Return the length of a window along an axis: the tile with its margins, or the whole side if it is shorter."""
-    return min(length + 2 * margin, side)
-
-
-def sample_grid(
-    sides: Sequence[int], size: Sequence[int], margin: int
-) -> tuple[tuple[int, int], int, list[TilePlacement]]:
-    """Return the size, the margin and the placements of the sample's patches, evenly spaced over the image.
-
-    The margin is at most a quarter of a patch: the sample may be inexact, but must not need more memory than a tile.
-    """
-    patch = tuple(max(length // SAMPLE_PATCHES, 1) for length in size)
-    margin = min(margin, -(-max(patch) // 4))
-    rows, columns = (
-        [_place(start, start, start + length, length, side, margin)
-         for start in np.linspace(0, side - length, SAMPLE_PATCHES).round().astype(int)]
-        for side, length in zip(sides, patch, strict=True)
-    )  # fmt: skip
-    placements = [TilePlacement(*np.transpose([row, column]).astype(np.int32)) for row in rows for column in columns]
-    return patch, margin, placements
-
-
-def extract_windows(
-    array: np.ndarray, placements: Sequence[TilePlacement], size: Sequence[int], margin: int, scale: int = 1
-) -> np.ndarray:
-    """Stack the windows of tiles of `size`, from an array with `scale` positions per latent."""
-    lengths = [
-        window_length(length, side // scale, margin) * scale for length, side in zip(size, array.shape[:2], strict=True)
-    ]
-    corners = [placement.window * scale for placement in placements]
-    return np.stack([array[y : y + lengths[0], x : x + lengths[1]] for y, x in corners])
-
-
-def write_tile(
-    image: np.ndarray, placement: TilePlacement, result: np.ndarray, first: Int[np.ndarray, "2"], scale: int = 1
-) -> None:
-    """Copy a tile's own area into `image`, from an array `result` whose first element is at position `first`."""
-    (top, left), (bottom, right) = placement.start * scale, placement.stop * scale
-    y, x = (placement.start - first) * scale
-    image[top:bottom, left:right] = result[y : y + bottom - top, x : x + right - left]
-
-
-def map_tiles(function: Callable, arrays: Sequence[np.ndarray], tile: int, margin: int) -> np.ndarray:
-    """Apply a local function of (1, h, w, c) arrays tile by tile; its output depends on `margin` positions around."""
-    sides = arrays[0].shape[:2]
-    size = tuple(min(tile, side) for side in sides)
-    image = np.empty_like(arrays[0])
-    for placement in tile_grid(sides, size, margin):
-        result = np.asarray(function(*(extract_windows(array, [placement], size, margin) for array in arrays)))
-        write_tile(image, placement, result[0], placement.window)
-    return image
-
-
 def process_in_tiles(
-    functions: TileFunctions, source: Float[np.ndarray, "h w c"], tile: int
+    functions: TileFunctions, source: Float[np.ndarray, "h w c"], tile: int, fast: bool = False
 ) -> tuple[Float[np.ndarray, "y x d"], float]:
     """Run the encoder or decoder on one image with tiles of `tile` latents.
 
-    Returns the output and the residual: the largest difference between the statistics (or keys) that were used and
-    those that were measured. Above TOLERANCE, the iteration stopped after MAX_PASSES without convergence.
+    Returns the output and the residual, an estimate of its error: the mean absolute change of one tile if the measured
+    statistics and keys replace those that were used, in standard deviations of the tile. Above `functions.tolerance`,
+    MAX_PASSES did not suffice. With `fast`, the statistics of one sample are used in one pass, and the residual is 0.
     """
-    sides = tuple(side // functions.input_scale for side in source.shape[:2])
-    size = tuple(min(tile, side) for side in sides)
-    patch, margin, placements = sample_grid(sides, size, functions.margin)
-    windows = extract_windows(source, placements, patch, margin, functions.input_scale)
-    sample = patch, windows, _stack_placements(placements)
-    shift, keys = np.zeros(functions.statistics_shape, np.float32), None
+    sides = _latent_sides(functions, source)
+    if max(sides) <= functions.whole_tiles * tile:
+        return np.asarray(functions.process_whole(source[None]))[0], 0.0
+    size = tuple(min(tile * functions.whole_tiles, side) for side in sides)
+    sampler, no_shift = Sampler(source, size, functions.input_scale), np.zeros(functions.statistics_shape, np.float32)
+    samples = 1 if fast else math.ceil(SAMPLED_AREA * math.prod(sides) / math.prod(size))
+    statistics, keys = _pool_samples(
+        [functions.measure_sample(*sampler.sample(index), no_shift, None) for index in range(samples)]
+    )
+    keys, residual = functions.transfer(keys), 0.0
     output = np.empty((*(side * functions.output_scale for side in sides), functions.output_channels), np.float32)
-    for index in range(MAX_PASSES):
-        on_device = None if keys is None else functions.transfer(keys)
-        found = SampleMeasurements(*map(np.asarray, functions.measure_sample(*sample, shift, on_device)))
-        if keys is None:
-            keys = _keys_of_sample(found)
-            on_device = functions.transfer(keys)
-        moments, new_keys = _run_pass(functions, source, size, found.applied, on_device, output)
-        statistics = _combine_moments(found.applied, moments)
-        residual = float(np.abs(statistics_shift(found.applied, statistics)).max())
-        # The keys of the first pass are those of the sample: there is nothing to compare the measured ones with.
-        residual = max(residual, _key_difference(keys, new_keys) if index else np.inf)
-        if residual < TOLERANCE:
+    for remaining in reversed(range(MAX_PASSES)):
+        measured, new_keys = _run_pass(functions, source, size, statistics, keys, output)
+        if fast:
             break
-        shift, keys = statistics_shift(found.measured, statistics), new_keys
+        keys = functions.transfer(new_keys)
+        residual = _change_of_a_tile(functions, source, size, measured, keys, output)
+        if residual < functions.tolerance or not remaining:
+            break
+        statistics = _propagate(functions, sampler.sample(0), statistics, measured, keys)
     return output, residual
 
 
@@ -211,37 +137,75 @@ def statistics_shift(
     )
 
 
-def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.ndarray, AttentionKeys]:
-    """Compute all tiles once: write `output`, return the moments and the keys of the image."""
-    sides = tuple(side // functions.input_scale for side in source.shape[:2])
-    moments, new_keys = np.zeros(functions.statistics_shape), _empty_keys(keys, sides)
-    placements = tile_grid(sides, size, functions.margin)
+def _latent_sides(functions, source) -> tuple[int, int]:
+    return tuple(side // functions.input_scale for side in source.shape[:2])
+
+
+def _process(
+    functions, source, size, placements, statistics, keys
+) -> Iterator[tuple[TilePlacement, np.ndarray, TileMeasurements]]:
+    """Compute tiles in batches; yield the placement, the output and the measurements of each tile."""
     for first in range(0, len(placements), functions.batch_size):
         current = placements[first : first + functions.batch_size]
         padded = current + [current[-1]] * (functions.batch_size - len(current))
         windows = extract_windows(source, padded, size, functions.margin, functions.input_scale)
-        results, found = functions.process_tiles(size, windows, _stack_placements(padded), statistics, keys)
-        found = TileMeasurements(*map(np.asarray, found))
-        for index, (placement, result) in enumerate(zip(current, np.asarray(results), strict=False)):
-            write_tile(output, placement, result, placement.output, functions.output_scale)
-            moments += found.moments[index] * (math.prod(placement.stop - placement.start) / math.prod(sides))
-            _write_keys(new_keys, sides, placement, found.keys[index], found.values[index])
-    return moments, new_keys
+        results, found = functions.process_tiles(size, windows, stack_placements(padded), statistics, keys)
+        rows = zip(current, np.asarray(results), *map(np.asarray, found), strict=False)
+        yield from ((placement, result, TileMeasurements(*arrays)) for placement, result, *arrays in rows)
 
 
-def _key_stride(sides) -> int:
+def _run_pass(functions, source, size, statistics, keys, output) -> tuple[np.ndarray, AttentionKeys]:
+    """Compute all tiles once: write `output`, return the statistics and the keys of the image."""
+    sides = _latent_sides(functions, source)
+    moments, new_keys = np.zeros(functions.statistics_shape), _empty_keys(keys, sides)
+    placements = tile_grid(sides, size, functions.margin)
+    for placement, result, found in _process(functions, source, size, placements, statistics, keys):
+        write_tile(output, placement, result, placement.output, functions.output_scale)
+        moments += found.moments * (math.prod(placement.stop - placement.start) / math.prod(sides))
+        _write_keys(new_keys, sides, placement, found.keys, found.values)
+    return _combine_moments(statistics, moments), new_keys
+
+
+def _change_of_a_tile(functions, source, size, statistics, keys, output) -> float:
+    """Return the mean absolute change of a tile with other statistics and keys, in standard deviations of the tile.
+
+    The tile is at the center of the image and has a quarter of the area of the others, which is enough for a mean.
+    """
+    size = tuple(-(-length // 2) for length in size)
+    placements = tile_grid(_latent_sides(functions, source), size, functions.margin)
+    middle = placements[len(placements) // 2 : len(placements) // 2 + 1]
+    placement, result, _ = next(_process(functions, source, size, middle, statistics, keys))
+    before = own_area(output, placement, scale=functions.output_scale)
+    change = np.abs(own_area(result, placement, placement.output, functions.output_scale) - before).mean()
+    return float(change / (before.std() + EPSILON))
+
+
+def _propagate(functions, sample: Sample, statistics, measured, keys) -> np.ndarray:
+    """Return new statistics of the image, given those that were used in a pass and those `measured` in it."""
+    rest = (0, -len(sample.windows) % functions.batch_size)
+    padded = (
+        np.pad(array, (rest, *[(0, 0)] * (array.ndim - 1)), "edge") for array in (sample.windows, *sample.placements)
+    )
+    _, found = functions.process_tiles(sample.size, next(padded), TilePlacement(*padded), statistics, keys)
+    moments = np.asarray(found.moments)[: len(sample.windows)]
+    of_sample = _combine_moments(statistics, np.tensordot(sample.weights, moments, 1))
+    keys = keys if functions.has_attention else None  # as for the first samples, so that nothing is compiled
+    return np.asarray(functions.measure_sample(*sample, statistics_shift(of_sample, measured), keys).applied)
+
+
+def key_stride(sides: Sequence[int]) -> int:
     """Return the smallest stride of rows and columns for which the image has at most MAX_KEYS keys."""
     return next(n for n in itertools.count(1) if math.prod(-(-side // n) for side in sides) <= MAX_KEYS)
 
 
 def _empty_keys(like, sides) -> AttentionKeys:
     arrays = (np.zeros(array.shape, np.float32) for array in like[:2])
-    return AttentionKeys(*arrays, np.int32(math.prod(-(-side // _key_stride(sides)) for side in sides)))
+    return AttentionKeys(*arrays, np.int32(math.prod(-(-side // key_stride(sides)) for side in sides)))
 
 
 def _write_keys(new_keys, sides, placement, *measured):
     """Write the keys and values of a tile's own area to their places in those of the image, which are row by row."""
-    stride = _key_stride(sides)
+    stride = key_stride(sides)
     y, x = (
         np.arange(-(-start // stride) * stride, stop, stride)
         for start, stop in zip(placement.start, placement.stop, strict=True)
@@ -252,27 +216,23 @@ def _write_keys(new_keys, sides, placement, *measured):
         array[target] = own.reshape(-1, *array.shape[1:])
 
 
-def _stack_placements(placements: Sequence[TilePlacement]) -> TilePlacement:
-    return TilePlacement(*map(np.stack, zip(*placements, strict=True)))
+def _pool_samples(samples: Sequence[SampleMeasurements]) -> tuple[np.ndarray, AttentionKeys]:
+    """Return the mean and variance over all samples, and their keys.
 
-
-def _keys_of_sample(sample: SampleMeasurements) -> AttentionKeys:
-    """Return the keys of the sample in arrays of MAX_KEYS, so that one compilation serves images of every size."""
-    stride = -(-len(sample.keys) // MAX_KEYS)
-    count = len(sample.keys[::stride])
-    arrays = [np.zeros((MAX_KEYS, *array.shape[1:]), np.float32) for array in (sample.keys, sample.values)]
-    for array, own in zip(arrays, (sample.keys, sample.values), strict=True):
-        array[:count] = own[::stride]
-    return AttentionKeys(*arrays, np.int32(count))
+    The keys are in arrays of MAX_KEYS, so that one compilation serves images of every size.
+    """
+    mean, variance = np.moveaxis([np.asarray(sample.measured) for sample in samples], 2, 0)
+    statistics = np.stack([mean.mean(0), variance.mean(0) + mean.var(0)], axis=1)
+    keys, values = (np.concatenate([np.asarray(sample[at]) for sample in samples]) for at in (2, 3))
+    stride = -(-len(keys) // MAX_KEYS)
+    count = len(keys[::stride])
+    arrays = [np.zeros((MAX_KEYS, *array.shape[1:]), np.float32) for array in (keys, values)]
+    for array, found in zip(arrays, (keys, values), strict=True):
+        array[:count] = found[::stride]
+    return statistics, AttentionKeys(*arrays, np.int32(count))
 
 
 def _combine_moments(statistics, moments):
     """Return mean and variance of the image from its moments around the means in `statistics`."""
     mean, square = moments[:, 0], moments[:, 1]
     return np.stack([statistics[:, 0] + mean, np.maximum(square - mean**2, 0)], axis=1).astype(np.float32)
-
-
-def _key_difference(keys: AttentionKeys, other: AttentionKeys) -> float:
-    """Return the relative root mean square difference between two sets of keys of the same image."""
-    count = other.count
-    return float(np.linalg.norm(keys.keys[:count] - other.keys[:count]) / np.linalg.norm(other.keys[:count]))

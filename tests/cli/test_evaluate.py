@@ -326,9 +326,11 @@ def test_model_flags_are_passed_to_the_upscaler(monkeypatch, tmp_path):
 
     lq = write(tmp_path / "lq", a=colors(0))
     assert run("--model", "folder", "--adapters", "a.pkl", "--lq", lq, "--gt", lq, "--metrics", "psnr", "-s", 1,
-               "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32") == 0  # fmt: skip
+               "--scales", "0.5", "1,0.7", "--seed", 3, "--dtype", "float32",
+               "--vae-tile-mode", "fast") == 0  # fmt: skip
     loaded = {"model": "folder", "adapters": ["a.pkl"], "dtype": "float32"}
     assert loaded.items() <= arguments(Upscaler.load).items()
+    assert arguments(Upscaler.load)["settings"]["vae_tile_mode"] == "fast"
     opened = arguments(upscaler.open_all)
     assert (opened["scale"], opened["seed"], opened["adjustable"]) == (1.0, 3, True)
     assert session.render_all.call_args_list == [mock.call(0.5, 0.5), mock.call(1.0, 0.7)]

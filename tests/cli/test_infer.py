@@ -131,6 +131,7 @@ def test_results_are_deterministic_and_use_the_compilation_cache(infer, tmp_path
         (["--scales", "1,a"], "'1,a' is not PIX,SEM"),
         (["--scale", "0.5"], "'0.5' is not a number of at least 1"),
         (["--tile", "32", "--overlap", "32"], "--overlap 32 must be less than --tile 32"),
+        (["--vae-tile-mode", "exakt"], "invalid choice: 'exakt'"),
         (["--vae-tile", "big"], "'big' is not an integer of at least 0"),
         (["--batch-size", "0"], "'0' is not an integer of at least 1"),
         (["--color-fix", "adian"], "invalid choice: 'adian'"),

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from pisa_jax.inference import Settings
 from pisa_jax.tiling import memory
 
 FOOTPRINT = memory.Footprint(untiled_bytes=1, bytes_per_pixel=1, margin=0)
@@ -78,3 +79,8 @@ def test_free_memory_of_a_device_is_reported():
 def test_invalid_tiles_are_refused(tile):
     with pytest.raises(ValueError, match=f"vae_tile is {tile!r}; allowed are 'auto', 0 .never. and pixels from 64 on"):
         memory.check_tile(tile)
+
+
+def test_an_invalid_tile_mode_is_refused():
+    with pytest.raises(ValueError, match="vae_tile_mode is 'exakt'; allowed are exact, fast"):
+        Settings(vae_tile_mode="exakt")

@@ -20,9 +20,9 @@ from pisa_jax.model import Predictions
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.distributed import on_device
 from pisa_jax.sd import backbone as bb
-from pisa_jax.sd import random_model, vae_tiling
+from pisa_jax.sd import random_model, vae_tile_hooks, vae_tiling
 from pisa_jax.sd.base_model import make_base_model
-from pisa_jax.tiling import vae_tiles
+from pisa_jax.tiling import placements, vae_tiles
 
 # Bounds for images in [-1, 1]: 2 gray levels at most, 0.1 gray levels on average.
 MAX_ERROR, MEAN_ERROR = 2 / 127.5, 0.1 / 127.5
@@ -58,7 +58,7 @@ def small_upscaler(**settings):
 
 @functools.cache
 def tile_functions():
-    """Return the tiled encoder and decoder of the small model; each shape is compiled once for all tests."""
+    """Return the parts of the tiled encoder and decoder of the small model; tests share the compiled functions."""
     modules, params = two_levels()
     weights, compiled = Weights(None, None, params["vae"], None), {}
 
@@ -83,10 +83,22 @@ def untiled():
     return source, np.concatenate([mean, std], -1)[0], np.asarray(latents)[0], np.asarray(decoded)[0]
 
 
-def test_tiles_decode_like_the_whole_image():
+def process(parts, source, whole_trunk=False, fast=False):
+    """Run the parts in tiles of 16 latents; return the output, and the largest residual relative to its tolerance."""
+    residuals = []
+    for functions in parts:
+        if whole_trunk and functions.input_scale == functions.output_scale:
+            functions = functions._replace(whole_tiles=3)
+        source, residual = vae_tiles.process_in_tiles(functions, source, 16, fast)
+        residuals.append(residual / functions.tolerance)
+    return source, max(residuals)
+
+
+@pytest.mark.parametrize("whole_trunk", [True, False])
+def test_tiles_decode_like_the_whole_image(whole_trunk):
     _, _, latents, expected = untiled()
-    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
-    assert residual < vae_tiles.TOLERANCE
+    found, residual = process(tile_functions()[1], latents, whole_trunk)
+    assert residual < 1
     difference = np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1))
     assert difference.max() < MAX_ERROR
     assert difference.mean() < MEAN_ERROR
@@ -96,10 +108,11 @@ def test_tiles_decode_like_the_whole_image():
     assert difference[beside].mean() < 2 * difference[~beside].mean() + 1e-5
 
 
-def test_tiles_encode_like_the_whole_image():
+@pytest.mark.parametrize("whole_trunk", [True, False])
+def test_tiles_encode_like_the_whole_image(whole_trunk):
     source, expected, _, _ = untiled()
-    found, residual = vae_tiles.process_in_tiles(tile_functions()[0], source, 16)
-    assert residual < vae_tiles.TOLERANCE
+    found, residual = process(tile_functions()[0], source, whole_trunk)
+    assert residual < 1
     assert np.abs(found - expected).max() < 0.03 * np.std(expected)
 
 
@@ -107,17 +120,50 @@ def test_a_single_pass_is_not_enough(monkeypatch):
     # This also shows that the bounds above can fail.
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 1)
     _, _, latents, expected = untiled()
-    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
-    assert residual > vae_tiles.TOLERANCE
+    found, residual = process(tile_functions()[1], latents)
+    assert residual > 1
     assert np.abs(np.clip(found, -1, 1) - np.clip(expected, -1, 1)).max() > MAX_ERROR
+
+
+def test_the_fast_mode_computes_every_tile_once():
+    _, _, latents, expected = untiled()
+    calls = []
+
+    def counted(functions):
+        def count(name):
+            function = getattr(functions, name)
+            return lambda *arrays: calls.append(name) or function(*arrays)
+
+        return functions._replace(process_tiles=count("process_tiles"), measure_sample=count("measure_sample"))
+
+    found, residual = process(map(counted, tile_functions()[1]), latents, fast=True)
+    assert calls == (["measure_sample"] + ["process_tiles"] * 6) * 2
+    assert residual == 0
+    # The statistics of the sample are not exact: random weights show it more than trained ones do.
+    assert MEAN_ERROR < np.abs(found - expected).mean() < np.std(expected)
+
+
+def test_the_residual_estimates_the_error(monkeypatch):
+    _, _, latents, expected = untiled()
+    for passes in (1, 2):
+        monkeypatch.setattr(vae_tiles, "MAX_PASSES", passes)
+        trunk, levels = tile_functions()[1]
+        features, _ = vae_tiles.process_in_tiles(trunk._replace(whole_tiles=3), latents, 16)
+        found, residual = vae_tiles.process_in_tiles(levels, features, 16)
+        error = np.abs(found - expected).mean() / np.std(expected)
+        assert error / 4 < residual < 4 * error
 
 
 def test_fewer_keys_than_latents(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MAX_KEYS", 400)
     _, _, latents, expected = untiled()
-    found, residual = vae_tiles.process_in_tiles(tile_functions()[1], latents, 16)
-    assert residual < vae_tiles.TOLERANCE
+    found, residual = process(tile_functions()[1], latents)
+    assert residual < 1
     assert 0 < np.abs(found - expected).mean() < 0.5 * np.std(expected)
+    # A trunk uses the same keys in tiles and without; the number is constant in a compiled function.
+    trunk = tile_functions.__wrapped__()[1][0]
+    whole, tiled = np.asarray(trunk.process_whole(latents[None]))[0], process([trunk], latents)[0]
+    assert np.abs(whole - tiled).mean() < 0.01 * np.std(whole)
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 40), (40, 5), (16, 16), (17, 16), (3, 3), (33, 50)])
@@ -125,12 +171,12 @@ def test_every_position_belongs_to_one_tile(height, width):
     size = (min(8, height), min(8, width))
     source = np.arange(height * width, dtype=np.float32).reshape(height, width, 1)
     owners, copy = np.zeros((height, width), int), np.full_like(source, -1)
-    for placement in vae_tiles.tile_grid((height, width), size, 3):
+    for placement in placements.tile_grid((height, width), size, 3):
         (top, left), (bottom, right) = placement.start, placement.stop
         owners[top:bottom, left:right] += 1
-        window = vae_tiles.extract_windows(source, [placement], size, 3)[0]
+        window = placements.extract_windows(source, [placement], size, 3)[0]
         assert window.shape[:2] == tuple(min(8 + 6, side) for side in (height, width))
-        vae_tiles.write_tile(copy, placement, window, placement.window)
+        placements.write_tile(copy, placement, window, placement.window)
     assert (owners == 1).all()
     assert np.array_equal(copy, source)
 
@@ -140,7 +186,7 @@ def test_applying_a_shift_inverts_its_computation():
     one, other = (np.float32(np.abs(rng.normal(size=(3, 2, 4))) + 0.1) for _ in range(2))
     shift = vae_tiles.statistics_shift(one, other)
     for index in range(3):
-        close(vae_tiling.apply_shift(one[index], shift[index]), other[index], 1e-5)
+        close(vae_tile_hooks.apply_shift(one[index], shift[index]), other[index], 1e-5)
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet", "none"])
@@ -154,14 +200,15 @@ def test_color_fixes_of_tiles_equal_those_of_the_whole_image(fix):
         color.adain_in_place(content, style, rows=64)
         close(content, expected, 1e-5)
     else:
-        found = vae_tiles.map_tiles(
+        found = placements.map_tiles(
             lambda c, s: function(jnp.asarray(c + 1) / 2, jnp.asarray(s + 1) / 2) * 2 - 1,
             (content, style), 64, color.WAVELET_REACH,
         )  # fmt: skip
         close(np.clip(found, -1, 1), expected, 1e-5)
 
 
-def test_upscaling_with_tiles_is_close_to_upscaling_without():
+def test_upscaling_with_tiles_is_close_to_upscaling_without(monkeypatch):
+    monkeypatch.setattr(vae_tiling, "trunk_tiles", lambda backbone: 4)
     tiled, whole = (small_upscaler(vae_tile=tile) for tile in (64, 0))
     source = np.float32(half_flat(25, 37)) / 255
     for fix in ("adain", "wavelet"):
@@ -173,15 +220,17 @@ def test_upscaling_with_tiles_is_close_to_upscaling_without():
         assert np.abs(found - expected).mean() < MEAN_ERROR / 2
 
 
-def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeypatch):
+def test_tile_shapes_are_compiled_once_and_new_scales_compile_nothing(monkeypatch):
     monkeypatch.setattr(vae_tiles, "MAX_PASSES", 2)
+    monkeypatch.setattr(vae_tiling, "trunk_tiles", lambda backbone: 4)
     compiled = []
     upscaler = small_upscaler(on_compile=lambda what, seconds: compiled.append(what), vae_tile=64, tile=32, overlap=4)
     upscaler(random_image(28, 33))
-    # Encoder and decoder each measure the sample without and with keys and have one shape of tiles.
-    assert sorted(what.split()[0] for what in compiled) == [*["measure_sample"] * 4, "predict", *["process_tiles"] * 2]
+    # The levels of encoder and decoder measure samples, and process tiles, patches, and a smaller tile for the check.
+    levels = [*["measure_sample"] * 2, *["process_tiles"] * 6]
+    assert sorted(what.split()[0] for what in compiled) == sorted([*levels, "predict", *["process_whole"] * 2])
     upscaler(random_image(35, 30))
-    assert len(compiled) == 7
+    assert [what.split()[0] for what in compiled[11:]] == ["process_whole"] * 2
     runner = upscaler.pipeline.runner
     calls, run = [], runner.run
     runner.run = lambda stage, *args: calls.append(stage.__name__) or run(stage, *args)
@@ -189,7 +238,9 @@ def test_each_tile_shape_is_compiled_once_and_new_scales_compile_nothing(monkeyp
     assert np.array_equal(session.render(), session.render())
     # Encoder, UNet, then the decoder once for each pair of scales.
     order = [name for index, name in enumerate(calls) if not index or calls[index - 1] != name]
-    assert order == ["measure_sample", "process_tiles"] * 2 + ["predict"] + ["measure_sample", "process_tiles"] * 4
+    two_passes = ["measure_sample", "process_tiles"] * 2
+    decoder = ["process_whole", *two_passes]
+    assert order == [*two_passes, "process_whole", "predict", *decoder, *decoder]
 
 
 def test_tiles_get_the_latents_of_a_constant_map_as_those_of_its_number(monkeypatch):
@@ -216,7 +267,8 @@ def test_tiles_get_the_latents_of_a_constant_map_as_those_of_its_number(monkeypa
     close(half[:, :5], expected[0, :, :5], 1e-5)
 
 
-def test_tiles_are_used_when_memory_is_exhausted():
+def test_tiles_are_used_when_memory_is_exhausted(monkeypatch):
+    monkeypatch.setattr(vae_tiling, "trunk_tiles", lambda backbone: 4)
     notices, sizes = [], []
     upscaler = small_upscaler(vae_tile=256, notice=notices.append)
     runner = upscaler.pipeline.runner
@@ -241,7 +293,7 @@ import numpy as np
 from test_inference import random_image
 from test_vae_tiles import small_upscaler
 from pisa_jax.imaging.image_data import from_array
-from pisa_jax.tiling import vae_tiles
+from pisa_jax.tiling import placements, vae_tiles
 vae_tiles.MAX_PASSES = 2
 one, two = (small_upscaler(devices=n, vae_tile=64, tile=32, overlap=4) for n in (1, 2))
 # An image in tiles, of the VAE and of the UNet, and a batch without.
