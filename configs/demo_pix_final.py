@@ -2,8 +2,8 @@
 
     python train.py configs/demo_pix_final.py
 
-Run it after configs/demo.py, from whose adapter it starts. Hardware and Expected: see configs/demo.py. Measured: not yet
-run to its end.
+Run it after configs/demo.py, from whose adapter it starts.
+Hardware, Expected: see configs/demo.py. Measured: not yet run to its end.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
