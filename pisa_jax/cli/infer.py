@@ -290,8 +290,7 @@ def buckets_recorded(
     upscaler: "Upscaler", args: argparse.Namespace, cache: Path | None, adjustable: bool, batch_size: int
 ) -> Iterator[None]:
     """Prefer the buckets of earlier runs, whose programs are in the compilation cache, and record those of this run."""
-    buckets = upscaler.pipeline.buckets
-    if buckets is None:
+    if cache is None or (buckets := upscaler.pipeline.buckets) is None:
         yield
         return
     from pisa_jax.cli.known_buckets import KnownBuckets

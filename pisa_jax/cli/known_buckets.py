@@ -27,15 +27,15 @@ OPTIONS = (
 
 
 class KnownBuckets:
-    """The known buckets for the options of a command line; without a compilation cache there are none."""
+    """The known buckets for the options of a command line, in the folder of the compilation cache."""
 
-    def __init__(self, cache: Path | None, args: argparse.Namespace, adjustable: bool, batch_size: int):
+    def __init__(self, cache: Path, args: argparse.Namespace, adjustable: bool, batch_size: int):
         import jax
 
         device = jax.devices()[0].device_kind
         options = {name: getattr(args, name) for name in OPTIONS} | {"adjustable": adjustable, "batch": batch_size}
         self._key = json.dumps([__version__, jax.__version__, device, options], default=str)
-        self._file = cache and cache / FILE
+        self._file = cache / FILE
 
     def read(self) -> list[Size]:
         """Return the buckets; none if the file does not exist or is damaged: they are compiled again."""
@@ -43,8 +43,6 @@ class KnownBuckets:
 
     def add(self, buckets: Iterable[Size]) -> None:
         """Record further buckets, where the folder can be written."""
-        if not self._file:
-            return
         known = self._read_all()
         known[self._key] = sorted({*map(tuple, known.get(self._key, [])), *buckets})
         with contextlib.suppress(OSError), atomic_write(self._file) as file:
@@ -52,7 +50,7 @@ class KnownBuckets:
 
     def _read_all(self) -> dict[str, list]:
         try:
-            found = json.loads(self._file.read_text()) if self._file else {}
+            found = json.loads(self._file.read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -49,18 +49,17 @@ def _add_size_arguments(add: Callable[..., Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "pisa-sr warmup") -> int:
-    """Run the command. Exit code: 0 everything is compiled, 1 it failed, 2 wrong usage."""
+    """Run the command. Exit code: 0 everything is compiled, 1 it failed, 2 wrong usage, 130 interrupted."""
     show_any_name()
     p = parser(prog)
     args = p.parse_args(argv)
     complete_model_arguments(p, args)
     if args.compile_cache == "off":
         p.error("argument --compile-cache: off leaves nothing to fill")
-    cache = enable_compilation_cache(args.compile_cache)
     try:
-        if cache is None:
-            return 1
         sizes, scale = wanted_sizes(args)
+        if (cache := enable_compilation_cache(args.compile_cache)) is None:
+            return 1
         start, before = time.perf_counter(), folder_bytes(cache)
         compile_sizes(load_upscaler(args), sizes, scale, args, cache)
     except (OSError, ValueError) as error:
