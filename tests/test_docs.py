@@ -165,7 +165,7 @@ def test_flags_in_the_text_exist(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     known = {"--resume", "--overwrite", *FOREIGN_FLAGS}
     required = {"convert": "a b", "degrade": "--gt a --out b", "evaluate": "", "inspect": "a", "prepare": "a --out b"}
-    required["app"] = ""
+    required |= {"app": "", "warmup": ""}
     for program, arguments in (required | {"infer.py": "-i a -o b"}).items():
         known |= set(parse(program, arguments.split())._option_string_actions)
     for script in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "demo").glob("*.py")):

@@ -42,7 +42,8 @@ ROOMS = {
     "training_loop": "",
     "training": "",
     "cli": "adapter_scales arguments compile_only infer_names known_buckets output_files scale_map_files | "
-    "infer_plan | convert degrade evaluate_model infer_files prepare train | evaluate infer inspect | infer_command warmup",
+    "infer_plan | convert degrade evaluate_model infer_files prepare train | evaluate infer inspect | "
+    "infer_command warmup",
     "app": "settings shared_files | visitor | visitors | events | page | server | main",
     "__main__": "",
 }
