@@ -280,7 +280,8 @@ class Upscaler:
         runner = self.pipeline.runner
         self.pipeline.runner = CompilingRunner(runner)
         try:
-            self.open_all(blank, scale, None, adjustable).render_all()
+            with np.errstate(all="ignore"):  # of NaN
+                self.open_all(blank, scale, None, adjustable).render_all()
         finally:
             self.pipeline.runner = runner
 

@@ -113,13 +113,16 @@ class StageRunner:
 
 
 class CompilingRunner(StageRunner):
-    """Compiles for a StageRunner what it will run, and computes nothing: all results are 1."""
+    """Compiles for a StageRunner what it will run, and computes nothing.
+
+    All results are NaN: iterations do not converge on them, so the programs of all of their parts are compiled.
+    """
 
     def __init__(self, runner: StageRunner):
         super().__init__(runner.weights, runner.on_compile, mesh=runner.mesh)
         self.compiled = runner.compiled
 
     def run(self, stage: Callable, static: tuple, *arrays: Any) -> Any:
-        """Compile the stage for these shapes; returns ones in the place of its result."""
+        """Compile the stage for these shapes; returns NaN in the place of its result."""
         results = self.program(stage, static, *arrays).out_info
-        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), results)
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), results)
