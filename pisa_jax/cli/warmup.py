@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,18 +104,15 @@ def compile_sizes(
     """Compile the programs for scales of 1 and for others, and record their buckets."""
     from pisa_jax.cli.known_buckets import KnownBuckets
 
+    if args.input:  # as the run on these images will do; else every size has a bucket of its own
+        upscaler.plan_buckets(sizes, scale)
+    distinct = {upscaler.batch_key(size, scale): size for size in sizes}.values()
     for adjustable in (False, True):
-        known = KnownBuckets(cache, args, adjustable, args.batch_size)
-        for size in distinct(upscaler, sizes, scale):
+        for size in distinct:
             upscaler.compile(size, scale, adjustable, args.batch_size)
         if upscaler.pipeline.buckets is not None:
+            known = KnownBuckets(cache, args, adjustable, args.batch_size)
             known.add(upscaler.pipeline.buckets.used)
-
-
-def distinct(upscaler: "Upscaler", sizes: Sequence[tuple[int, int]], scale: float) -> Iterator[tuple[int, int]]:
-    """Yield one of the sizes for each set of programs that all of them need in one run."""
-    upscaler.plan_buckets(sizes, scale)
-    yield from {upscaler.batch_key(size, scale): size for size in sizes}.values()
 
 
 def folder_bytes(folder: Path) -> int:
