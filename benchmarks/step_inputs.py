@@ -1,4 +1,4 @@
-"""What the two programs of train_step_against_torch.py share: settings, inputs, memory and the answers to requests.
+"""Shared parts of the programs of train_step_against_torch.py: settings, inputs, memory and the answers to requests.
 
 Needs numpy only, because it runs in both environments.
 """

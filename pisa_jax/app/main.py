@@ -1,6 +1,7 @@
 """Open a page with live scales: `pisa-sr app`."""
 
 import argparse
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -110,8 +111,11 @@ def run(
     for number in (signal.SIGTERM, signal.SIGHUP):  # as SIGINT: so that the temporary files are removed
         signal.signal(number, signal.default_int_handler)
     bound, address = bind(args.host, args.port)
-    upscaler = load_upscaler(args)
-    with bound, temporary_folder(), buckets_recorded(upscaler, args, cache, adjustable=True, batch_size=1):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bound)
+        stack.enter_context(temporary_folder())
+        upscaler = load_upscaler(args)
+        stack.enter_context(buckets_recorded(upscaler, args, cache, adjustable=True, batch_size=1))
         server = Server(make_app(upscaler, args.max_megapixels, model_options, users), bound)
         # From here on a flag and no exception: one that is raised in a callback of the garbage collector is lost.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

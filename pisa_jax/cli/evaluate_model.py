@@ -1,15 +1,16 @@
 """Results of a model for `pisa-sr evaluate`: images of one bucket are upscaled together."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pisa_jax.cli.infer_plan import header_shape
 from pisa_jax.config import Scales
-from pisa_jax.imaging.image_data import from_array, to_array
+from pisa_jax.imaging.image_data import ImageData, from_array, to_array
 from pisa_jax.imaging.image_reading import read_rgb8
+from pisa_jax.imaging.scale_maps import are_one
 from pisa_jax.inference import Upscaler
 
 
@@ -35,26 +36,29 @@ class BatchUpscaler:
     def __call__(self, file: Path, rows: Sequence[Scales]) -> list[np.ndarray]:
         """Return the upscaled image of a file at each row of scales; raises what its reading or upscaling raises."""
         if file not in self._ready:
-            batch = [each for each in self._batch_of.get(file, [file]) if each == file or _is_readable(each)]
+            images = self._read_batch(file)
             try:
-                self._ready |= self._upscale(batch, rows)
+                self._ready |= self._upscale(images, rows)
             except Exception:
-                if len(batch) == 1:
+                if len(images) == 1:
                     raise
-                self._ready |= self._upscale([file], rows)  # one file must not be the failure of the others
+                # One file must not be the failure of the others.
+                self._ready |= self._upscale({file: images[file]}, rows)
         return self._ready.pop(file)
 
-    def _upscale(self, batch: Sequence[Path], rows: Sequence[Scales]) -> dict[Path, list[np.ndarray]]:
-        adjustable = any(set(row) != {1.0} for row in rows)
-        images = [from_array(read_rgb8(file)) for file in batch]
-        session = self._upscaler.open_all(images, self._scale, self._seed, adjustable)
+    def _read_batch(self, file: Path) -> dict[Path, ImageData]:
+        """Read the files of a batch; raises for `file`, and leaves out others that cannot be read."""
+        images = {}
+        for each in self._batch_of.get(file, [file]):
+            try:
+                images[each] = from_array(read_rgb8(each))
+            except Exception:  # the call for this file reports the error
+                if each == file:
+                    raise
+        return images
+
+    def _upscale(self, images: Mapping[Path, ImageData], rows: Sequence[Scales]) -> dict[Path, list[np.ndarray]]:
+        adjustable = not all(map(are_one, rows))
+        session = self._upscaler.open_all(list(images.values()), self._scale, self._seed, adjustable)
         rendered = [list(map(to_array, session.render_all(*row))) for row in rows]
-        return {file: list(results) for file, results in zip(batch, zip(*rendered, strict=True), strict=True)}
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        read_rgb8(file)
-    except Exception:  # its own call reports the error
-        return False
-    return True
+        return {file: list(results) for file, results in zip(images, zip(*rendered, strict=True), strict=True)}

@@ -342,8 +342,7 @@ def _corrections(hooks: Hooks = DEFAULT_HOOKS) -> Callable:
 def _skip_checks(module: nn.Module) -> None:
     """Let a layer read its parameters as they are.
 
-    Flax traces the initializer of a parameter whenever a layer reads it, to compare the shapes: a third of the time of
-    tracing a model. Shapes are compared when weights are loaded (`param_shapes`).
+    Flax traces the initializer of each parameter that is read, to compare shapes; loading has compared them.
     """
     if isinstance(module, nn.Dense | nn.Conv | nn.LayerNorm):
         object.__setattr__(module, "param", lambda name, *_: module.scope.get_variable("params", name))

@@ -197,7 +197,7 @@ class TileHooks(_Hooks):
         return mean, variance
 
     def measurements(self) -> TileMeasurements:
-        """Return what was measured; call it after the last layer."""
+        """Return all measurements; call it after the last layer."""
         return TileMeasurements(jnp.stack(self.measured, axis=1), *self.own_keys)
 
 
@@ -217,7 +217,7 @@ class SampleHooks(_Hooks):
         return self.applied[-1]
 
     def measurements(self) -> SampleMeasurements:
-        """Return what was measured; call it after the last layer."""
+        """Return all measurements; call it after the last layer."""
         own = (array.reshape(-1, *array.shape[3:]) for array in self.own_keys)
         return SampleMeasurements(jnp.stack(self.measured), jnp.stack(self.applied), *own)
 
