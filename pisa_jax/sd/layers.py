@@ -99,25 +99,37 @@ def cudnn_attention_compiles(dtype: Any, channels: int) -> bool:
     return True
 
 
+def _key_limits(length: Int[Array, ""], count: int) -> Float[Array, " m"]:
+    """Return upper bounds of the scores of `count` keys: infinity for the first `length`, -infinity for the others.
+
+    The array is kept: to compare positions again for every score would take a fifth of the attention's time.
+    """
+    return jax.lax.optimization_barrier(jnp.where(jnp.arange(count) < length, jnp.inf, -jnp.inf))
+
+
 def _chunked_attention(query, key, value, lengths=None):
     positions, heads, channels = query.shape[1:]
     chunks = -(-positions // QUERY_CHUNK)
 
     @jax.checkpoint  # the gradient recomputes the scores of a chunk instead of keeping those of all chunks
-    def of_chunk(queries, keys, values, length):
+    def of_chunk(queries, keys, values, limit):
         scores = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * channels**-0.5
-        if length is not None:
-            scores = jnp.where(jnp.arange(len(keys)) < length, scores, -jnp.inf)
-        return jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
+        if limit is not None:
+            scores = jnp.minimum(scores, limit)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        # Divided after the product: a division of every score takes longer.
+        out = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(values.dtype)
 
-    def of_head(length, arrays):
+    def of_head(limit, arrays):
         queries, keys, values = arrays
-        return jax.lax.map(lambda chunk: of_chunk(chunk, keys, values, length), queries)
+        return jax.lax.map(lambda chunk: of_chunk(chunk, keys, values, limit), queries)
 
     def of_sample(query, key, value, length):
         padded = jnp.pad(query, ((0, chunks * QUERY_CHUNK - positions), (0, 0), (0, 0)))
         queries = padded.reshape(chunks, QUERY_CHUNK, heads, channels).transpose(2, 0, 1, 3)
-        out = jax.lax.map(functools.partial(of_head, length), (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
+        limit = None if length is None else _key_limits(length, len(key))
+        out = jax.lax.map(functools.partial(of_head, limit), (queries, key.swapaxes(0, 1), value.swapaxes(0, 1)))
         return out.reshape(heads, -1, channels)[:, :positions].swapaxes(0, 1)
 
     return jax.vmap(of_sample)(query, key, value, lengths)  # not lax.map: the batch may be sharded over devices
