@@ -17,7 +17,7 @@ from pisa_jax.imaging.any_image import to_image_data
 from pisa_jax.imaging.arrays import pad_images
 from pisa_jax.imaging.image_data import ImageData, from_array
 from pisa_jax.model import BaseModel
-from pisa_jax.pipeline import DEFAULT, Pipeline, Settings
+from pisa_jax.pipeline import DEFAULT, Pipeline, Settings, compiled_pixels
 from pisa_jax.runtime import distributed
 from pisa_jax.runtime.compilation import CompilingRunner
 from pisa_jax.sd import pretrained
@@ -284,6 +284,16 @@ class Upscaler:
                 self.open_all(blank, scale, None, adjustable).render_all()
         finally:
             self.pipeline.runner = runner
+
+    def filling(self, count: int, batch_size: int, size: tuple[int, int], scale: float | int) -> int:
+        """Return how many copies of an image of this height and width fill up a batch of `count` images.
+
+        None do if they take longer than compiling for fewer images.
+        """
+        height, width = self._latent_size(size, scale)
+        missing = batch_size - count
+        added = missing * height * width * self.pipeline.base.vae_scale_factor**2
+        return missing if added and added < compiled_pixels() else 0
 
     def _latent_size(self, size: tuple[int, int], scale: float | int) -> tuple[int, int]:
         factor = self.pipeline.base.vae_scale_factor

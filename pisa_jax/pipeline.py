@@ -34,6 +34,11 @@ COMPILED_PIXELS = {"cpu": 2 * 512**2 // 3}
 ACCELERATOR_PIXELS = 256 * 512**2
 
 
+def compiled_pixels() -> int:
+    """Return how many pixels this device computes in the time that compiling the stages takes."""
+    return COMPILED_PIXELS.get(jax.default_backend(), ACCELERATOR_PIXELS)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options of inference that do not depend on the model."""
@@ -159,8 +164,7 @@ class Pipeline:
             whole = {self.needs_windows(size) for size in members}
             return 2 + (False in whole)  # encoder, decoder, and the UNet, except for windows, which are of one size
 
-        pixels = COMPILED_PIXELS.get(jax.default_backend(), ACCELERATOR_PIXELS)
-        saved = pixels / self.base.vae_scale_factor**2
+        saved = compiled_pixels() / self.base.vae_scale_factor**2
         self.buckets.plan(choose_buckets(sizes, programs, MOST_PROGRAMS - 1, saved, self.buckets.known))
 
     def _predict_padded(self, unet: Callable, latents: Any, sizes: Int[np.ndarray, "b 2"]) -> Any:

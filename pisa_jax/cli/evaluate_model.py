@@ -23,7 +23,7 @@ class BatchUpscaler:
     def __init__(
         self, upscaler: Upscaler, files: Sequence[Path], scale: float | int, seed: int | None, batch_size: int
     ):
-        self._upscaler, self._scale, self._seed = upscaler, scale, seed
+        self._upscaler, self._scale, self._seed, self._batch_size = upscaler, scale, seed, batch_size
         self._ready: dict[Path, list[np.ndarray]] = {}
         shapes = {file: shape for file in files if (shape := header_shape(file))}
         upscaler.plan_buckets(list(shapes.values()), scale)
@@ -43,7 +43,7 @@ class BatchUpscaler:
                 if len(images) == 1:
                     raise
                 # One file must not be the failure of the others.
-                self._ready |= self._upscale({file: images[file]}, rows)
+                self._ready |= self._upscale({file: images[file]}, rows, fill=False)
         return self._ready.pop(file)
 
     def _read_batch(self, file: Path) -> dict[Path, ImageData]:
@@ -57,8 +57,14 @@ class BatchUpscaler:
                     raise
         return images
 
-    def _upscale(self, images: Mapping[Path, ImageData], rows: Sequence[Scales]) -> dict[Path, list[np.ndarray]]:
+    def _upscale(
+        self, images: Mapping[Path, ImageData], rows: Sequence[Scales], fill: bool = True
+    ) -> dict[Path, list[np.ndarray]]:
         adjustable = not all(map(are_one, rows))
-        session = self._upscaler.open_all(list(images.values()), self._scale, self._seed, adjustable)
-        rendered = [list(map(to_array, session.render_all(*row))) for row in rows]
+        batch = list(images.values())
+        if fill:
+            size = batch[-1].rgb.shape[:2]
+            batch += batch[-1:] * self._upscaler.filling(len(batch), self._batch_size, size, self._scale)
+        session = self._upscaler.open_all(batch, self._scale, self._seed, adjustable)
+        rendered = [list(map(to_array, session.render_all(*row)))[: len(images)] for row in rows]
         return {file: list(results) for file, results in zip(images, zip(*rendered, strict=True), strict=True)}

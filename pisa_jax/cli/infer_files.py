@@ -140,14 +140,17 @@ def _batches(
     yield from waiting.values()
 
 
-def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler) -> None:
+def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler, fill: bool = True) -> None:
     """Upscale the images of a batch, write the results and complete the reports."""
     start = time.perf_counter()
-    results, error = _compute(batch, plan.options, upscaler)
-    if results is None and len(batch) > 1:
+    options, last = plan.options, batch[-1]
+    copies = upscaler.filling(len(batch), options.batch_size, last.image.rgb.shape[:2], options.scale) if fill else 0
+    computed = [*batch, *[last] * copies]
+    results, error = _compute(computed, plan.options, upscaler)
+    if results is None and len(computed) > 1:
         # One image, or the size of the batch, must not be the failure of the others.
         for pending in batch:
-            _upscale_batch([pending], plan, upscaler)
+            _upscale_batch([pending], plan, upscaler, fill=False)
         return
     for index, pending in enumerate(batch):
         pending.report.error = error

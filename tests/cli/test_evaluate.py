@@ -345,7 +345,7 @@ def test_batches_of_one_bucket_change_no_result(tmp_path):
     together = BatchUpscaler(upscaler, files, 4, None, 3)
     with mock.patch.object(upscaler, "open_all", wraps=upscaler.open_all) as open_all:
         found = {file: together(file, rows) for file in files[1:]}
-    assert [len(call.args[0]) for call in open_all.call_args_list] == [2, 2]  # without the broken file
+    assert [len(call.args[0]) for call in open_all.call_args_list] == [3, 3]  # without the broken file, filled up
     with pytest.raises(ImageError, match="broken"):
         together(files[0], rows)
     for file, results in found.items():

@@ -26,11 +26,15 @@ class StandIn(Upscaler):
 
     def __init__(self, fail=lambda images: None):
         self.batches, self.fail = [], fail
+        self.pipeline = SimpleNamespace(base=SimpleNamespace(vae_scale_factor=1))
 
     def plan_buckets(self, sizes, scale):
         pass
 
     def batch_key(self, size, scale):
+        return size
+
+    def _latent_size(self, size, scale):
         return size
 
     def open_all(self, images, scale, seed, adjustable):
@@ -235,6 +239,20 @@ def test_one_image_does_not_fail_its_batch(tmp_path):
     reports = run(inputs, tmp_path / "out", StandIn(fail), batch_size=4)
     assert outcomes(reports) == {"red.png": "ok", "black.png": "failed", "blue.png": "ok", "white.png": "ok"}
     assert reports[1].error.startswith("out of memory; try")
+
+
+@pytest.mark.parametrize(("compiled_pixels", "batches"), [(1000, [4, 4]), (20, [4, 1])])
+def test_the_last_batch_is_filled_where_compiling_for_fewer_images_takes_longer(
+    tmp_path, monkeypatch, compiled_pixels, batches
+):
+    monkeypatch.setattr("pisa_jax.inference.compiled_pixels", lambda: compiled_pixels)
+    colors = ["red", "blue", "green", "white", "black"]
+    inputs = [str(save(tmp_path / f"{index}.png", color=color)) for index, color in enumerate(colors)]
+    upscaler = StandIn()
+    assert set(outcomes(run(inputs, tmp_path / "out", upscaler, batch_size=4)).values()) == {"ok"}
+    assert upscaler.batches == batches
+    assert names(tmp_path / "out") == [f"{index}.png" for index in range(5)]
+    np.testing.assert_array_equal(read_rgb8(tmp_path / "out" / "4.png"), 0)
 
 
 def test_few_images_wait_for_their_batch(tmp_path, monkeypatch):
