@@ -29,12 +29,12 @@ SCALES = (1.0, 0.7)
 PROGRAMS = re.compile(r"jit_(encode|predict|render|recolor|.*tiles|.*sample|.*trunk)")
 
 
-def run_folder(images: Path, model: list[str], cache: Path, out: Path) -> str:
+def run_folder(images: Path, options: list[str], cache: Path, out: Path) -> str:
     """Upscale a folder in a process of its own; returns a line of figures."""
     before = programs(cache)
     command = [sys.executable, str(ROOT / "infer.py"), "-i", str(images), "-o", str(out), "--compile-cache", str(cache)]
     start = time.perf_counter()
-    done = subprocess.run([*command, "--scales", "1,0.7", *model], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--scales", "1,0.7", *options], capture_output=True, text=True, check=True)
     whole = time.perf_counter() - start
     obtained = [float(found) for found in re.findall(r"compiled .* in ([\d.]+) s", done.stderr)]
     upscaling = float(re.search(r" in ([\d.]+) s; results", done.stdout)[1])
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of images")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--adapters")
+    parser.add_argument("--scale", default="4", help="upscale factor of the folder")
     parser.add_argument("--side", type=int, default=512, help="side of the upscaled image for the masks, in pixels")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
@@ -90,11 +91,11 @@ def main() -> None:
         upscaler = Upscaler.load(args.model, args.adapters, tile=0, vae_tile=0)
         measure_masks(upscaler.pipeline, args.side, args.repeats)
         return
-    model = ["--model", args.model, *(["--adapters", args.adapters] if args.adapters else [])]
+    options = ["--model", args.model, *(["--adapters", args.adapters] if args.adapters else []), "-s", args.scale]
     with tempfile.TemporaryDirectory() as folder:
         for state in ("cold", "warm"):
             cache, out = Path(folder, "cache"), Path(folder, state)
-            print(f"{state} cache: {run_folder(args.images, model, cache, out)}", flush=True)
+            print(f"{state} cache: {run_folder(args.images, options, cache, out)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -168,14 +168,16 @@ def to_host(tree: Any) -> Any:
 def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     """Make global arrays from host arrays that are equal in every process.
 
-    Each device receives only its shard, cast to `dtype` on the host.
+    Each device receives only its shard, cast to `dtype` on the host. File-mapped memory is released as they are made.
     """
 
     def make(leaf, sharding):
         def shard(index):
             return np.asarray(leaf[index], dtype or leaf.dtype)
 
-        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+        made = jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
+        release_mapped_pages(leaf)
+        return made
 
     return jax.tree.map(make, tree, shardings)
 

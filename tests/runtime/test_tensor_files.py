@@ -12,6 +12,7 @@ import pytest
 from conftest import DATA, golden
 from safetensors import safe_open
 
+from pisa_jax.runtime import distributed
 from pisa_jax.runtime.tensor_files import read_metadata, read_tensors, release_mapped_pages, write_safetensors
 from pisa_jax.runtime.torch_pickle import read_torch
 
@@ -232,12 +233,27 @@ def test_damaged_safetensors_are_refused(tmp_path):
         read_tensors(tmp_path / "none.safetensors")
 
 
+def mapped_kib():
+    """Return the resident memory that is mapped from files."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("transposed", [True, False])
+def test_global_arrays_of_a_mapped_file_leave_no_page_of_it_in_memory(tmp_path, transposed):
+    values = np.arange(8 * 2**20, dtype=np.float32).reshape(2048, -1)
+    write_safetensors(tmp_path / "a.safetensors", {"a": values}, {})
+    view = read_tensors(tmp_path / "a.safetensors")["a"]
+    tree = {"a": view.T if transposed else view}
+    before = mapped_kib()
+    made = distributed.make_global_arrays(tree, {"a": distributed.replicated(distributed.make_mesh(data=1))})
+    assert mapped_kib() - before < 0.1 * values.nbytes / 2**10
+    np.testing.assert_array_equal(made["a"], values.T if transposed else values)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_released_pages_use_no_memory_and_are_read_again(tmp_path):
-    def mapped_kib():
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
-        return int(line.split()[1])
-
     values = np.arange(8 * 2**20, dtype=np.float32).reshape(2048, -1)
     write_safetensors(tmp_path / "a.safetensors", {"a": values}, {})
     view = read_tensors(tmp_path / "a.safetensors")["a"].T
