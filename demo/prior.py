@@ -1,10 +1,13 @@
-"""Train the demo model's diffusion prior: a latent UNet and a text encoder, on the latents of latents.py.
+"""Train the demo model's prior: a latent UNet and a text encoder, on the latents of latents.py.
 
     python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
         --minutes 60
 
-Clean latents train with the prompts in prompts.jsonl of --latents, degraded ones with negative words, and one in ten of
-both with the empty prompt. The model is written to --model as a diffusers folder. A run that was interrupted continues
+The UNet learns two tasks. It predicts noise: clean latents train with the prompts in prompts.jsonl of --latents,
+degraded ones with negative words, and one in ten of both with the empty prompt. And at t = 1, where the adapters use
+it, it restores: it predicts the residual to the result of Real-ESRGAN, with the prompt or the empty one. A UNet with a
+billion parameters knows from noise alone how edges look; for this one, the features of the second task are what the
+adapters can start from. The model is written to --model as a diffusers folder. A run that was interrupted continues
 when it is started again.
 """
 
@@ -13,7 +16,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,57 +31,79 @@ from shapes import TEXT, UNET
 from pisa_jax import losses
 from pisa_jax.data.latents import LatentSource, latent_source
 from pisa_jax.data.prompts import read_prompts
+from pisa_jax.model import TIMESTEP
 from pisa_jax.runtime.trees import flatten, unflatten
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained, random_model
 
-# Latents along a crop, and crops per step: half clean, half degraded.
-SIDE, BATCH = 16, 16
-LEARNING_RATE = 3e-3
-EMPTY_PROMPT = 0.1
-# Half of the timesteps are drawn from the first ones: the adapters use the UNet at t = 1.
-EARLY = 200
+# Latents along a crop, and crops per step: a third with noise, half of them degraded ones, and two thirds restored.
+SIDE, BATCH = 16, 12
+LEARNING_RATE = 4e-3
+# Probability of the empty prompt: for noise, and for restoration as in the training of the adapters.
+EMPTY_PROMPT, EMPTY_PROMPT_RESTORING = 0.1, 0.5
+# Weight of restoration: its squared errors are smaller.
+RESTORATION = 2.0
+# Timesteps of noise; those of CSD are among them.
+FIRST_TIMESTEP = 20
 
 
 class Batch(NamedTuple):
-    """Scaled latents and the token ids of their prompts."""
+    """Scaled latents: of images that receive noise, and LQ ones with their targets; token ids of all prompts."""
 
-    latents: jax.Array
+    clean: jax.Array
+    lq: jax.Array
+    target: jax.Array
     token_ids: jax.Array
 
 
-def draw_timesteps(key: jax.Array, count: int, steps: int) -> jax.Array:
-    """Draw half of the timesteps from U{0..EARLY-1} and half from U{0..steps-1}."""
-    for_early, for_all = jax.random.split(key)
-    early = jax.random.randint(for_early, (count,), 0, EARLY)
-    return jnp.where(jnp.arange(count) % 2 == 0, early, jax.random.randint(for_all, (count,), 0, steps))
-
-
 def loss(params, batch, key, backbone, alphas_cumprod):
-    """Compute |n - eps(z_t, t, c)|^2 (Ho et al. 2020, eq. 14)."""
+    """Compute |n - eps(z_t, t, c)|^2 (Ho et al. 2020, eq. 14) + RESTORATION |z_L - z_T - eps(z_L, 1, c)|^2."""
     for_noise, for_time = jax.random.split(key)
-    noise = jax.random.normal(for_noise, batch.latents.shape)
-    timesteps = draw_timesteps(for_time, len(batch.latents), len(alphas_cumprod))
-    prompt = bb.encode_text(backbone, params["text"], batch.token_ids)
-    noisy = losses.add_noise(batch.latents, noise, timesteps, alphas_cumprod)
-    square = (noise - bb.predict_noise(backbone, params["unet"], noisy, timesteps, prompt)) ** 2
-    each = square.mean(axis=(1, 2, 3))
-    early = timesteps < EARLY
-    return each.mean(), {"early": jnp.sum(each * early) / jnp.maximum(early.sum(), 1)}
+    noise = jax.random.normal(for_noise, batch.clean.shape)
+    timesteps = jax.random.randint(for_time, (len(noise),), FIRST_TIMESTEP, len(alphas_cumprod))
+    noisy = losses.add_noise(batch.clean, noise, timesteps, alphas_cumprod)
+    restored_at = jnp.full(len(batch.lq), TIMESTEP)
+    out = bb.predict_noise(
+        backbone,
+        params["unet"],
+        jnp.concatenate([noisy, batch.lq]),
+        jnp.concatenate([timesteps, restored_at]),
+        bb.encode_text(backbone, params["text"], batch.token_ids),
+    )
+    predicted, residual = out[: len(noise)], out[len(noise) :]
+    parts = {
+        "noise": jnp.mean((noise - predicted) ** 2),
+        "restoration": jnp.mean((batch.lq - batch.target - residual) ** 2),
+    }
+    return parts["noise"] + RESTORATION * parts["restoration"], parts
 
 
-def make_batch(source: LatentSource, prompts: dict[str, str], tokenize, side: int, count: int, step: int) -> Batch:
-    """Draw clean crops with their prompts and degraded crops with negative words; some have the empty prompt."""
+def crop(arrays: Sequence[np.ndarray], side: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Crop arrays of the same size at the same random position."""
+    top, left = (rng.integers(length - side + 1) for length in arrays[0].shape[:2])
+    return [np.float32(array[top : top + side, left : left + side]) for array in arrays]
+
+
+def make_batch(
+    truths: LatentSource, taught: LatentSource, prompts: dict[str, str], tokenize, side: int, count: int, step: int
+) -> Batch:
+    """Draw clean crops with their prompts, degraded ones with negative words, and pairs of LQ images and results."""
     rng = np.random.default_rng(step)
-    latents, texts = [], []
-    for index in rng.integers(len(source), size=count):
-        record, clean = source[index], len(latents) < count // 2
-        image = record.image if clean else record.lq
-        top, left = (rng.integers(length - side + 1) for length in image.shape[:2])
-        latents.append(np.float32(image[top : top + side, left : left + side]))
-        text = prompts.get(record.path, "") if clean else words.negative_prompt(rng)
-        texts.append("" if rng.random() < EMPTY_PROMPT else text)
-    return Batch(np.stack(latents), tokenize(texts))
+    clean, pairs, texts = [], [], []
+
+    def add_prompt(text: str, empty: float) -> None:
+        texts.append("" if rng.random() < empty else text)
+
+    for number, index in enumerate(rng.integers(len(truths), size=count // 3).tolist()):
+        record, degraded = truths[index], number % 2
+        clean += crop([record.lq if degraded else record.image], side, rng)
+        add_prompt(words.negative_prompt(rng) if degraded else prompts.get(record.path, ""), EMPTY_PROMPT)
+    for index in rng.integers(len(taught), size=count - count // 3).tolist():
+        record = taught[index]
+        pairs.append(crop([record.lq, record.image], side, rng))
+        add_prompt(prompts.get(record.path, ""), EMPTY_PROMPT_RESTORING)
+    lq, target = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+    return Batch(np.stack(clean), lq, target, tokenize(texts))
 
 
 def initial_params(shapes: dict) -> dict:
@@ -109,7 +134,8 @@ def train(
     shapes = bb.param_shapes(backbone)
     objective = functools.partial(loss, backbone=backbone, alphas_cumprod=losses.ddpm_schedule().alphas_cumprod)
     tokenize = bb.Tokenizer(model / "tokenizer")
-    batch_of = functools.partial(make_batch, latent_source(latents / "pix"), prompts, tokenize, side, batch)
+    sources = (latent_source(latents / stage) for stage in ("pix", "sem"))
+    batch_of = functools.partial(make_batch, *sources, prompts, tokenize, side, batch)
     trained = fit(out, minutes, initial_params(shapes), objective, batch_of, LEARNING_RATE, clock)
     vae_params = pretrained.params_from_torch(load_file(vae / "vae.safetensors"), shapes["vae"], str(vae))
     weights = jax.device_get({**trained, "vae": vae_params})

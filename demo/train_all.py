@@ -32,10 +32,11 @@ from pisa_jax import training
 from pisa_jax.cli import degrade, evaluate
 from pisa_jax.config import AdapterSpec, Config
 from pisa_jax.runtime.atomic_write import atomic_write
+from pisa_jax.runtime.stop_signals import StopSignals
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.23, "prior": 0.1, "pix": 0.15, "pix_final": 0.1, "sem": 0.17, "final": 0.25}
+SHARES = {"vae": 0.15, "prior": 0.4, "pix": 0.1, "pix_final": 0.08, "sem": 0.1, "final": 0.17}
 ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py", "final": "demo_final.py"}
 # The stage whose adapters a stage starts from.
 BEFORE = {"pix": None, "pix_final": "pix", "sem": "pix_final", "final": "sem"}
@@ -58,14 +59,16 @@ class Size(NamedTuple):
     # Images per batch of the teacher and of the encoder, and processes that read latents for the adapters.
     images: int = 8
     workers: int = 0
+    # Orientations that pairs are encoded in.
+    orientations: int = 1
     unet: dict = shapes.UNET
     vae_config: dict = shapes.VAE
     rank: int = 40
 
 
 SIZES = {
-    "cpu": Size(2400, (64, 8), (16, 16), (192, 8), (128, 4)),
-    "gpu": Size(5000, (128, 32), (32, 32), (192, 32), (192, 16), images=32, workers=6),
+    "cpu": Size(2400, (64, 8), (16, 12), (192, 8), (128, 4), orientations=2),
+    "gpu": Size(5000, (128, 32), (32, 48), (192, 32), (192, 16), images=32, workers=6),
     "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4),
 }
 
@@ -147,7 +150,7 @@ def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, stages=(changed,))
 
 
-class StepTimes:
+class StepTimes(StopSignals):
     """Records the time after every step of a run; `training.train` asks it, as `stop`, whether to stop."""
 
     def __init__(self, clock: Callable[[], float]):
@@ -217,7 +220,9 @@ def main() -> None:
         "vae": lambda: vae.train(
             out / "pairs", out / "vae", plan.seconds("vae") / 60, plan.clock, size.vae_config, *size.vae
         ),
-        "latents": lambda: latents.encode_pairs(out / "pairs", out / "vae", out / "latents", size.images),
+        "latents": lambda: latents.encode_pairs(
+            out / "pairs", out / "vae", out / "latents", size.images, size.orientations
+        ),
         "prior": lambda: prior.train(
             out / "latents",
             out / "vae",

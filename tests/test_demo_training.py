@@ -16,6 +16,7 @@ from pisa_jax.data.sources import fake_source
 
 sys.path.insert(0, str(ROOT / "demo"))
 import fit
+import latents
 import pack
 import teacher
 
@@ -134,6 +135,17 @@ def test_the_learning_rate_rises_and_falls_to_0():
     assert rates[0] == pytest.approx(1 / fit.WARMUP)
     assert max(rates) > 0.9
     assert rates[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_orientations_are_different_views_of_the_same_pixels():
+    image = np.arange(2 * 4 * 4).reshape(4, 4, 2)
+    views = list(latents.oriented([image, image + 100], 4))
+    assert len(views) == 8
+    np.testing.assert_array_equal(views[0], image)
+    assert len({view.tobytes() for view in views}) == 8
+    for view in views[:4]:
+        np.testing.assert_array_equal(np.sort(view.reshape(-1, 2), 0), np.sort(image.reshape(-1, 2), 0))
+    assert latents.oriented_names("a/000012.png", 2) == ["000012.0.png", "000012.1.png"]
 
 
 @pytest.mark.slow
