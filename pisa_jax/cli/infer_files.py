@@ -146,7 +146,7 @@ def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler
     options, last = plan.options, batch[-1]
     copies = upscaler.filling(len(batch), options.batch_size, last.image.rgb.shape[:2], options.scale) if fill else 0
     computed = [*batch, *[last] * copies]
-    results, error = _compute(computed, plan.options, upscaler)
+    results, error = _compute(computed, options, upscaler)
     if results is None and len(computed) > 1:
         # One image, or the size of the batch, must not be the failure of the others.
         for pending in batch:
@@ -155,7 +155,7 @@ def _upscale_batch(batch: Sequence[_PendingFile], plan: Plan, upscaler: Upscaler
     for index, pending in enumerate(batch):
         pending.report.error = error
         if results is not None:
-            _write(pending, [images[index] for images in results], plan.options)
+            _write(pending, [images[index] for images in results], options)
         pending.report.seconds = round((time.perf_counter() - start) / len(batch), 3)
 
 
