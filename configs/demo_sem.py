@@ -32,7 +32,7 @@ config = Config(
         source="latents",
         path="runs/demo_latents/sem",
         prompts="runs/demo_latents/prompts.jsonl",
-        crop=192,
+        crop=128,
         workers=0,
     ),
     batch_size=8,

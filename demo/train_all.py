@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(2400, (64, 8), (16, 12), (192, 8), (128, 4), orientations=2),
+    "cpu": Size(2400, (64, 8), (16, 12), (128, 8), (128, 4), orientations=2),
     "gpu": Size(5000, (128, 32), (32, 48), (192, 32), (192, 16), images=32, workers=6),
     "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4),
 }
