@@ -3,12 +3,11 @@
     python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
         --minutes 60
 
-The UNet learns two tasks. It predicts noise: clean latents train with the prompts in prompts.jsonl of --latents,
-degraded ones with negative words, and one in ten of both with the empty prompt. And at t = 1, where the adapters use
-it, it restores: it predicts the residual to the result of Real-ESRGAN, with the prompt or the empty one. A UNet with a
-billion parameters knows from noise alone how edges look; for this one, the features of the second task are what the
-adapters can start from. The model is written to --model as a diffusers folder. A run that was interrupted continues
-when it is started again.
+The UNet has two tasks. The first is to predict noise: clean latents train with the prompts in prompts.jsonl of
+--latents, degraded ones with negative words, and one in ten of both with the empty prompt. The second is restoration at
+t = 1, the timestep of the adapters: the UNet predicts the residual to the result of Real-ESRGAN, with the prompt or the
+empty one. The adapters start from the features of this task. The model is written to --model as a diffusers folder. A
+run that was interrupted continues when it is started again.
 """
 
 import argparse

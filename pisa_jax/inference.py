@@ -286,14 +286,14 @@ class Upscaler:
             self.pipeline.runner = runner
 
     def filling(self, count: int, batch_size: int, size: tuple[int, int], scale: float | int) -> int:
-        """Return how many copies of an image of this height and width fill up a batch of `count` images.
+        """Return the number of copies of an image of this height and width that fill a batch of `count` images.
 
-        None do if they take longer than compiling for fewer images.
+        It is 0 if computing the copies takes longer than compiling for `count` images.
         """
         height, width = self._latent_size(size, scale)
         missing = batch_size - count
         added = missing * height * width * self.pipeline.base.vae_scale_factor**2
-        return missing if added and added < compiled_pixels() else 0
+        return missing if missing and added < compiled_pixels() else 0
 
     def _latent_size(self, size: tuple[int, int], scale: float | int) -> tuple[int, int]:
         factor = self.pipeline.base.vae_scale_factor

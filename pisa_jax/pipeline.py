@@ -35,7 +35,7 @@ ACCELERATOR_PIXELS = 256 * 512**2
 
 
 def compiled_pixels() -> int:
-    """Return how many pixels this device computes in the time that compiling the stages takes."""
+    """Return the number of pixels that this device computes in the time that compiling the stages takes."""
     return COMPILED_PIXELS.get(jax.default_backend(), ACCELERATOR_PIXELS)
 
 

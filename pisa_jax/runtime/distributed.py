@@ -168,7 +168,7 @@ def to_host(tree: Any) -> Any:
 def make_global_arrays(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     """Make global arrays from host arrays that are equal in every process.
 
-    Each device receives only its shard, cast to `dtype` on the host. File-mapped memory is released as they are made.
+    Each device receives only its shard, cast to `dtype` on the host. Resident pages of mapped files are released.
     """
 
     def make(leaf, sharding):
