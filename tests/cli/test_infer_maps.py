@@ -27,6 +27,9 @@ class StandIn(Upscaler):
     def batch_key(self, size, scale):
         return size
 
+    def filling(self, count, batch_size, size, scale):
+        return 0
+
     def open_all(self, images, scale, seed, adjustable):
         self.adjustable.append(adjustable)
         return SimpleNamespace(render_all=lambda *scales: self.calls.append(scales) or list(images))
