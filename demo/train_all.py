@@ -27,6 +27,7 @@ import shapes
 import teacher
 import vae
 from fit import cpu_clock
+from start_sem import start_sem
 
 from pisa_jax import training
 from pisa_jax.cli import degrade, evaluate
@@ -36,10 +37,10 @@ from pisa_jax.runtime.stop_signals import StopSignals
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.15, "prior": 0.4, "pix": 0.1, "pix_final": 0.08, "sem": 0.1, "final": 0.17}
-ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py", "final": "demo_final.py"}
-# The stage whose adapters a stage starts from.
-BEFORE = {"pix": None, "pix_final": "pix", "sem": "pix_final", "final": "sem"}
+SHARES = {"vae": 0.15, "prior": 0.5, "pix": 0.12, "pix_final": 0.08, "sem": 0.15}
+ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py"}
+# The adapters that a stage starts from, in the output folder.
+START = {"pix": None, "pix_final": f"pix/{training.ADAPTERS_FILE}", "sem": "sem_start.safetensors"}
 # Share of the time for the start of stages, encoding and the measurement at the end.
 RESERVE = 0.1
 # A third of the steps from which the speed of an adapter's training is measured.
@@ -120,7 +121,7 @@ class Plan:
 def adapter_config(stage: str, out: Path, size: Size) -> Config:
     """Adapt the config of a stage to the folders and sizes of this run."""
     config = runpy.run_path(str(CONFIGS / ADAPTER_CONFIGS[stage]))["config"]
-    crop, batch = size.decoded if stage.endswith("final") else size.adapters
+    crop, batch = size.adapters if stage == "pix" else size.decoded
     adapter = config.stages[0].adapter
     data = dataclasses.replace(
         config.data,
@@ -129,13 +130,12 @@ def adapter_config(stage: str, out: Path, size: Size) -> Config:
         crop=crop,
         workers=size.workers,
     )
-    before = BEFORE[stage]
     only = dataclasses.replace(config.stages[0], spec=AdapterSpec(rank=size.rank, alpha=float(size.rank)))
     return dataclasses.replace(
         config,
         out=str(out / stage),
         model=str(out / "model"),
-        start=str(out / before / training.ADAPTERS_FILE) if before else None,
+        start=str(out / START[stage]) if START[stage] else None,
         stages=(only,),
         data=data,
         batch_size=batch,
@@ -235,9 +235,9 @@ def main() -> None:
         ),
         "pix": lambda: train_adapter("pix", out, size, plan),
         "pix_final": lambda: train_adapter("pix_final", out, size, plan),
+        "sem_start": lambda: start_sem(out / "pix_final" / training.ADAPTERS_FILE, out / START["sem"]),
         "sem": lambda: train_adapter("sem", out, size, plan),
-        "final": lambda: train_adapter("final", out, size, plan),
-        "adapters": lambda: shutil.copy(out / "final" / training.ADAPTERS_FILE, out),
+        "adapters": lambda: shutil.copy(out / "sem" / training.ADAPTERS_FILE, out),
     }
     for name, run in stages.items():
         if not plan.done(name):

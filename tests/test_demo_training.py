@@ -12,12 +12,17 @@ from conftest import ROOT
 from PIL import Image
 from scipy.signal import correlate
 
+from pisa_jax.adapters import files, injection
+from pisa_jax.adapters.adapter_tree import Adapters
+from pisa_jax.config import AdapterSpec
 from pisa_jax.data.sources import fake_source
 
 sys.path.insert(0, str(ROOT / "demo"))
 import fit
 import latents
 import pack
+import ship
+import start_sem
 import teacher
 
 # x -> leaky(conv(x)) -> upsampled twice -> concatenated with itself -> 0.2 conv + 1 upsampled -> + upsampled
@@ -135,6 +140,32 @@ def test_the_learning_rate_rises_and_falls_to_0():
     assert rates[0] == pytest.approx(1 / fit.WARMUP)
     assert max(rates) > 0.9
     assert rates[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_sem_starts_by_taking_pix_back(tmp_path):
+    rng, spec = np.random.default_rng(0), AdapterSpec(rank=2, alpha=3.0)
+    tree = {"conv_in": {"a": rng.random((3, 3, 4, 2)), "b": rng.random((1, 1, 2, 6))}}
+    files.save_adapters(tmp_path / "pix.safetensors", Adapters({"pix": tree}, {"pix": spec}, "base", base_digest="0a"))
+    start_sem.start_sem(tmp_path / "pix.safetensors", tmp_path / "both.safetensors")
+    trees, specs, *base = files.load_adapters(tmp_path / "both.safetensors")
+    kernel = rng.random((3, 3, 4, 6)).astype(np.float32)
+    for sem, unchanged in ((0.0, False), (1.0, True)):
+        merged = injection.merge({"conv_in": {"kernel": kernel}}, trees, specs, {"pix": 1.0, "sem": sem})
+        assert np.allclose(merged["conv_in"]["kernel"], kernel, atol=1e-6) == unchanged
+    assert specs == {"pix": spec, "sem": spec}
+    assert base == ["base", {}, "0a"]
+
+
+def test_reduced_adapters_are_the_best_of_their_rank():
+    rng, spec = np.random.default_rng(0), AdapterSpec(rank=6, alpha=3.0)
+    tree = {"conv": {"a": rng.random((3, 3, 4, 6)), "b": rng.random((1, 1, 6, 5))}}
+    lower = ship.reduced(Adapters({"pix": tree}, {"pix": spec}), 2)
+    assert lower.specs["pix"] == AdapterSpec(rank=2, alpha=1.0)
+    a, b = lower.trees["pix"]["conv"]["a"], lower.trees["pix"]["conv"]["b"]
+    assert (a.shape, b.shape) == ((3, 3, 4, 2), (1, 1, 2, 5))
+    update = tree["conv"]["a"].reshape(36, 6) @ tree["conv"]["b"].reshape(6, 5)
+    error = np.linalg.norm(update - a.reshape(36, 2) @ b.reshape(2, 5))
+    assert error == pytest.approx(np.linalg.norm(np.linalg.svd(update)[1][2:]))
 
 
 def test_orientations_are_different_views_of_the_same_pixels():
