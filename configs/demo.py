@@ -13,7 +13,7 @@
     python demo/start_sem.py --adapters runs/demo_pix_final/adapters.safetensors --out runs/demo_sem_start.safetensors
     python train.py configs/demo_sem.py
 
-    python demo/ship.py --model runs/demo_model --adapters runs/demo_sem/adapters.safetensors --data DATA
+    python demo/ship.py --model runs/demo_model --adapters runs/demo_sem/adapters.safetensors --data DATA --rank 32
 
 `demo/train_all.py` runs all of these, except ship.py, within a given time.
 Hardware: two CPU cores, or one GPU (`train_all.py --size gpu`). Data: the images listed in NOTICE.
@@ -23,7 +23,7 @@ Measured (without demo_pix_final.py): 24.57 dB and 24.67 dB; demo/NOTES.md has a
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage
 
-# demo/ship.py reduces the shipped adapters to rank 32: the model has to fit within 20 MB.
+# demo/ship.py reduces the adapters to rank 32: with rank 40, the shipped model would exceed 20 MB.
 SPEC = AdapterSpec(rank=40, alpha=40.0)
 
 config = Config(

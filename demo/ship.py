@@ -1,6 +1,6 @@
 """Put the trained demo model into the package: float16 weights and sample inputs in pisa_jax/assets/demo.
 
-    python demo/ship.py --model runs/demo_model --adapters runs/demo_sem/adapters.safetensors --data DATA
+    python demo/ship.py --model runs/demo_model --adapters runs/demo_sem/adapters.safetensors --data DATA --rank 32
 
 The samples are crops of images in DATA that were not used for training, degraded as in training, with a quarter of the
 height and width. Their ground truths are written to tests/assets/demo. `--rank` replaces every LoRA update by its best
@@ -81,12 +81,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="rank of the shipped adapters (default: as trained)")
     parser.add_argument("--sem", type=float, default=1.0, help="factor for the alpha of sem")
     args = parser.parse_args()
+    adapters = files.load_adapters(args.adapters)
+    adapters = reduced(adapters, args.rank) if args.rank else adapters
     card = (DEMO / "README.md").read_text()
     shutil.rmtree(DEMO)
     shutil.copytree(args.model, DEMO)
     (DEMO / "README.md").write_text(card)
-    adapters = files.load_adapters(args.adapters)
-    adapters = reduced(adapters, args.rank) if args.rank else adapters
     sem = adapters.specs["sem"]
     specs = adapters.specs | {"sem": dataclasses.replace(sem, alpha=sem.alpha * args.sem)}
     shipped = Adapters(adapters.trees, specs, base_model="demo")

@@ -1,9 +1,9 @@
-"""Write the adapters from which the semantic stage starts: `pix`, and a `sem` that takes `pix` back.
+"""Write the adapters from which the semantic stage starts: `pix`, and a `sem` that cancels it.
 
     python demo/start_sem.py --adapters runs/demo_pix_final/adapters.safetensors --out runs/demo_sem_start.safetensors
 
-At scales 1,1 the model is then its prior, which restores like Real-ESRGAN (prior.py), and the semantic stage goes on
-from there instead of learning it again.
+At scales 1,1 the model then equals its prior, which was trained to restore (prior.py). The semantic stage starts from
+this restoration instead of training it again.
 """
 
 import argparse

@@ -142,7 +142,7 @@ def test_the_learning_rate_rises_and_falls_to_0():
     assert rates[-1] == pytest.approx(0, abs=1e-6)
 
 
-def test_sem_starts_by_taking_pix_back(tmp_path):
+def test_sem_starts_as_the_negative_of_pix(tmp_path):
     rng, spec = np.random.default_rng(0), AdapterSpec(rank=2, alpha=3.0)
     tree = {"conv_in": {"a": rng.random((3, 3, 4, 2)), "b": rng.random((1, 1, 2, 6))}}
     files.save_adapters(tmp_path / "pix.safetensors", Adapters({"pix": tree}, {"pix": spec}, "base", base_digest="0a"))
