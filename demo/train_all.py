@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import adversarial
 import jax
 import latents
 import pairs
@@ -37,7 +38,7 @@ from pisa_jax.runtime.stop_signals import StopSignals
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.15, "prior": 0.5, "pix": 0.12, "pix_final": 0.08, "sem": 0.15}
+SHARES = {"vae": 0.15, "prior": 0.3, "adversarial": 0.25, "pix": 0.12, "pix_final": 0.08, "sem": 0.1}
 ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py"}
 # The adapters that a stage starts from, in the output folder.
 START = {"pix": None, "pix_final": f"pix/{training.ADAPTERS_FILE}", "sem": "sem_start.safetensors"}
@@ -51,9 +52,10 @@ class Size(NamedTuple):
     """Numbers and sizes of crops, and the networks."""
 
     pairs: int
-    # Side of a crop (pixels, latents) and crops per step.
+    # Side of a crop (pixels, latents, latents) and crops per step.
     vae: tuple[int, int]
     prior: tuple[int, int]
+    adversarial: tuple[int, int]
     # Side of a crop in pixels and crops per step of the adapters: on latents, and on decoded images.
     adapters: tuple[int, int]
     decoded: tuple[int, int]
@@ -68,9 +70,11 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(2400, (64, 8), (16, 12), (128, 8), (128, 4), orientations=2),
-    "gpu": Size(5000, (128, 32), (32, 48), (192, 32), (192, 16), images=32, workers=6),
-    "tiny": Size(16, (64, 4), (8, 4), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4),
+    "cpu": Size(2400, (64, 8), (16, 12), (16, 6), (128, 8), (128, 4), orientations=2),
+    "gpu": Size(5000, (128, 32), (32, 48), (24, 24), (192, 32), (192, 16), images=32, workers=6),
+    "tiny": Size(
+        16, (64, 4), (8, 4), (8, 2), (64, 4), (64, 2), unet=shapes.TINY_UNET, vae_config=shapes.TINY_VAE, rank=4
+    ),
 }
 
 
@@ -227,11 +231,21 @@ def main() -> None:
             out / "latents",
             out / "vae",
             out / "prior",
-            out / "model",
+            out / "prior_model",
             plan.seconds("prior") / 60,
             plan.clock,
             size.unet,
             *size.prior,
+        ),
+        "adversarial": lambda: adversarial.train(
+            out / "pairs",
+            out / "latents",
+            out / "prior_model",
+            out / "adversarial",
+            out / "model",
+            plan.seconds("adversarial") / 60,
+            plan.clock,
+            *size.adversarial,
         ),
         "pix": lambda: train_adapter("pix", out, size, plan),
         "pix_final": lambda: train_adapter("pix_final", out, size, plan),

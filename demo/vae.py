@@ -40,7 +40,7 @@ PERCEPTUAL, KL = 1e-3, 3e-5
 
 def loss(params, images, key, backbone, perceptual):
     """Sum the squared error, the perceptual distance and KL(posterior | N(0, 1)) (Rombach et al. 2022, appendix G)."""
-    params = _without_attention(params)
+    params = without_attention(params)
     mean, std = bb.posterior(backbone, params, images)
     latents = mean + std * jax.random.normal(key, mean.shape)
     restored = bb.decode(backbone, params, latents * backbone.latent_scale)
@@ -51,7 +51,7 @@ def loss(params, images, key, backbone, perceptual):
     return square + PERCEPTUAL * distance + KL * kl, parts
 
 
-def _without_attention(params):
+def without_attention(params):
     """Stop the gradient of the attention's output projection, which starts as 0 and stays so.
 
     Attention that was trained on crops of 64 latents does not carry over to whole images; convolutions do.

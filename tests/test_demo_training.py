@@ -5,6 +5,7 @@ import struct
 import sys
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from pisa_jax.adapters import files, injection
 from pisa_jax.adapters.adapter_tree import Adapters
 from pisa_jax.config import AdapterSpec
 from pisa_jax.data.sources import fake_source
+from pisa_jax.imaging.ranges import uint8_to_signed
 
 sys.path.insert(0, str(ROOT / "demo"))
+import adversarial
+import critic
+import crops
 import fit
 import latents
 import pack
@@ -177,6 +182,64 @@ def test_orientations_are_different_views_of_the_same_pixels():
     for view in views[:4]:
         np.testing.assert_array_equal(np.sort(view.reshape(-1, 2), 0), np.sort(image.reshape(-1, 2), 0))
     assert latents.oriented_names("a/000012.png", 2) == ["000012.0.png", "000012.1.png"]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """A critic, and results with targets in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    results, targets = (jnp.asarray(rng.uniform(-1, 1, (2, 16, 16, 3)), jnp.float32) for _ in range(2))
+    return critic.initial_params(rng), results, targets
+
+
+def test_generator_and_critic_have_opposite_aims_and_separate_gradients(compared):
+    params, results, targets = compared
+    difference = np.asarray(critic.scores(params, targets) - critic.scores(params, results))
+    generator, to_results = jax.value_and_grad(critic.generator_loss, 1)(params, results, targets)
+    np.testing.assert_allclose(generator, np.log1p(np.exp(difference)).mean(), rtol=1e-5)
+    own = critic.critic_losses(params, results, targets, jax.random.key(0))[0]
+    np.testing.assert_allclose(own, np.log1p(np.exp(-difference)).mean(), rtol=1e-5)
+    assert np.abs(to_results).max() > 0
+    for gradient in jax.tree.leaves(jax.grad(critic.generator_loss)(params, results, targets)):
+        assert not gradient.any()
+    total = lambda results: sum(critic.critic_losses(params, results, targets, jax.random.key(0)))  # noqa: E731
+    assert not jax.grad(total)(results).any()
+
+
+def test_the_penalty_estimates_the_squared_gradient_of_scores(compared):
+    params, results, targets = compared
+    images = jnp.concatenate([results, targets])
+    jacobian = jax.jacobian(lambda image: critic.scores(params, image[None])[0])
+    squares = np.mean([np.square(jacobian(image)).sum((3, 4, 5)).mean() for image in images])
+    penalty = jax.jit(lambda key: critic.critic_losses(params, results, targets, key)[1])
+    estimates = [penalty(jax.random.key(seed)) for seed in range(100)]
+    np.testing.assert_allclose(np.mean(estimates), critic.PENALTY / 2 * squares, rtol=0.1)
+
+
+def test_crops_of_latents_and_of_their_images_have_the_same_position_and_orientation(tmp_path):
+    rng, pairs = np.random.default_rng(0), tmp_path / "pairs"
+    names = ["000003.png", "000007.png"]
+    for folder, size in {"gt": 64, "lq": 16, "teacher": 64}.items():
+        (pairs / folder).mkdir(parents=True)
+        for name in names:
+            Image.fromarray(rng.integers(256, size=(size, size, 3), dtype=np.uint8)).save(pairs / folder / name)
+    images = crops.read_pairs(pairs)
+    for stage, (lq, gt) in latents.STAGES.items():
+        folder = tmp_path / "latents" / stage
+        folder.mkdir(parents=True)
+        for file, kind in (("lq", lq), ("gt", gt)):  # "latents" that are every eighth pixel
+            views = [view[::8, ::8] for view in latents.oriented(images[kind], 4)]
+            np.save(folder / f"{file}.npy", uint8_to_signed(np.stack(views)))
+        (folder / latents.NAMES_FILE).write_text(
+            "".join(f"{variant}\n" for name in names for variant in latents.oriented_names(name, 4))
+        )
+    (tmp_path / "latents" / "prompts.jsonl").write_text('{"path": "000003.0.png", "prompt": "a photo"}\n')
+    sources = adversarial.PairSources(pairs, tmp_path / "latents", lambda texts: np.zeros((len(texts), 5), int))
+    batch = sources.batch(side=3, count=24, step=0)
+    np.testing.assert_allclose(batch.target, batch.target_images[:, ::8, ::8], atol=1e-6)
+    np.testing.assert_allclose(batch.decoded, batch.decoded_images[:, ::8, ::8], atol=1e-6)
+    assert batch.clean.shape == batch.decoded.shape == (8, 3, 3, 3)
+    assert batch.token_ids.shape == (32, 5)
 
 
 @pytest.mark.slow
