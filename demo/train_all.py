@@ -38,7 +38,7 @@ from pisa_jax.runtime.stop_signals import StopSignals
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Shares of the time that is left for training.
-SHARES = {"vae": 0.15, "prior": 0.3, "adversarial": 0.25, "pix": 0.12, "pix_final": 0.08, "sem": 0.1}
+SHARES = {"vae": 0.15, "prior": 0.3, "adversarial": 0.25, "pix": 0.1, "pix_final": 0.1, "sem": 0.1}
 ADAPTER_CONFIGS = {"pix": "demo.py", "pix_final": "demo_pix_final.py", "sem": "demo_sem.py"}
 # The adapters that a stage starts from, in the output folder.
 START = {"pix": None, "pix_final": f"pix/{training.ADAPTERS_FILE}", "sem": "sem_start.safetensors"}
