@@ -20,7 +20,7 @@
 `demo/train_all.py` runs all of these, except ship.py, within a given time.
 Hardware: two CPU cores, or one GPU (`train_all.py --size gpu`). Data: the images listed in NOTICE.
 Expected: 24.57 dB (CID22_val9) and 24.73 dB (Kodak24) or more at scales 1,0, as the shipped model has (demo_v1.py).
-Measured after 790 steps of demo_pix_final.py: 24.55 dB and 24.77 dB; demo/NOTES.md has all figures.
+Measured after demo_pix_final.py (340 and 450 steps): 24.55 dB and 24.77 dB; demo/NOTES.md has all figures.
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage

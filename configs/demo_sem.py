@@ -4,7 +4,8 @@
 
 Run it after demo/start_sem.py, from whose adapters it starts; configs/demo.py lists all commands. Hardware: as there.
 Expected: a SqueezeNet distance of 4.2 (CID22_val9) and 4.7 (Kodak24) at scales 1,1.
-Measured: 4.57 and 5.30. With a lower ratio of latent to perceptual and CSD, the weave is stronger (demo/NOTES.md).
+Measured: 4.57 and 5.30 on the prior without demo/adversarial.py. With it, the adapters of demo/start_sem.py alone have
+4.60 and 5.03. With a lower ratio of latent to perceptual and CSD, the weave is stronger (demo/NOTES.md).
 """
 
 from pisa_jax.config import AdapterSpec, Config, Data, Stage

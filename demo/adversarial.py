@@ -3,11 +3,10 @@
     python demo/adversarial.py --pairs runs/demo_pairs --latents runs/demo_latents --prior runs/demo_prior_model
         --out runs/demo_adversarial --model runs/demo_model --minutes 60
 
-The decoder learned from latents of images; here it also learns from the latents that the UNet restores, and both learn
-to restore images that a critic cannot tell from the results of Real-ESRGAN. This is what makes results crisp: the
-losses of prior.py alone leave them soft, and their perceptual distance can be reduced by a weave, which a critic
-detects. The encoder does not change, so that the latents of latents.py remain valid. The model is written to --model as
-a diffusers folder. A run that was interrupted continues when it is started again.
+The losses of prior.py leave results soft and permit a weave (demo/NOTES.md). The adversarial loss compares results with
+those of Real-ESRGAN and makes them crisper. The decoder was trained on latents of images (vae.py); here it is also
+trained on latents that the UNet restores. The encoder does not change, so the latents of latents.py remain valid. The
+model is written to --model as a diffusers folder. A run that was interrupted continues when it is started again.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import prior
-from fit import cpu_clock, fit, make_optimizer
+from fit import add_time_options, fit, make_optimizer
 from latents import ORIENTATIONS
 from vae import without_attention
 
@@ -36,16 +35,15 @@ from pisa_jax.data.prompts import read_prompts
 from pisa_jax.imaging.image_files import find_images
 from pisa_jax.imaging.ranges import uint8_to_signed
 from pisa_jax.metrics import lpips
-from pisa_jax.model import TIMESTEP
 from pisa_jax.sd import backbone as bb
 from pisa_jax.sd import pretrained
 
 # Latents along a crop, and restored crops per step. A third as many receive noise, and as many are only decoded.
 SIDE, BATCH = 16, 6
 LEARNING_RATE = 1.2e-3
-# Factor of the decoder's learning rate, and Adam's of the critic.
+# Factors of the learning rate: of the decoder, with Muon, and of the critic, with Adam.
 DECODER_RATE, CRITIC_RATE = 0.3, 0.6
-# A half-life of 140 steps: the last part of a short training.
+# With a half-life of 140 steps, the average follows a training of some hundred steps.
 AVERAGE_DECAY = 0.995
 # Weights of the losses in `loss`.
 WEIGHTS = {
@@ -81,22 +79,13 @@ class Batch(NamedTuple):
 def loss(params, batch, key, backbone, frozen, alphas_cumprod):
     """Sum the losses of the prior, of the decoder and of the critic, with WEIGHTS.
 
-    Of noise: |n - eps(z_t, t)|^2. Of restored latents r and their targets: |r - z_T|^2; the perceptual distance and the
-    absolute error of D(r) and the image of the target x_T; the adversarial loss. Of the decoder: |D(z) - x|^2 and the
-    perceptual distance. Of the critic: its loss and its penalty.
+    noise: |n - eps(z_t, t)|^2. restoration: |r - z_T|^2, with restored latents r and their targets z_T. perceptual,
+    absolute and adversarial compare the decoded images D(r) with the targets' images x_T. decoded: |D(z) - x|^2 with
+    images x and their latents z, and decoded_perceptual the same with the perceptual distance. critic and penalty train
+    the critic.
     """
-    for_noise, for_time, for_critic = jax.random.split(key, 3)
-    noise = jax.random.normal(for_noise, batch.clean.shape)
-    timesteps = jax.random.randint(for_time, (len(noise),), prior.FIRST_TIMESTEP, len(alphas_cumprod))
-    noisy = losses.add_noise(batch.clean, noise, timesteps, alphas_cumprod)
-    out = bb.predict_noise(
-        backbone,
-        params["unet"],
-        jnp.concatenate([noisy, batch.lq]),
-        jnp.concatenate([timesteps, jnp.full(len(batch.lq), TIMESTEP)]),
-        bb.encode_text(backbone, params["text"], batch.token_ids),
-    )
-    predicted, restored = out[: len(noise)], batch.lq - out[len(noise) :]
+    for_prior, for_critic = jax.random.split(key)
+    noise, restored = prior.predict(params, batch, for_prior, backbone, alphas_cumprod)
     vae = frozen.vae | without_attention(params["decoder"])
     images = bb.decode(backbone, vae, jnp.concatenate([restored, batch.decoded]))
     # At its border, a crop of latents is decoded without its neighbours.
@@ -105,7 +94,7 @@ def loss(params, batch, key, backbone, frozen, alphas_cumprod):
     results, decoded = images[: len(restored)], images[len(restored) :]
     own, penalty = critic.critic_losses(params["critic"], results, targets, for_critic)
     parts = {
-        "noise": jnp.mean((noise - predicted) ** 2),
+        "noise": noise,
         "restoration": jnp.mean((restored - batch.target) ** 2),
         "perceptual": jnp.mean(lpips.distance(frozen.perceptual, results, targets)),
         "absolute": jnp.mean(jnp.abs(results - targets)),
@@ -122,39 +111,36 @@ class PairSources:
     """Pairs of latents with the images that they were encoded from, and prompts."""
 
     def __init__(self, pairs: Path, latents: Path, tokenize: Callable[[Sequence[str]], np.ndarray]):
-        self.truths, self.taught = (latent_source(latents / stage) for stage in ("pix", "sem"))
-        self.prompts, self._tokenize = read_prompts(latents / "prompts.jsonl"), tokenize
-        self._images = crops.read_pairs(pairs)
-        self._index = {
-            side: {file.stem: index for index, file in enumerate(find_images(pairs / side))} for side in self._images
+        self._truths, self._taught = (latent_source(latents / stage) for stage in ("pix", "sem"))
+        self._prompts, self._tokenize = read_prompts(latents / "prompts.jsonl"), tokenize
+        self._images = {
+            side: dict(zip((file.stem for file in find_images(pairs / side)), images, strict=True))
+            for side, images in crops.read_pairs(pairs).items()
         }
 
     def image(self, side: str, path: str) -> np.ndarray:
-        """Return the image of latents with the name `path`, in their orientation; see latents.py."""
+        """Return the image of the latents named `path`, in their orientation (latents.py)."""
         stem, orientation = Path(path).stem.rsplit(".", 1)
         mirrored, turns = ORIENTATIONS[int(orientation)]
-        return np.rot90(self._images[side][self._index[side][stem]][:, ::mirrored], turns)
+        return np.rot90(self._images[side][stem][:, ::mirrored], turns)
 
     def batch(self, side: int, count: int, step: int) -> Batch:
         """Draw the crops of a step."""
         rng = np.random.default_rng(step)
         others = max(1, count // 3)
-        clean, texts = prior.clean_crops(self.truths, self.prompts, side, others, rng)
-        pairs, known = [], []
-        for index in rng.integers(len(self.taught), size=count).tolist():
-            record = self.taught[index]
-            pairs.append(prior.crop([record.lq, record.image, self.image("teacher", record.path)], side, rng))
-            empty = rng.random() < prior.EMPTY_PROMPT_RESTORING
-            texts.append("" if empty else self.prompts.get(record.path, ""))
-        for number, index in enumerate(rng.integers(len(self.truths), size=others).tolist()):
-            record = self.truths[index]
+        clean, texts = prior.noise_crops(self._truths, self._prompts, side, others, rng)
+        target_image = functools.partial(self.image, "teacher")
+        pairs, more = prior.restoration_crops(self._taught, self._prompts, side, count, rng, target_image)
+        known = []
+        for number, index in enumerate(rng.integers(len(self._truths), size=others).tolist()):
+            record = self._truths[index]
             kind, latents = (("gt", record.image), ("lq", record.lq))[number % 2]
             known.append(prior.crop([latents, self.image(kind, record.path)], side, rng))
         lq, target, target_images = map(np.stack, zip(*pairs, strict=True))
         decoded, decoded_images = map(np.stack, zip(*known, strict=True))
         latents = (np.float32(x) for x in (np.stack(clean), lq, target, decoded))
         images = map(uint8_to_signed, (target_images, decoded_images))
-        return Batch(*latents, *images, self._tokenize(texts))
+        return Batch(*latents, *images, self._tokenize(texts + more))
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -221,11 +207,9 @@ def main() -> None:
     parser.add_argument("--prior", type=Path, required=True, help="--model of prior.py")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints")
     parser.add_argument("--model", type=Path, required=True, help="the diffusers folder that is written")
-    parser.add_argument("--minutes", type=float, required=True, help="of training")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time")
+    add_time_options(parser)
     args = parser.parse_args()
-    clock = cpu_clock if args.cpu_time else time.perf_counter
-    train(args.pairs, args.latents, args.prior, args.out, args.model, args.minutes, clock)
+    train(args.pairs, args.latents, args.prior, args.out, args.model, args.minutes, args.clock)
 
 
 if __name__ == "__main__":

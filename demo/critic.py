@@ -1,4 +1,4 @@
-"""A network that tells results from targets in small patches, and the losses of an adversarial training.
+"""A patch discriminator (critic) and the losses of adversarial training.
 
 The losses are relativistic: they compare the score of a result with that of its target at the same position
 (Jolicoeur-Martineau 2019), with a penalty on gradients at both (Huang et al. 2024).

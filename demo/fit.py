@@ -1,5 +1,6 @@
 """A resumable training loop for whole networks with a time budget; adapters are trained by `pisa_jax.training`."""
 
+import argparse
 import json
 import os
 import time
@@ -39,6 +40,19 @@ class State(NamedTuple):
 def cpu_clock() -> float:
     """Processor time of this process divided by the number of cores, in seconds."""
     return time.process_time() / (os.cpu_count() or 1)
+
+
+def add_time_options(parser: argparse.ArgumentParser) -> None:
+    """Add --minutes and --cpu-time, the `minutes` and the `clock` of `fit`."""
+    parser.add_argument("--minutes", type=float, required=True, help="duration")
+    parser.add_argument(
+        "--cpu-time",
+        dest="clock",
+        action="store_const",
+        const=cpu_clock,
+        default=time.perf_counter,
+        help="count processor time",
+    )
 
 
 def learning_rate(peak: float, step: int, progress: float) -> float:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import words
-from fit import cpu_clock, fit
+from fit import add_time_options, fit
 from safetensors.numpy import load_file
 from shapes import TEXT, UNET
 
@@ -65,29 +65,34 @@ class Frozen(NamedTuple):
     perceptual: dict
 
 
+def predict(params, batch, key, backbone, alphas_cumprod) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of noise prediction, |n - eps(z_t, t, c)|^2, and the restored latents z_L - eps(z_L, 1, c)."""
+    for_noise, for_time = jax.random.split(key)
+    noise = jax.random.normal(for_noise, batch.clean.shape)
+    timesteps = jax.random.randint(for_time, (len(noise),), FIRST_TIMESTEP, len(alphas_cumprod))
+    noisy = losses.add_noise(batch.clean, noise, timesteps, alphas_cumprod)
+    out = bb.predict_noise(
+        backbone,
+        params["unet"],
+        jnp.concatenate([noisy, batch.lq]),
+        jnp.concatenate([timesteps, jnp.full(len(batch.lq), TIMESTEP)]),
+        bb.encode_text(backbone, params["text"], batch.token_ids),
+    )
+    predicted, changes = out[: len(noise)], out[len(noise) :]
+    return jnp.mean((noise - predicted) ** 2), batch.lq - changes
+
+
 def loss(params, batch, key, backbone, frozen, alphas_cumprod):
     """Sum the losses of both tasks.
 
     With r = z_L - eps(z_L, 1, c): |n - eps(z_t, t, c)|^2 (Ho et al. 2020, eq. 14) + RESTORATION |r - z_T|^2
     + PERCEPTUAL d(D(r), D(z_T)).
     """
-    for_noise, for_time = jax.random.split(key)
-    noise = jax.random.normal(for_noise, batch.clean.shape)
-    timesteps = jax.random.randint(for_time, (len(noise),), FIRST_TIMESTEP, len(alphas_cumprod))
-    noisy = losses.add_noise(batch.clean, noise, timesteps, alphas_cumprod)
-    restored_at = jnp.full(len(batch.lq), TIMESTEP)
-    out = bb.predict_noise(
-        backbone,
-        params["unet"],
-        jnp.concatenate([noisy, batch.lq]),
-        jnp.concatenate([timesteps, restored_at]),
-        bb.encode_text(backbone, params["text"], batch.token_ids),
-    )
-    predicted, restored = out[: len(noise)], batch.lq - out[len(noise) :]
+    noise, restored = predict(params, batch, key, backbone, alphas_cumprod)
     decoded = slice(len(restored) // 2)
     images = (bb.decode(backbone, frozen.vae, latents[decoded]) for latents in (restored, batch.target))
     parts = {
-        "noise": jnp.mean((noise - predicted) ** 2),
+        "noise": noise,
         "restoration": jnp.mean((restored - batch.target) ** 2),
         "perceptual": jnp.mean(lpips.distance(frozen.perceptual, *images)),
     }
@@ -104,7 +109,7 @@ def crop(arrays: Sequence[np.ndarray], side: int, rng: np.random.Generator) -> l
     return crops
 
 
-def clean_crops(
+def noise_crops(
     truths: LatentSource, prompts: dict[str, str], side: int, count: int, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[str]]:
     """Draw crops that receive noise, every other one degraded, and their prompts."""
@@ -117,19 +122,33 @@ def clean_crops(
     return crops, texts
 
 
+def restoration_crops(
+    taught: LatentSource,
+    prompts: dict[str, str],
+    side: int,
+    count: int,
+    rng: np.random.Generator,
+    image_of: Callable[[str], np.ndarray] | None = None,
+) -> tuple[list[list[np.ndarray]], list[str]]:
+    """Draw crops of LQ latents, of their targets and of the images `image_of(name)`, and their prompts."""
+    crops, texts = [], []
+    for index in rng.integers(len(taught), size=count).tolist():
+        record = taught[index]
+        arrays = [record.lq, record.image, *([image_of(record.path)] if image_of else [])]
+        crops.append(crop(arrays, side, rng))
+        texts.append("" if rng.random() < EMPTY_PROMPT_RESTORING else prompts.get(record.path, ""))
+    return crops, texts
+
+
 def make_batch(
     truths: LatentSource, taught: LatentSource, prompts: dict[str, str], tokenize, side: int, count: int, step: int
 ) -> Batch:
-    """Draw clean crops with their prompts, degraded ones with negative words, and pairs of LQ images and results."""
+    """Draw crops that receive noise, LQ crops with their targets, and their prompts."""
     rng = np.random.default_rng(step)
-    clean, texts = clean_crops(truths, prompts, side, count // 3, rng)
-    pairs = []
-    for index in rng.integers(len(taught), size=count - count // 3).tolist():
-        record = taught[index]
-        pairs.append(crop([record.lq, record.image], side, rng))
-        texts.append("" if rng.random() < EMPTY_PROMPT_RESTORING else prompts.get(record.path, ""))
+    clean, texts = noise_crops(truths, prompts, side, count // 3, rng)
+    pairs, more = restoration_crops(taught, prompts, side, count - count // 3, rng)
     clean, lq, target = (np.float32(np.stack(arrays)) for arrays in (clean, *zip(*pairs, strict=True)))
-    return Batch(clean, lq, target, tokenize(texts))
+    return Batch(clean, lq, target, tokenize(texts + more))
 
 
 def initial_params(shapes: dict) -> dict:
@@ -178,11 +197,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="--out of vae.py")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints")
     parser.add_argument("--model", type=Path, required=True, help="the diffusers folder that is written")
-    parser.add_argument("--minutes", type=float, required=True, help="of training")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time")
+    add_time_options(parser)
     args = parser.parse_args()
-    clock = cpu_clock if args.cpu_time else time.perf_counter
-    train(args.latents, args.vae, args.out, args.model, args.minutes, clock)
+    train(args.latents, args.vae, args.out, args.model, args.minutes, args.clock)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def write_samples(data: Path, out: Path, truths: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="--model of prior.py")
+    parser.add_argument("--model", type=Path, required=True, help="--model of adversarial.py")
     parser.add_argument("--adapters", type=Path, required=True, help="output of train.py configs/demo_sem.py")
     parser.add_argument("--data", type=Path, required=True, help="folder that contains train/, eval/ and real_lr/")
     parser.add_argument("--rank", type=int, help="rank of the shipped adapters (default: as trained)")

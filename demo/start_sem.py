@@ -2,8 +2,8 @@
 
     python demo/start_sem.py --adapters runs/demo_pix_final/adapters.safetensors --out runs/demo_sem_start.safetensors
 
-At scales 1,1 the model then equals its prior, which was trained to restore (prior.py). The semantic stage starts from
-this restoration instead of training it again.
+At scales 1,1 the model then equals its prior, which was trained to restore (prior.py, adversarial.py). The semantic
+stage starts from this restoration instead of training it again.
 """
 
 import argparse

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import runpy
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ import prior
 import shapes
 import teacher
 import vae
-from fit import cpu_clock
+from fit import add_time_options
 from start_sem import start_sem
 
 from pisa_jax import training
@@ -201,8 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="photographs, with a manifest.csv")
     parser.add_argument("--wheel", type=Path, required=True, help="wheel, or output of pack.py, with the teacher")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="total time")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time")
+    add_time_options(parser)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--eval", type=Path, nargs="*", default=[], help="folders of ground truths")
     return parser.parse_args()
@@ -214,7 +212,7 @@ def main() -> None:
     out, size = args.out, SIZES[args.size]
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str((out / "cache").absolute()))
-    plan = Plan(out / "plan.json", args.minutes, cpu_clock if args.cpu_time else time.perf_counter)
+    plan = Plan(out / "plan.json", args.minutes, args.clock)
     stages = {
         "pictures": lambda: pictures.choose(args.data, out / "pictures"),
         "pairs": lambda: pairs.write_pairs(out / "pictures", out / "pairs", size.pairs),

@@ -18,7 +18,7 @@ import crops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fit import cpu_clock, fit
+from fit import add_time_options, fit
 from safetensors.numpy import load_file
 from shapes import TEXT, UNET, VAE
 
@@ -140,11 +140,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True, help="--out of pairs.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor time")
+    add_time_options(parser)
     parser.add_argument("--check", type=Path, nargs="*", default=[], help="folders of images to reconstruct at the end")
     args = parser.parse_args()
-    train(args.pairs, args.out, args.minutes, cpu_clock if args.cpu_time else time.perf_counter)
+    train(args.pairs, args.out, args.minutes, args.clock)
     for folder in args.check:
         print(folder, check(args.out, folder))
 
